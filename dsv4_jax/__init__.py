@@ -1,0 +1,82 @@
+"""dsv4_jax: DeepSeek-V4's KV cache for JAX, as functional arrays threaded through a jitted step.
+
+Host, between steps: ``CacheManager`` admits requests, reserves blocks and makes a ``StepPlan``. Device, inside
+``jax.jit``: ``begin_step`` and one ``LayerCache`` per layer read and write a donated ``Cache`` in place.
+"""
+
+from dsv4_jax.allocator import BlockAllocator
+from dsv4_jax.config import (
+    ConfigError,
+    LayerKind,
+    LayerSpec,
+    ModelSpec,
+    RopeSpec,
+    deepseek_v4_flash,
+    deepseek_v4_pro,
+    model_spec,
+    tiny_spec,
+)
+from dsv4_jax.errors import (
+    AllocatorError,
+    CacheError,
+    CacheFull,
+    CannotTruncate,
+    ContextExceeded,
+    StalePlan,
+    StepTooLarge,
+    UnknownRequest,
+)
+from dsv4_jax.formats import PROFILES, CacheFormats, FormatError, VectorFormat
+from dsv4_jax.handle import CompressorInputs, LayerCache, WrongLayerKind, begin_step
+from dsv4_jax.manager import CacheManager
+from dsv4_jax.ops import OperandError
+from dsv4_jax.plan import PlanLayout, StepPlan
+from dsv4_jax.pools import Cache, init_cache
+from dsv4_jax.rotary import Rotary, apply_rotary, closing_rotary, rotary, token_rotary
+from dsv4_jax.rows import Rows
+from dsv4_jax.schema import CacheSchema, LayerCacheSchema, SchemaError, compute_block_budget
+
+__all__ = [
+    "PROFILES",
+    "AllocatorError",
+    "BlockAllocator",
+    "Cache",
+    "CacheError",
+    "CacheFormats",
+    "CacheFull",
+    "CacheManager",
+    "CacheSchema",
+    "CannotTruncate",
+    "CompressorInputs",
+    "ConfigError",
+    "ContextExceeded",
+    "FormatError",
+    "LayerCache",
+    "LayerCacheSchema",
+    "LayerKind",
+    "LayerSpec",
+    "ModelSpec",
+    "OperandError",
+    "PlanLayout",
+    "RopeSpec",
+    "Rotary",
+    "Rows",
+    "SchemaError",
+    "StalePlan",
+    "StepPlan",
+    "StepTooLarge",
+    "UnknownRequest",
+    "VectorFormat",
+    "WrongLayerKind",
+    "apply_rotary",
+    "begin_step",
+    "closing_rotary",
+    "compute_block_budget",
+    "deepseek_v4_flash",
+    "deepseek_v4_pro",
+    "init_cache",
+    "model_spec",
+    "rotary",
+    "tiny_spec",
+    "token_rotary",
+]

@@ -1,0 +1,12 @@
+"""The compiled module: XLA FFI handlers as capsules, and what they were built with."""
+
+from typing import Any
+
+def registrations() -> dict[str, dict[str, Any]]:
+    """FFI handlers, PyCapsule by target name, by JAX platform: "cpu", and "CUDA" when built with CUDA."""
+
+def ffi_api_version() -> tuple[int, int]:
+    """XLA FFI API version (major, minor) of the headers the module was built against."""
+
+def cuda_version() -> int:
+    """CUDA runtime linked in, as CUDART_VERSION (13000 = 13.0); 0 when built without CUDA."""

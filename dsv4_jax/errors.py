@@ -1,0 +1,115 @@
+"""The errors of the host half. Each says what was asked, what is there and what to do; nothing has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def _shown(values: Sequence[int], limit: int = 8) -> str:
+    values = [int(value) for value in values]
+    rest = f" and {len(values) - limit} more" if len(values) > limit else ""
+    return ", ".join(map(str, values[:limit])) + rest
+
+
+class CacheError(Exception):
+    """Base of every error the cache's host half raises."""
+
+
+class CacheFull(CacheError):
+    """Not enough free slots or blocks.
+
+    Attributes:
+      resource: "slots" or "blocks".
+      needed, free, total: how many were asked for, are free, and exist.
+    """
+
+    def __init__(self, resource: str, needed: int, free: int, total: int) -> None:
+        self.resource, self.needed, self.free, self.total = resource, needed, free, total
+        remedy = (
+            "release a request, or build the schema with more slots"
+            if resource == "slots"
+            else "release a request, prepare fewer tokens, or build the schema with more blocks"
+        )
+        super().__init__(f"{needed} {resource} needed, {free} of {total} free: {remedy}")
+
+
+class UnknownRequest(CacheError):
+    """A request handle that was never admitted, or has been released.
+
+    Attributes:
+      requests: the unknown handles.
+    """
+
+    def __init__(self, requests: Sequence[int]) -> None:
+        self.requests = tuple(int(request) for request in requests)
+        super().__init__(
+            f"not an admitted request: {_shown(self.requests)}; use handles from admit() that were not released since"
+        )
+
+
+class InvalidStep(CacheError):
+    """A step that no cache could run: a request twice, a token count below 1, or no integers of matching shape."""
+
+
+class ContextExceeded(CacheError):
+    """A request would grow beyond the schema's `max_context`.
+
+    Attributes:
+      request, length, count, max_context: the first such request, its length, the tokens asked for, and the limit.
+    """
+
+    def __init__(self, request: int, length: int, count: int, max_context: int) -> None:
+        self.request, self.length = int(request), int(length)
+        self.count, self.max_context = int(count), int(max_context)
+        super().__init__(
+            f"request {self.request} holds {self.length} tokens and asks for {self.count} more, the context is "
+            f"{self.max_context}: give it at most {self.max_context - self.length}, release it, or build the schema "
+            "with a larger max_context"
+        )
+
+
+class StepTooLarge(CacheError):
+    """More tokens in a step than the largest token bucket.
+
+    Attributes:
+      tokens, limit: how many were asked for, and the largest bucket.
+    """
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        self.tokens, self.limit = int(tokens), int(limit)
+        super().__init__(
+            f"{self.tokens} tokens in one step, the largest token bucket is {self.limit}: "
+            "split the step (any chunking gives the same cache) or add a larger bucket"
+        )
+
+
+class StalePlan(CacheError):
+    """A plan that can no longer be cancelled: done already, not the latest of its requests, or another manager's."""
+
+
+class CannotTruncate(CacheError):
+    """The state of the length asked for is no longer on the device, or never was.
+
+    Attributes:
+      request, length, target: the request, its length, and the length asked for.
+      lowest: the lowest length above 0 from which on every length up to `length` is possible; 0 is possible always.
+    """
+
+    def __init__(self, request: int, length: int, target: int, lowest: int, reason: str) -> None:
+        self.request, self.length, self.target, self.lowest = int(request), int(length), int(target), int(lowest)
+        super().__init__(
+            f"request {self.request} of length {self.length} cannot be truncated to {self.target}: {reason}; "
+            f"possible are 0 and {self.lowest} to {self.length}"
+        )
+
+
+class AllocatorError(CacheError):
+    """Blocks given back that are not allocated: freed twice, named twice, or foreign. A bug in the caller.
+
+    Attributes:
+      ids: the offending block ids.
+    """
+
+    def __init__(self, reason: str, ids: Sequence[int]) -> None:
+        self.ids = tuple(int(block) for block in ids)
+        super().__init__(f"{reason}: {_shown(self.ids)}")

@@ -1,0 +1,367 @@
+"""CacheManager: which request has which slot, which blocks and how many tokens, between steps and on the host.
+
+The device never sees a request handle, the host never sees a cache: all that crosses is the `StepPlan` of each step.
+What the manager knows of the cache is what the plans it made will have done once they have run, in the order made.
+"""
+
+from __future__ import annotations
+
+import bisect
+import operator
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .allocator import BlockAllocator
+from .config import LayerKind
+from .errors import (
+    CacheFull,
+    CannotTruncate,
+    ContextExceeded,
+    InvalidStep,
+    StalePlan,
+    StepTooLarge,
+    UnknownRequest,
+)
+from .plan import BLOCK_TOKENS, PlanLayout, StepPlan, build_plan
+from .schema import CacheSchema
+
+_NO_REQUEST = -1
+
+
+class _Receipt:
+    """Which manager made a plan, and when on that manager's clock."""
+
+    __slots__ = ("cancelled", "manager", "time")
+
+    def __init__(self, manager: CacheManager, time: int) -> None:
+        self.manager, self.time, self.cancelled = manager, time, False
+
+
+class CacheManager:
+    """Admits requests, reserves their blocks step by step, and takes both back.
+
+    Every operation is all or nothing: one that raises has changed nothing. Not thread-safe.
+
+    A request's *length* is the number of its tokens in the cache once every plan made so far has run, so plans must run
+    in the order they were made, each once, on one cache; a plan that will not run must be cancelled. `release` and
+    `truncate` may come while plans are still running: the donated cache queues later plans behind them, so a freed
+    block or slot is reused at once.
+
+    Args:
+      schema: the cache the plans are for.
+      token_buckets: the token counts T that steps are padded to. A step is compiled once for each bucket in use; the
+        largest is the most tokens of a step.
+    """
+
+    def __init__(self, schema: CacheSchema, *, token_buckets: Sequence[int]) -> None:
+        buckets = sorted({int(bucket) for bucket in token_buckets})
+        if not buckets or buckets[0] < 1:
+            raise ValueError(f"token_buckets must be one or more token counts of at least 1, got {list(token_buckets)}")
+        self._schema = schema
+        self._buckets = buckets
+        self._layouts = [PlanLayout(bucket, min(schema.slots, bucket)) for bucket in buckets]
+        self._has_csa = schema.spec.count(LayerKind.CSA) > 0
+        self._has_hca = schema.spec.count(LayerKind.HCA) > 0
+
+        self._allocator = BlockAllocator(schema.blocks)
+        self._free_slots = list(range(schema.slots))[::-1]
+        self._serial = 0
+        self._handles = np.full(schema.slots, _NO_REQUEST, np.int64)
+        self._lengths = np.zeros(schema.slots, np.int64)
+        self._block_table = np.full((schema.slots, schema.max_blocks), -1, np.int32)
+        # The longest a slot's request has been: window rows below `peak - ring` have been overwritten. Only truncate
+        # writes it, so that preparing a step need not; elsewhere the peak is max(peak, length).
+        self._peaks = np.zeros(schema.slots, np.int64)
+        # A plan can be cancelled while no slot of it was admitted, released or truncated after it.
+        self._clock = 0
+        self._changed = np.zeros(schema.slots, np.int64)
+
+    @property
+    def schema(self) -> CacheSchema:
+        """The cache the plans are for."""
+        return self._schema
+
+    @property
+    def layouts(self) -> tuple[PlanLayout, ...]:
+        """The layout of each token bucket, smallest first: all the shapes a plan of this manager can have."""
+        return tuple(self._layouts)
+
+    @property
+    def free_slots(self) -> int:
+        """How many more requests can be admitted."""
+        return len(self._free_slots)
+
+    @property
+    def free_blocks(self) -> int:
+        """How many blocks no request holds."""
+        return self._allocator.free_blocks
+
+    @property
+    def requests(self) -> NDArray[np.int64]:
+        """int64 [admitted requests]: their handles, in order of admission."""
+        return np.sort(self._handles[self._handles != _NO_REQUEST])
+
+    def length(self, request: int) -> int:
+        """Tokens of the request in the cache once every plan made so far has run. Raises UnknownRequest."""
+        return int(self._lengths[self._slot_of(request)])
+
+    def slot(self, request: int) -> int:
+        """The request's slot. Raises UnknownRequest."""
+        return self._slot_of(request)
+
+    def blocks(self, request: int) -> NDArray[np.int32]:
+        """int32 [blocks held]: the request's block ids; the i-th holds the entries of tokens 128 i … 128 i + 127.
+
+        Raises UnknownRequest.
+        """
+        slot = self._slot_of(request)
+        return self._block_table[slot, : self.blocks_needed(self._lengths[slot])].copy()
+
+    def blocks_needed(self, length: ArrayLike) -> NDArray[np.int64]:
+        """Blocks a request of `length` tokens holds: as many as its finished entries fill, perhaps in part.
+
+        ceil((length // 4) / 32) in a model with CSA layers, length // 128 with HCA layers only, 0 with neither.
+
+        Args:
+          length: integers of any shape, tokens.
+
+        Returns:
+          int64 of that shape.
+        """
+        length = np.asarray(length, np.int64)
+        if self._has_csa:
+            return (length + (BLOCK_TOKENS - LayerKind.CSA.ratio)) // BLOCK_TOKENS
+        return length // BLOCK_TOKENS if self._has_hca else np.zeros_like(length)
+
+    def can_admit(self, length: int = 0) -> bool:
+        """Whether a slot is free, and blocks for a request of `length` tokens are."""
+        return (
+            bool(self._free_slots)
+            and length <= self._schema.max_context
+            and self.blocks_needed(length) <= self.free_blocks
+        )
+
+    def admit(self) -> int:
+        """Gives a new request a slot.
+
+        Returns:
+          The request's handle, never given out again by this manager. It is not the slot.
+
+        Raises:
+          CacheFull: no slot is free.
+        """
+        if not self._free_slots:
+            raise CacheFull("slots", 1, 0, self._schema.slots)
+        slot = self._free_slots.pop()
+        self._serial += 1
+        self._handles[slot] = self._serial * self._schema.slots + slot
+        self._touch(slot)
+        return int(self._handles[slot])
+
+    def release(self, request: int) -> None:
+        """Takes the request's slot and blocks back, on the host only: the slot's next request resets it on the device.
+
+        Raises:
+          UnknownRequest: the handle is not an admitted request's, or was released before.
+        """
+        slot = self._slot_of(request)
+        self._forget(slot)
+        self._handles[slot] = _NO_REQUEST
+        self._free_slots.append(slot)
+
+    def truncate(self, request: int, length: int) -> None:
+        """Drops the tokens at positions `length` and beyond, on the host only.
+
+        Truncating to 0 is always possible: the request's next plan resets its slot. Above 0 the cache must go on from
+        `length` as if the dropped tokens had never been, so all that position `length` needs must still be there:
+
+        - The open windows. A tail keeps the rows of the open window (for CSA also the overlap rows of the window before
+          it); what a closed window leaves behind is cleared. With CSA layers the same window must be open before and
+          after: the same `length // 4`. With HCA layers only, the same `length // 128`, or `length` a multiple of 128,
+          where the open window has no row yet.
+        - The sliding window. Positions `length - window + 1 … length - 1` must not have been overwritten by positions
+          one ring later: `length >= peak - slack - 1`, where `peak` is the longest the request has been since it was
+          admitted or truncated to 0. While `peak` is at most the ring, nothing has been overwritten.
+
+        Rows of dropped positions stay on the device. None is read: which rows count follows from the position, and a
+        position is written again before it counts. Blocks whose entries are all dropped are free at once.
+
+        Args:
+          request: handle.
+          length: tokens to keep, 0 <= length <= self.length(request).
+
+        Raises:
+          UnknownRequest: not an admitted request.
+          CannotTruncate: `length` is out of range, or its state is gone; says what is possible.
+        """
+        slot = self._slot_of(request)
+        length, current = operator.index(length), int(self._lengths[slot])
+        if length == current:
+            return
+        if length == 0:
+            self._forget(slot)
+            return
+        peak, ring, window = max(int(self._peaks[slot]), current), self._schema.ring, self._schema.spec.window
+        window_lowest = peak - ring + window - 1 if peak > ring else 1
+        ratio = LayerKind.CSA.ratio if self._has_csa else LayerKind.HCA.ratio if self._has_hca else 1
+        tail_lowest = current // ratio * ratio if ratio > 1 else 1
+        needs_no_tail = not self._has_csa and length % ratio == 0
+        reason = None
+        if not 0 < length < current:
+            reason = "it never had that length" if length > current else "a length is at least 0"
+        elif length < window_lowest:
+            reason = f"the sliding window there was overwritten when the request grew to {peak}"
+        elif length < tail_lowest and not needs_no_tail:
+            reason = f"the window of {ratio} tokens that was open there is closed and its rows are gone"
+        if reason is not None:
+            raise CannotTruncate(request, current, length, max(window_lowest, tail_lowest, 1), reason)
+        self._keep(slot, length)
+        self._peaks[slot] = peak
+
+    def prepare_forward(self, tokens: Mapping[int, int] | tuple[ArrayLike, ArrayLike]) -> StepPlan:
+        """Reserves what a step needs and plans it: all of the requests given, or none.
+
+        Advances each request's length, takes the blocks its new entries need, picks the smallest bucket that fits.
+
+        Args:
+          tokens: handle -> token count of the step (1 when decoding), or the same as a tuple of two integer arrays,
+            (handles [n], counts [n]), the faster form for many requests. The plan keeps the order given. No request at
+            all gives a plan of nothing but padding.
+
+        Returns:
+          The step's plan, on the host.
+
+        Raises:
+          InvalidStep: a request twice, a count below 1, or no integers of matching shape.
+          UnknownRequest: a handle that is not admitted.
+          ContextExceeded: a request would grow beyond `schema.max_context`.
+          StepTooLarge: more tokens than the largest bucket.
+          CacheFull: too few free blocks.
+        """
+        handles, counts = _step_arrays(tokens)
+        slots = self._slots_of(handles)
+        if np.bincount(slots, minlength=1).max() > 1:
+            values, times = np.unique(handles, return_counts=True)
+            raise InvalidStep(f"request {values[times > 1][0]} appears more than once; give each its tokens at once")
+        if counts.min(initial=1) < 1:
+            first = int(counts.argmin())
+            raise InvalidStep(
+                f"request {handles[first]} is given {counts[first]} tokens; give at least 1 or leave it out"
+            )
+        starts = self._lengths[slots]
+        # Compared by subtraction: a sum could overflow.
+        over = counts > self._schema.max_context - starts
+        if over.any():
+            first = int(over.argmax())
+            raise ContextExceeded(handles[first], starts[first], counts[first], self._schema.max_context)
+        total = int(counts.sum())
+        if total > self._buckets[-1]:
+            raise StepTooLarge(total, self._buckets[-1])
+        layout = self._layouts[bisect.bisect_left(self._buckets, total)]
+        ends = starts + counts
+
+        held = self.blocks_needed(starts)
+        added = self.blocks_needed(ends) - held
+        changes = None
+        growing = added.nonzero()[0]
+        if growing.size:
+            added = added[growing]
+            ids = self._allocator.allocate(int(added.sum()))
+            first_new = np.cumsum(added) - added
+            table_slot = np.repeat(slots[growing], added)
+            table_index = np.arange(ids.size) + np.repeat(held[growing] - first_new, added)
+            self._block_table[table_slot, table_index] = ids
+            changes = table_slot, table_index, ids
+
+        self._lengths[slots] = ends
+        self._clock += 1
+        return build_plan(layout, slots, starts, counts, starts == 0, changes, receipt=_Receipt(self, self._clock))
+
+    def cancel(self, plan: StepPlan) -> None:
+        """Takes back a plan that has not run and will not: lengths, blocks and resets are as if it had never been made.
+
+        Possible while it is the latest plan of each of its requests; so cancel several in reverse order.
+
+        Args:
+          plan: what `prepare_forward` returned (not a copy that came out of jit).
+
+        Raises:
+          StalePlan: a request of the plan has a later plan, or was released or truncated since; or the plan was
+            cancelled before, or is not this manager's.
+        """
+        receipt = plan.receipt
+        if not isinstance(receipt, _Receipt) or receipt.manager is not self:
+            raise StalePlan("not a plan of this manager; pass the very object that its prepare_forward returned")
+        if receipt.cancelled:
+            raise StalePlan("this plan was cancelled before")
+        slots = plan.request_slot
+        requests = int(np.count_nonzero(slots >= 0))
+        slots = slots[:requests]
+        gone = self._changed[slots] > receipt.time
+        if gone.any():
+            raise StalePlan(
+                f"{int(gone.sum())} of the plan's {requests} requests (slot {slots[gone][0]} for one) were released or "
+                "truncated since it was made; truncate or release the others"
+            )
+        later = self._lengths[slots] != plan.request_end[:requests]
+        if later.any():
+            raise StalePlan(
+                f"{int(later.sum())} of the plan's {requests} requests ({self._handles[slots[later][0]]} for one) have "
+                "a later plan; cancel that first"
+            )
+        changed = plan.table_slot >= 0
+        self._allocator.free(plan.table_block[changed])
+        self._block_table[plan.table_slot[changed], plan.table_index[changed]] = -1
+        self._lengths[slots] = plan.request_start[:requests]
+        receipt.cancelled = True
+
+    def _slots_of(self, handles: NDArray[np.int64]) -> NDArray[np.int64]:
+        slots = handles % self._schema.slots
+        known = (self._handles[slots] == handles) & (handles >= 0)
+        if not known.all():
+            raise UnknownRequest(handles[~known])
+        return slots
+
+    def _slot_of(self, request: int) -> int:
+        request = operator.index(request)
+        slot = request % self._schema.slots
+        if request < 0 or self._handles[slot] != request:
+            raise UnknownRequest([request])
+        return slot
+
+    def _touch(self, slot: int) -> None:
+        self._clock += 1
+        self._changed[slot] = self._clock
+
+    def _keep(self, slot: int, length: int) -> None:
+        held, kept = self.blocks_needed([self._lengths[slot], length]).tolist()
+        self._allocator.free(self._block_table[slot, kept:held])
+        self._block_table[slot, kept:held] = -1
+        self._lengths[slot] = length
+        self._touch(slot)
+
+    def _forget(self, slot: int) -> None:
+        self._keep(slot, 0)
+        self._peaks[slot] = 0
+
+
+def _step_arrays(
+    tokens: Mapping[int, int] | tuple[ArrayLike, ArrayLike],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """`prepare_forward`'s argument as two int64 arrays [n]; raises InvalidStep."""
+    if isinstance(tokens, Mapping):
+        tokens = list(tokens.keys()), list(tokens.values())
+    if not isinstance(tokens, tuple) or len(tokens) != 2:
+        raise InvalidStep(f"tokens must be a mapping or a tuple (handles, counts), got {type(tokens).__name__}")
+    try:
+        handles, counts = np.asarray(tokens[0]), np.asarray(tokens[1])
+    except ValueError as error:
+        raise InvalidStep(f"requests and token counts must be integers: {error}") from error
+    if handles.shape != counts.shape or handles.ndim != 1:
+        raise InvalidStep(f"one token count per request is needed, got shapes {handles.shape} and {counts.shape}")
+    for name, values in (("requests", handles), ("token counts", counts)):
+        if values.size and values.dtype.kind not in "iu":
+            raise InvalidStep(f"{name} must be 64-bit integers, got {values.dtype}")
+    return handles.astype(np.int64, copy=False), counts.astype(np.int64, copy=False)

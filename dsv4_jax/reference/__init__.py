@@ -1,0 +1,28 @@
+"""Every cache operation in plain jnp: the specification that runs.
+
+Same names, arguments and results as `dsv4_jax.ops`, on any platform, for a reader and for tests. Stored bytes are the
+native kernels' bytes wherever the fp32 rows are equal; pooled values agree within rounding.
+"""
+
+from dsv4_jax.reference.append import append_tail, append_window
+from dsv4_jax.reference.begin import begin_step
+from dsv4_jax.reference.compress import compress, hadamard_transform
+from dsv4_jax.reference.flush import flush
+from dsv4_jax.reference.gather import gather_all_entries, gather_entries, gather_window
+from dsv4_jax.reference.quantize import dequantize, quantize
+from dsv4_jax.reference.rotate import rotate
+
+__all__ = [
+    "append_tail",
+    "append_window",
+    "begin_step",
+    "compress",
+    "dequantize",
+    "flush",
+    "gather_all_entries",
+    "gather_entries",
+    "gather_window",
+    "hadamard_transform",
+    "quantize",
+    "rotate",
+]

@@ -1,0 +1,128 @@
+"""compress: pool every window that a step closes, normalize, rotate, and optionally Hadamard-transform the entries."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.plan import StepPlan
+from dsv4_jax.reference.geometry import CLEARED_SCORE, Tokens, current_row, overlap_row, overlap_rows, tokens_at
+from dsv4_jax.reference.pages import in_range
+from dsv4_jax.reference.scalars import to_float32
+from dsv4_jax.rotary import Rotary, apply_rotary
+
+
+def compress(
+    tail: jax.Array,
+    kv: jax.Array,
+    gate: jax.Array,
+    ape: jax.Array,
+    norm_weight: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    plan: StepPlan,
+    layer: jax.Array | int,
+    *,
+    ratio: int,
+    eps: float,
+    hadamard: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """The entries (or indexer keys) that a step closes; writes nothing.
+
+    Entry i pools, per channel by a softmax over their scores, the current halves of tokens ratio * i to
+    ratio * (i + 1) - 1 and, for CSA, the overlap halves of the `ratio` tokens before those (entry 0 has none: kv 0,
+    score -1e9). Rows from before the step come from the tail, the step's own from kv and gate. Then RMSNorm, then RoPE
+    at position ratio * i, all in fp32. arXiv 2606.19348, sections on CSA and HCA.
+
+    Args:
+      tail: fp32 [layers, slots, 2 (kv, score), rows, d].
+      kv: fp32 or bf16 [T, 2d] for CSA, [T, d] for HCA.
+      gate: like kv.
+      ape: fp32 [ratio, columns of kv].
+      norm_weight: fp32 [d].
+      cos: fp32 [C, 32], of position ratio * i for every closing entry (`rotary.closing_rotary`).
+      sin: like cos.
+      plan: the step; C is the length of plan.closing(ratio).
+      layer: int32 scalar, index along the tail's first axis; out of range gives zeros.
+      ratio: tokens per entry, 4 (CSA) or 128 (HCA).
+      eps: added to RMSNorm's mean of squares.
+      hadamard: apply `hadamard_transform` last.
+
+    Returns:
+      tail, as it came; entries fp32 [C, d], row c closed by token plan.closing(ratio)[c], zeros for -1.
+    """
+    layers, slots = tail.shape[:2]
+    index = jnp.asarray(plan.closing(ratio))
+    closing = tokens_at(plan, index, slots)
+    valid = closing.valid & in_range(layer, layers)
+    row_kv, row_score = _window_rows(tail, to_float32(kv), to_float32(gate), ape, index, closing, layer, ratio)
+    entries = _softmax_pool(row_kv, row_score)
+    entries = _rms_norm(entries, norm_weight, eps)
+    entries = apply_rotary(entries, Rotary(cos, sin))
+    if hadamard:
+        entries = hadamard_transform(entries)
+    return tail, jnp.where(valid[:, None], entries, 0)
+
+
+def hadamard_transform(x: jax.Array) -> jax.Array:
+    """Multiply by the orthonormal Hadamard matrix: x @ H(n) * n^-1/2 in fp32, n a power of two.
+
+    Args:
+      x: fp32 [..., n]; n is 128 for indexer keys and queries.
+
+    Returns:
+      fp32 [..., n].
+    """
+    n, stride = x.shape[-1], 1
+    y = x.astype(jnp.float32)
+    while stride < n:
+        low, high = jnp.moveaxis(y.reshape(*x.shape[:-1], -1, 2, stride), -2, 0)
+        y = jnp.stack([low + high, low - high], axis=-2).reshape(x.shape)
+        stride *= 2
+    return y * jnp.float32(n**-0.5)
+
+
+def _window_rows(
+    tail: jax.Array,
+    kv: jax.Array,
+    gate: jax.Array,
+    ape: jax.Array,
+    index: jax.Array,
+    closing: Tokens,
+    layer: jax.Array | int,
+    ratio: int,
+) -> tuple[jax.Array, jax.Array]:
+    """The rows that every closing window pools, oldest first: kv and score, fp32 [C, rows, d] each."""
+    layers, slots, _, _, width = tail.shape
+    rows = ratio if overlap_rows(ratio) == 0 else 2 * ratio
+    back = jnp.arange(rows)[::-1]  # how many tokens before the closing one
+    is_overlap = (back >= ratio)[None, :, None]
+    position = closing.position[:, None] - back
+
+    def halves(projection: jax.Array) -> jax.Array:
+        return jnp.where(is_overlap, projection[..., :width], projection[..., -width:])
+
+    in_step = jnp.clip(index[:, None] - back, 0, kv.shape[0] - 1)
+    step_kv = halves(kv[in_step])
+    step_score = halves(gate[in_step] + ape[position % ratio])
+
+    tail_row = jnp.where(back >= ratio, overlap_row(position, ratio), current_row(position, ratio))
+    layer = jnp.where(in_range(layer, layers), layer, 0)
+    slot = jnp.clip(closing.slot, 0, slots - 1)[:, None]
+    tail_kv, tail_score = tail[layer, slot, 0, tail_row], tail[layer, slot, 1, tail_row]
+
+    from_step = (position >= closing.start[:, None])[..., None]
+    exists = (position >= 0)[..., None]
+    row_kv = jnp.where(exists, jnp.where(from_step, step_kv, tail_kv), 0.0)
+    row_score = jnp.where(exists, jnp.where(from_step, step_score, tail_score), CLEARED_SCORE)
+    return row_kv, row_score
+
+
+def _softmax_pool(kv: jax.Array, score: jax.Array) -> jax.Array:
+    """[C, rows, d] -> [C, d], a softmax over the rows for every channel."""
+    weight = jnp.exp(score - jnp.max(score, axis=1, keepdims=True))
+    return jnp.sum(weight * kv, axis=1) / jnp.sum(weight, axis=1)
+
+
+def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight

@@ -1,0 +1,35 @@
+"""rotate: after windows have closed, clear the tail rows that no later entry pools."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.plan import StepPlan
+from dsv4_jax.reference.geometry import CLEARED_SCORE, all_requests, tail_rows, tail_rows_in_use
+from dsv4_jax.reference.pages import in_range
+
+
+def rotate(tail: jax.Array, plan: StepPlan, layer: jax.Array | int, *, ratio: int) -> jax.Array:
+    """Clear (kv 0, score -1e9) what is no longer needed, for requests whose step closed a window.
+
+    CSA's open window thereby becomes its previous one: its overlap halves stay, its current halves and the overlap
+    halves before them go. HCA's window goes entirely.
+
+    Args:
+      tail: fp32 [layers, slots, 2 (kv, score), rows, d].
+      plan: the step.
+      layer: int32 scalar, index along the tail's first axis; out of range changes nothing.
+      ratio: tokens per entry, 4 (CSA) or 128 (HCA).
+
+    Returns:
+      The tail.
+    """
+    layers, slots = tail.shape[:2]
+    request = all_requests(plan, slots)
+    closed = request.valid & (request.start // ratio != request.next // ratio) & in_range(layer, layers)
+    clear = closed[:, None] & ~tail_rows_in_use(request.next, ratio)
+    slot = jnp.where(clear, request.slot[:, None], slots)
+    row = jnp.arange(tail_rows(ratio))
+    tail = tail.at[layer, slot, 0, row].set(0.0, mode="drop")
+    return tail.at[layer, slot, 1, row].set(CLEARED_SCORE, mode="drop")

@@ -1,0 +1,78 @@
+// The arithmetic of a compressor, in an order that depends only on a row's place in its window: softmax pooling in groups of
+// eight rows that merge pairwise, RMSNorm with its sum of squares as a balanced tree, RoPE on the trailing channels.
+#pragma once
+
+#include <cmath>
+
+#include "bits.h"
+#include "geometry.h"
+
+namespace dsv4 {
+
+constexpr int kGroupRows = 8;  // rows of a softmax group: a CSA entry is one group, an HCA entry 16
+
+// e^x for x <= 0, within 2 ulp, from multiplications and additions alone so that CPU and GPU agree; 0 below -87.
+DSV4_HOST_DEVICE float exp_nonpositive(float x) {
+  if (!(x >= -87.0f)) return x != x ? x : 0.0f;
+  const float n = round_to_even(x * 1.44269504f);
+  float r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const float y = p * (r * r) + r + 1.0f;
+  return y * float_of(static_cast<uint32_t>(static_cast<int>(n) + 127) << 23);
+}
+
+// One channel of a partly pooled window.
+struct SoftmaxPartial {
+  float max;
+  float denominator;
+  float sum;
+};
+
+DSV4_HOST_DEVICE SoftmaxPartial pool_group(const float (&kv)[kGroupRows], const float (&score)[kGroupRows]) {
+  float max = score[0];
+  for (int row = 1; row < kGroupRows; ++row) max = max_ignoring_nan(max, score[row]);
+  float denominator = 0.0f, sum = 0.0f;
+  for (int row = 0; row < kGroupRows; ++row) {
+    const float weight = exp_nonpositive(score[row] - max);
+    denominator += weight;
+    sum += weight * kv[row];
+  }
+  return {max, denominator, sum};
+}
+
+DSV4_HOST_DEVICE SoftmaxPartial merge(const SoftmaxPartial& a, const SoftmaxPartial& b) {
+  const float max = max_ignoring_nan(a.max, b.max);
+  const float scale_a = exp_nonpositive(a.max - max), scale_b = exp_nonpositive(b.max - max);
+  return {max, a.denominator * scale_a + b.denominator * scale_b, a.sum * scale_a + b.sum * scale_b};
+}
+
+DSV4_HOST_DEVICE float pooled(const SoftmaxPartial& partial) { return partial.sum / partial.denominator; }
+
+// The leaf of RMSNorm's sum: four consecutive channels. Sums of neighbouring leaves are added pairwise up to the row.
+DSV4_HOST_DEVICE float square_sum(const float (&x)[4]) {
+  return (x[0] * x[0] + x[1] * x[1]) + (x[2] * x[2] + x[3] * x[3]);
+}
+
+DSV4_HOST_DEVICE float inverse_rms(float sum_of_squares, int width, float eps) {
+  return 1.0f / sqrtf(sum_of_squares / static_cast<float>(width) + eps);
+}
+
+// Rotates the pairs (0, 1) and (2, 3) of four channels by the angles of pairs `pair` and `pair + 1`.
+DSV4_HOST_DEVICE void rotate_pairs(float (&x)[4], const float* cos, const float* sin, int pair) {
+  for (int i = 0; i < 2; ++i) {
+    const float c = cos[pair + i], s = sin[pair + i];
+    const float even = x[2 * i], odd = x[2 * i + 1];
+    x[2 * i] = even * c - odd * s;
+    x[2 * i + 1] = odd * c + even * s;
+  }
+}
+
+constexpr float kHadamardScale = 0.08838834764831845f;  // 128^-1/2
+
+}  // namespace dsv4

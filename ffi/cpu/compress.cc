@@ -1,0 +1,112 @@
+// Pooling, normalizing and rotating closed windows on the host.
+
+#include <vector>
+
+#include "../common/kernels.h"
+#include "../common/pooling.h"
+#include "../common/window_rows.h"
+#include "rows.h"
+
+namespace dsv4::cpu {
+namespace {
+
+constexpr int kMaxGroups = kHcaRatio / kGroupRows;
+
+// Reads one row of the window into kv and score.
+void read_row(const CompressParams& params, int64_t layer, const Token& closing, int index, int row, float* kv,
+              float* score) {
+  const Tail& tail = params.tail;
+  const Projections& in = params.projections;
+  const WindowRow from = window_row(tail, in.columns, closing, index, row);
+  for (int channel = 0; channel < tail.width; ++channel) {
+    if (from.source == WindowRow::kStep) {
+      kv[channel] = element(in.kv, in.element, from.projection + channel);
+      score[channel] = element(in.gate, in.element, from.projection + channel) + in.ape[from.ape + channel];
+    } else if (from.source == WindowRow::kTail) {
+      kv[channel] = tail_row(tail, layer, closing.slot, 0, from.tail_row)[channel];
+      score[channel] = tail_row(tail, layer, closing.slot, 1, from.tail_row)[channel];
+    } else {
+      kv[channel] = 0.0f;
+      score[channel] = kClearedScore;
+    }
+  }
+}
+
+float pool_channel(const std::vector<float>& kv, const std::vector<float>& score, int rows, int width, int channel) {
+  SoftmaxPartial partials[kMaxGroups];
+  int groups = rows / kGroupRows;
+  for (int group = 0; group < groups; ++group) {
+    float group_kv[kGroupRows], group_score[kGroupRows];
+    for (int row = 0; row < kGroupRows; ++row) {
+      const int64_t from = static_cast<int64_t>(group * kGroupRows + row) * width + channel;
+      group_kv[row] = kv[from];
+      group_score[row] = score[from];
+    }
+    partials[group] = pool_group(group_kv, group_score);
+  }
+  for (; groups > 1; groups /= 2) {
+    for (int i = 0; i < groups / 2; ++i) partials[i] = merge(partials[2 * i], partials[2 * i + 1]);
+  }
+  return pooled(partials[0]);
+}
+
+void normalize(float* x, int width, const float* weight, float eps) {
+  float sums[kHeadDim / 4];
+  for (int leaf = 0; leaf < width / 4; ++leaf) {
+    const float four[4] = {x[4 * leaf], x[4 * leaf + 1], x[4 * leaf + 2], x[4 * leaf + 3]};
+    sums[leaf] = square_sum(four);
+  }
+  for (int count = width / 8; count > 0; count /= 2) {
+    for (int i = 0; i < count; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
+  }
+  const float inverse = inverse_rms(sums[0], width, eps);
+  for (int channel = 0; channel < width; ++channel) x[channel] = x[channel] * inverse * weight[channel];
+}
+
+void apply_rope(float* x, int width, const float* cos, const float* sin) {
+  for (int channel = width - kRopeDim; channel < width; channel += 4) {
+    float four[4] = {x[channel], x[channel + 1], x[channel + 2], x[channel + 3]};
+    rotate_pairs(four, cos, sin, (channel - (width - kRopeDim)) / 2);
+    for (int i = 0; i < 4; ++i) x[channel + i] = four[i];
+  }
+}
+
+void hadamard_transform(float* x, int width) {
+  for (int stride = 1; stride < width; stride *= 2) {
+    for (int i = 0; i < width; ++i) {
+      if ((i & stride) != 0) continue;
+      const float low = x[i], high = x[i + stride];
+      x[i] = low + high;
+      x[i + stride] = low - high;
+    }
+  }
+  for (int i = 0; i < width; ++i) x[i] *= kHadamardScale;
+}
+
+}  // namespace
+
+void compress(const CompressParams& params) {
+  const Tail& tail = params.tail;
+  const int width = tail.width, rows = pooled_rows(tail.geometry);
+  const int64_t layer = *params.layer;
+  std::vector<float> kv(static_cast<size_t>(rows) * width), score(kv.size());
+  for (int row = 0; row < params.closing; ++row) {
+    float* entry = params.entries + static_cast<int64_t>(row) * width;
+    const int index = params.plan.closing(tail.geometry.ratio)[row];
+    const Token closing = token_at(params.plan, index, tail.slots);
+    if (!closing.valid || layer < 0 || layer >= tail.layers) {
+      std::fill(entry, entry + width, 0.0f);
+      continue;
+    }
+    for (int i = 0; i < rows; ++i) {
+      const size_t first = static_cast<size_t>(i) * width;
+      read_row(params, layer, closing, index, i, &kv[first], &score[first]);
+    }
+    for (int channel = 0; channel < width; ++channel) entry[channel] = pool_channel(kv, score, rows, width, channel);
+    normalize(entry, width, params.norm_weight, params.eps);
+    apply_rope(entry, width, params.cos + row * (kRopeDim / 2), params.sin + row * (kRopeDim / 2));
+    if (params.hadamard) hadamard_transform(entry, width);
+  }
+}
+
+}  // namespace dsv4::cpu

@@ -1,0 +1,104 @@
+// Per-request state on the host: begin_step, append_window, append_tail, rotate.
+
+#include <algorithm>
+
+#include "../common/kernels.h"
+#include "../common/window_rows.h"
+#include "rows.h"
+
+namespace dsv4::cpu {
+namespace {
+
+void clear_rows(const Tail& tail, int64_t layer, int slot, int row, int count) {
+  float* kv = tail_row(tail, layer, slot, 0, row);
+  float* score = tail_row(tail, layer, slot, 1, row);
+  std::fill(kv, kv + static_cast<int64_t>(count) * tail.width, 0.0f);
+  std::fill(score, score + static_cast<int64_t>(count) * tail.width, kClearedScore);
+}
+
+}  // namespace
+
+void begin_step(const BeginStepParams& params) {
+  const Plan& plan = params.plan;
+  for (int index = 0; index < plan.requests; ++index) {
+    const int64_t slot = plan.request_slot()[index];
+    if (slot < 0 || slot >= params.slots || plan.request_reset()[index] == 0) continue;
+    std::fill_n(params.block_table + slot * params.max_blocks, params.max_blocks, -1);
+    for (int64_t layer = 0; layer < params.window_layers; ++layer) {
+      std::fill_n(params.window_positions + (layer * params.slots + slot) * params.ring, params.ring, -1);
+    }
+    for (const Tail& tail : params.tails) {
+      for (int64_t layer = 0; layer < tail.layers; ++layer) {
+        clear_rows(tail, layer, static_cast<int>(slot), 0, tail.geometry.rows());
+      }
+    }
+  }
+  for (int change = 0; change < plan.table_changes(); ++change) {
+    const int64_t slot = plan.table_slot()[change];
+    const int index = plan.table_index()[change];
+    if (slot < 0 || slot >= params.slots || index < 0 || index >= params.max_blocks) continue;
+    params.block_table[slot * params.max_blocks + index] = plan.table_block()[change];
+  }
+}
+
+void append_window(const AppendWindowParams& params) {
+  const Pool& window = params.window;
+  const int64_t layer = *params.layer;
+  if (layer < 0 || layer >= window.layers) return;
+  with_codec(window, [&](auto codec) {
+    using Codec = decltype(codec);
+    float row[Codec::kWidth];
+    for (int index = 0; index < params.plan.tokens; ++index) {
+      const Token token = token_at(params.plan, index, static_cast<int>(window.pages));
+      if (!token.valid || token.position < token.next - window.rows) continue;
+      const int64_t page = layer * window.pages + token.slot;
+      const int ring_row = token.position % window.rows;
+      load_floats(params.rows, params.element, static_cast<int64_t>(index) * Codec::kWidth, Codec::kWidth, row);
+      store_row<Codec>(stored_row<Codec>(window.data + page * window.page_bytes, window.rows, ring_row), row,
+                       window.global_scale);
+      params.positions[page * window.rows + ring_row] = token.position;
+    }
+  });
+}
+
+void append_tail(const AppendTailParams& params) {
+  const Tail& tail = params.tail;
+  const TailGeometry& geometry = tail.geometry;
+  const Projections& in = params.projections;
+  const int64_t layer = *params.layer;
+  if (layer < 0 || layer >= tail.layers) return;
+  for (int index = 0; index < params.plan.tokens; ++index) {
+    const Token token = token_at(params.plan, index, tail.slots);
+    if (!token.valid) continue;
+    const auto write = [&](int row, int first_column) {
+      const int64_t projection = static_cast<int64_t>(index) * in.columns + first_column;
+      const float* ape = in.ape + static_cast<int64_t>(token.position % geometry.ratio) * in.columns + first_column;
+      float* kv = tail_row(tail, layer, token.slot, 0, row);
+      float* score = tail_row(tail, layer, token.slot, 1, row);
+      for (int channel = 0; channel < tail.width; ++channel) {
+        kv[channel] = element(in.kv, in.element, projection + channel);
+        score[channel] = element(in.gate, in.element, projection + channel) + ape[channel];
+      }
+    };
+    if (geometry.overlap_survives(token.position, token.next)) write(geometry.overlap_row(token.position), 0);
+    if (geometry.current_survives(token.position, token.next)) {
+      write(geometry.current_row(token.position), in.columns - tail.width);
+    }
+  }
+}
+
+void rotate(const RotateParams& params) {
+  const Tail& tail = params.tail;
+  const int ratio = tail.geometry.ratio;
+  const int64_t layer = *params.layer;
+  if (layer < 0 || layer >= tail.layers) return;
+  for (int index = 0; index < params.plan.requests; ++index) {
+    const Request request = request_at(params.plan, index, tail.slots);
+    if (!request.valid || request.start / ratio == request.next / ratio) continue;
+    for (int row = 0; row < tail.geometry.rows(); ++row) {
+      if (!tail.geometry.row_in_use(row, request.next)) clear_rows(tail, layer, request.slot, row, 1);
+    }
+  }
+}
+
+}  // namespace dsv4::cpu

@@ -1,0 +1,50 @@
+// Launching: grids that follow from static shapes, a kernel's template arguments from run-time choices, errors as text.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "../common/codecs.h"
+#include "../common/params.h"
+
+namespace dsv4::cuda {
+
+constexpr int kRowWarps = 4;  // rows (one a warp) of a block
+
+inline unsigned blocks_for(int64_t items, int64_t per_block) {
+  return static_cast<unsigned>((items + per_block - 1) / per_block);
+}
+
+inline const char* launch_error() {
+  const cudaError_t status = cudaGetLastError();
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+// Calls `visit(codec, alignment)`: pages whose size is not a multiple of 16 bytes are only aligned to 4.
+template <class Visitor>
+void with_codec(const Pool& pool, Visitor&& visit) {
+  visit_codec(pool.codec.data(), pool.codec.size(), pool.width, [&](auto codec) {
+    using Codec = decltype(codec);
+    constexpr bool kAlwaysAligned = Layout<Codec>::kDataBytes % 16 == 0 && Layout<Codec>::kScaleBytes % 16 == 0;
+    if constexpr (!kAlwaysAligned) {
+      if (Layout<Codec>::page_bytes(pool.rows) % 16 != 0) {
+        visit(codec, std::integral_constant<int, 4>{});
+        return;
+      }
+    }
+    visit(codec, std::integral_constant<int, 16>{});
+  });
+}
+
+// Calls `visit(T{})` with the element type.
+template <class Visitor>
+void with_element(Element element, Visitor&& visit) {
+  if (element == Element::kFloat32) {
+    visit(float{});
+  } else {
+    visit(bfloat16{});
+  }
+}
+
+}  // namespace dsv4::cuda

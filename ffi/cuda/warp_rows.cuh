@@ -1,0 +1,111 @@
+// One row in and out of its stored form by one warp: lane l holds channels 128 q + 4 l .. + 3 of quad q.
+#pragma once
+
+#include "../common/codecs.h"
+#include "../common/params.h"
+
+namespace dsv4::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+constexpr int kQuadChannels = 4 * kWarp;
+
+// A row spread over a warp.
+template <int W>
+struct WarpRow {
+  static constexpr int kQuads = W / kQuadChannels;
+  float x[kQuads][4];
+};
+
+__device__ __forceinline__ int channel_of(int quad, int lane) { return quad * kQuadChannels + 4 * lane; }
+
+__device__ __forceinline__ void load_four(const float* from, float (&x)[4]) {
+  const float4 four = *reinterpret_cast<const float4*>(from);
+  x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+}
+
+__device__ __forceinline__ void load_four(const bfloat16* from, float (&x)[4]) {
+  const uint2 four = *reinterpret_cast<const uint2*>(from);
+  x[0] = float_of(four.x << 16), x[1] = float_of(four.x & 0xFFFF0000u);
+  x[2] = float_of(four.y << 16), x[3] = float_of(four.y & 0xFFFF0000u);
+}
+
+template <class T>
+__device__ __forceinline__ void store_four(T* to, const float (&x)[4]) {
+  alignas(16) T four[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) four[i] = from_float<T>(x[i]);
+  copy_words<sizeof four, sizeof four>(to, four);
+}
+
+// The largest value among groups of `kLanes` neighbouring lanes, known to each of them.
+template <int kLanes>
+__device__ __forceinline__ float max_over_lanes(float value) {
+#pragma unroll
+  for (int step = 1; step < kLanes; step *= 2) value = max_ignoring_nan(value, __shfl_xor_sync(kAllLanes, value, step));
+  return value;
+}
+
+// A balanced tree over neighbouring lanes.
+__device__ __forceinline__ float sum_over_lanes(float value) {
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) value = value + __shfl_xor_sync(kAllLanes, value, step);
+  return value;
+}
+
+template <class Codec, int kAlignment>
+__device__ __forceinline__ void store_row(StoredRow stored, const WarpRow<Codec::kWidth>& row, int lane,
+                                          float global_scale) {
+  constexpr int kQuads = WarpRow<Codec::kWidth>::kQuads;
+  constexpr int kQuantized = Codec::kQuantized, kBlock = Codec::kBlock;
+  float amax[kQuads], row_amax = 0.0f;
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    amax[q] = 0.0f;
+    if (channel_of(q, lane) >= kQuantized) continue;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) amax[q] = max_ignoring_nan(amax[q], magnitude(row.x[q][i]));
+    amax[q] = clamp(amax[q], 0.0f, kFloatMax);
+    row_amax = max_ignoring_nan(row_amax, amax[q]);
+  }
+  if constexpr (Codec::kNeedsRowAmax) row_amax = max_over_lanes<kWarp>(row_amax);
+  const float row_scale = Codec::row_scale(row_amax, global_scale);
+  if (lane == 0) store_row_scale<Codec>(stored.scales, row_scale);
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const int channel = channel_of(q, lane);
+    float scale = row_scale;
+    if constexpr (kBlock != 0) {
+      const float block_amax = max_over_lanes<kBlock / 4>(amax[q]);
+      if (channel < kQuantized) {
+        const uint8_t code = Codec::block_code(block_amax, row_scale);
+        if (channel % kBlock == 0) stored.scales[channel / kBlock] = code;
+        scale = Codec::scale(code, row_scale);
+      }
+    }
+    store_channels<Codec, kAlignment>(stored.data, channel, row.x[q], scale);
+  }
+}
+
+// Reads a stored row and writes it to `to`, dense.
+template <class Codec, int kAlignment, class T>
+__device__ __forceinline__ void load_row(StoredRow stored, T* to, int lane, float global_scale) {
+  constexpr int kQuads = WarpRow<Codec::kWidth>::kQuads;
+  WarpRow<Codec::kWidth> row;
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const int channel = channel_of(q, lane);
+    load_channels<Codec, kAlignment>(stored.data, channel, row.x[q],
+                                     load_scale<Codec>(stored.scales, channel, global_scale));
+  }
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) store_four(to + channel_of(q, lane), row.x[q]);
+}
+
+template <class T>
+__device__ __forceinline__ void clear_row(T* to, int width, int lane) {
+  const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (int channel = 4 * lane; channel < width; channel += kQuadChannels) store_four(to + channel, zeros);
+}
+
+}  // namespace dsv4::cuda

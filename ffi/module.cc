@@ -1,0 +1,56 @@
+// The Python module dsv4_jax._native: hands the FFI handlers to Python as capsules, and says what it was built with.
+
+#include <nanobind/nanobind.h>
+
+#include "targets.h"
+#include "xla/ffi/api/c_api.h"
+
+#ifdef DSV4_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace nb = nanobind;
+
+#define DSV4_DECLARE_CPU(name, Symbol) extern "C" XLA_FFI_Error* Dsv4##Symbol##Cpu(XLA_FFI_CallFrame*);
+DSV4_TARGETS(DSV4_DECLARE_CPU)
+
+#ifdef DSV4_WITH_CUDA
+#define DSV4_DECLARE_CUDA(name, Symbol) extern "C" XLA_FFI_Error* Dsv4##Symbol##Cuda(XLA_FFI_CallFrame*);
+DSV4_TARGETS(DSV4_DECLARE_CUDA)
+#endif
+
+namespace {
+
+nb::capsule Capsule(XLA_FFI_Handler* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); }
+
+nb::dict Registrations() {
+  nb::dict cpu;
+#define DSV4_REGISTER_CPU(name, Symbol) cpu["dsv4_" #name] = Capsule(Dsv4##Symbol##Cpu);
+  DSV4_TARGETS(DSV4_REGISTER_CPU)
+
+  nb::dict platforms;
+  platforms["cpu"] = cpu;
+
+#ifdef DSV4_WITH_CUDA
+  nb::dict cuda;
+#define DSV4_REGISTER_CUDA(name, Symbol) cuda["dsv4_" #name] = Capsule(Dsv4##Symbol##Cuda);
+  DSV4_TARGETS(DSV4_REGISTER_CUDA)
+  // JAX takes "cuda" too, and registers nothing under it without a word.
+  platforms["CUDA"] = cuda;
+#endif
+  return platforms;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.def("registrations", &Registrations);
+  m.def("ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
+  m.def("cuda_version", [] {
+#ifdef DSV4_WITH_CUDA
+    return CUDART_VERSION;
+#else
+    return 0;
+#endif
+  });
+}

@@ -1,0 +1,19 @@
+// Every FFI target of the package, once: X(name, Symbol).
+// JAX knows the target as "dsv4_" name; its handlers are Dsv4##Symbol##Cpu and Dsv4##Symbol##Cuda.
+#ifndef DSV4_FFI_TARGETS_H_
+#define DSV4_FFI_TARGETS_H_
+
+#define DSV4_TARGETS(X)                   \
+  X(begin_step, BeginStep)                \
+  X(append_window, AppendWindow)          \
+  X(append_tail, AppendTail)              \
+  X(compress, Compress)                   \
+  X(flush, Flush)                         \
+  X(rotate, Rotate)                       \
+  X(gather_entries, GatherEntries)        \
+  X(gather_all_entries, GatherAllEntries) \
+  X(gather_window, GatherWindow)          \
+  X(quantize, Quantize)                   \
+  X(dequantize, Dequantize)
+
+#endif  // DSV4_FFI_TARGETS_H_

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Set up and run every check that needs no GPU, from a machine with Python 3.11-3.13 and a C++17 compiler:
+#   bash scripts/test.sh [pytest arguments]
+# Uses the active virtual environment, or makes .venv. JAX_VERSION chooses another jax than the oldest supported one.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if [[ -z "${VIRTUAL_ENV:-}" ]]; then
+  [[ -x .venv/bin/python ]] || "${PYTHON:-python3}" -m venv .venv
+  source .venv/bin/activate
+fi
+
+read_pyproject() { python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); print(*($1), sep='\n')"; }
+build_requires=$(read_pyproject "p['build-system']['requires']")
+jax_version=${JAX_VERSION:-$(sed -n 's/^jaxlib==//p' <<<"$build_requires")}
+
+echo "== install: jax $jax_version"
+{
+  grep -v '^jaxlib==' <<<"$build_requires"
+  read_pyproject "p['project']['dependencies'] + p['project']['optional-dependencies']['test']"
+  printf '%s\n' cmake ninja "jax==$jax_version"
+} | python -m pip install --quiet -r /dev/stdin
+
+# The CUDA plugin alone, without the libraries that need a GPU, compiles for an H200 where there is none.
+if ! python -c "import jax_plugins" 2>/dev/null; then
+  jaxlib_version=$(python -c "import jaxlib; print(jaxlib.__version__)")
+  python -m pip install --quiet --no-deps "jax-cuda12-plugin==$jaxlib_version" "jax-cuda12-pjrt==$jaxlib_version" \
+    nvidia-cuda-cupti-cu12 nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12 nvidia-nvjitlink-cu12
+fi
+if [[ -z "${CUDACXX:-}" ]] && ! command -v nvcc >/dev/null; then
+  python -m pip install --quiet --no-deps -r scripts/nvcc.txt
+fi
+
+echo "== build, warnings are errors"
+python -m pip install --quiet --no-build-isolation --no-deps -Cbuild-dir=build/test \
+  -Ccmake.define.DSV4_CUDA=ON -Ccmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON -e .
+
+echo "== style"
+ruff check .
+ruff format --check .
+find ffi \( -name '*.h' -o -name '*.cc' -o -name '*.cu*' \) -print0 | xargs -0 clang-format --dry-run -Werror
+
+echo "== tests"
+python -m pytest "$@"

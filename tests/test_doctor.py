@@ -1,0 +1,158 @@
+"""`dsv4-jax doctor` and the check of the FFI API version: every problem is found, and names what mends it."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from dsv4_jax import _compatibility
+from dsv4_jax.cli import doctor
+from dsv4_jax.cli.main import application
+
+TARGETS = {
+    "dsv4_begin_step",
+    "dsv4_append_window",
+    "dsv4_append_tail",
+    "dsv4_compress",
+    "dsv4_flush",
+    "dsv4_rotate",
+    "dsv4_gather_entries",
+    "dsv4_gather_all_entries",
+    "dsv4_gather_window",
+    "dsv4_quantize",
+    "dsv4_dequantize",
+}
+
+HEALTHY = doctor.Facts(
+    versions={
+        "dsv4-jax": "0.1.0",
+        "jax": "0.11.2",
+        "jaxlib": "0.11.2",
+        "numpy": "2.4.0",
+        "jax-cuda12-plugin": None,
+        "jax-cuda12-pjrt": None,
+        "jax-cuda13-plugin": "0.11.2",
+        "jax-cuda13-pjrt": "0.11.2",
+    },
+    devices=("gpu: NVIDIA H200", "cpu: cpu"),
+    platforms=frozenset({"gpu", "cpu"}),
+    gpu_present=True,
+    driver_cuda=13000,
+    ffi_built=(0, 3),
+    ffi_running=(0, 4),
+    cuda_built=13000,
+)
+
+
+def with_versions(**changed: str | None) -> doctor.Facts:
+    names = {name.replace("_", "-"): version for name, version in changed.items()}
+    return dataclasses.replace(HEALTHY, versions={**HEALTHY.versions, **names})
+
+
+def test_healthy_machine_has_no_problems():
+    assert doctor.find_problems(HEALTHY) == []
+
+
+def test_machine_without_gpu_has_no_problems():
+    cpu = dataclasses.replace(
+        with_versions(jax_cuda13_plugin=None, jax_cuda13_pjrt=None),
+        devices=("cpu: cpu",),
+        platforms=frozenset({"cpu"}),
+        gpu_present=False,
+        driver_cuda=None,
+        cuda_built=0,
+    )
+    assert doctor.find_problems(cpu) == []
+
+
+@pytest.mark.parametrize(
+    ("facts", "fatal", "text", "command"),
+    [
+        (dataclasses.replace(HEALTHY, jax_error="RuntimeError: no"), True, "RuntimeError: no", "jaxlib==0.11.2"),
+        (dataclasses.replace(HEALTHY, native_problem=("broken", "mend it")), True, "broken", "mend it"),
+        (with_versions(jax_cuda13_plugin="0.11.0"), False, "jax-cuda13-plugin 0.11.0", '"jax[cuda13]==0.11.2"'),
+        (with_versions(jax_cuda12_pjrt="0.10.2"), False, "jax-cuda12-pjrt 0.10.2", '"jax[cuda12]==0.11.2"'),
+        (dataclasses.replace(HEALTHY, platforms=frozenset({"cpu"})), False, "does not use it", "jax[cuda13]==0.11.2"),
+        (
+            dataclasses.replace(HEALTHY, platforms=frozenset({"cpu"}), driver_cuda=12080),
+            False,
+            "does not use it",
+            "jax[cuda12]==0.11.2",
+        ),
+        (
+            dataclasses.replace(HEALTHY, platforms=frozenset({"cpu"}), jax_platforms="cpu"),
+            False,
+            "JAX_PLATFORMS=cpu",
+            "unset JAX_PLATFORMS",
+        ),
+        (dataclasses.replace(HEALTHY, cuda_built=0), True, "built without CUDA", "DSV4_CUDA=ON pip install"),
+        (dataclasses.replace(HEALTHY, driver_cuda=12080), True, "CUDA 12.8", "CUDACXX="),
+    ],
+)
+def test_problem_is_found_with_its_command(facts, fatal, text, command):
+    (problem,) = doctor.find_problems(facts)
+    assert problem.fatal == fatal
+    assert text in problem.text
+    assert command in problem.command
+
+
+def test_fatal_problems_come_first_and_decide_the_exit_code(monkeypatch, capsys):
+    both = dataclasses.replace(with_versions(jax_cuda13_plugin="0.11.0"), cuda_built=0)
+    assert [problem.fatal for problem in doctor.find_problems(both)] == [True, False]
+
+    monkeypatch.setattr(doctor, "examine", lambda: both)
+    with pytest.raises(typer.Exit) as exit_status:
+        doctor.doctor()
+    assert exit_status.value.exit_code == 1
+    assert "DSV4_CUDA=ON" in capsys.readouterr().out
+
+    monkeypatch.setattr(doctor, "examine", lambda: with_versions(jax_cuda13_plugin="0.11.0"))
+    doctor.doctor()
+    assert "Note: jax-cuda13-plugin 0.11.0" in capsys.readouterr().out
+
+
+def test_doctor_on_this_machine():
+    result = CliRunner().invoke(application(only_doctor=True), ["doctor"])
+    assert result.exit_code == 0, result.output
+    shown = result.output.replace("\n", " ")
+    assert jax.__version__ in shown
+    assert all(name in shown for name in TARGETS)
+
+
+def test_doctor_diagnoses_a_native_module_that_does_not_load():
+    code = (
+        "import sys; sys.modules['dsv4_jax._native'] = None; sys.argv = ['dsv4-jax', 'doctor'];"
+        "from dsv4_jax.cli.main import main; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "does not load" in result.stdout
+    assert _compatibility.REBUILD in result.stdout
+
+
+def test_every_target_is_registered_and_again_is_harmless():
+    from dsv4_jax import _registration
+
+    assert set(_registration.REGISTERED["cpu"]) == TARGETS
+    if "CUDA" in _registration.REGISTERED:
+        assert set(_registration.REGISTERED["CUDA"]) == TARGETS
+    assert _registration.register() == _registration.REGISTERED
+
+
+@pytest.mark.parametrize(("built", "running"), [((0, 3), (0, 3)), ((0, 3), (0, 5)), ((1, 0), (1, 2))])
+def test_older_headers_run_on_newer_runtimes(built, running):
+    _compatibility.check_ffi_api(built, running)
+
+
+@pytest.mark.parametrize(("built", "running"), [((0, 4), (0, 3)), ((0, 9), (1, 0)), ((1, 0), (0, 9))])
+def test_rejected_ffi_api_is_one_clear_import_error(built, running):
+    with pytest.raises(ImportError) as raised:
+        _compatibility.check_ffi_api(built, running)
+    message = str(raised.value)
+    assert f"{built[0]}.{built[1]}" in message
+    assert f"{running[0]}.{running[1]}" in message
+    assert _compatibility.REBUILD in message

@@ -1,0 +1,238 @@
+"""StepPlan: the packed vector says exactly what a loop over requests and tokens says, on the host and inside jit."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv4_jax.plan import PlanLayout, StepPlan, build_plan
+
+FIELDS = ("token_slot", "token_position", "token_request", "request_slot", "request_reset", "query_start")
+TABLE_FIELDS = ("table_slot", "table_index", "table_block")
+DERIVED = ("request_start", "request_end", "last_token")
+
+
+def every_field(plan: StepPlan) -> dict:
+    fields = {name: getattr(plan, name) for name in (*FIELDS, *TABLE_FIELDS, *DERIVED)}
+    return fields | {"closing_csa": plan.closing(4), "closing_hca": plan.closing(128)}
+
+
+def by_loop(layout: PlanLayout, slots, starts, counts, resets, changes=()) -> dict:
+    """Every field of a plan, from a loop over requests and tokens: name -> list, -1 for padding unless a pad is named."""
+    fields = {name: [] for name in (*FIELDS, *TABLE_FIELDS, *DERIVED, "closing_csa", "closing_hca")}
+    flat = 0
+    for request, (slot, start, count, reset) in enumerate(zip(slots, starts, counts, resets, strict=True)):
+        fields["request_slot"].append(slot)
+        fields["request_reset"].append(int(reset))
+        fields["query_start"].append(flat)
+        fields["request_start"].append(start)
+        for position in range(start, start + count):
+            fields["token_slot"].append(slot)
+            fields["token_position"].append(position)
+            fields["token_request"].append(request)
+            if position % 4 == 3:
+                fields["closing_csa"].append(flat)
+            if position % 128 == 127:
+                fields["closing_hca"].append(flat)
+            flat += 1
+        fields["request_end"].append(start + count)
+        fields["last_token"].append(flat - 1)
+    for change in changes:
+        for name, value in zip(TABLE_FIELDS, change, strict=True):
+            fields[name].append(value)
+
+    tokens, requests = layout.tokens, layout.requests
+    sizes = dict.fromkeys(("token_slot", "token_position", "token_request"), tokens)
+    sizes |= dict.fromkeys(("request_slot", "request_reset", *DERIVED), requests) | {"query_start": requests + 1}
+    sizes |= dict.fromkeys(TABLE_FIELDS, tokens // 128 + requests)
+    sizes |= {"closing_csa": (tokens + 3 * requests) // 4, "closing_hca": (tokens + 127 * requests) // 128}
+    pads = {"request_reset": 0, "query_start": flat}
+    for name, values in fields.items():
+        assert len(values) <= sizes[name], f"{name} cannot hold this step"
+        values.extend([pads.get(name, -1)] * (sizes[name] - len(values)))
+    return fields
+
+
+def assert_fields(plan: StepPlan, expected: dict) -> None:
+    for name, values in every_field(plan).items():
+        assert values.dtype == np.int32, name
+        np.testing.assert_array_equal(values, expected[name], err_msg=name)
+
+
+@st.composite
+def steps(draw: st.DrawFn):
+    """(layout, slots, starts, counts): a step that fits its layout, often filling it to the last token and request."""
+    slots = draw(st.lists(st.integers(0, 40), max_size=6, unique=True))
+    starts = [draw(st.one_of(st.just(0), st.integers(0, 300), st.integers(2**20 - 300, 2**20))) for _ in slots]
+    counts = [draw(st.one_of(st.just(1), st.integers(1, 5), st.integers(1, 300))) for _ in slots]
+    tokens = max(1, sum(counts) + draw(st.sampled_from((0, 0, 1, 37))))
+    return PlanLayout(tokens, max(1, len(slots) + draw(st.integers(0, 3)))), slots, starts, counts
+
+
+def test_layout_sizes():
+    layout = PlanLayout(tokens=256, requests=8)
+    assert layout.table_changes == 10
+    assert layout.closing_size(4) == 70
+    assert layout.closing_size(128) == 9
+    assert layout.size == 3 * 256 + 2 * 8 + 9 + 3 * 10 + 70 + 9
+
+
+def test_layout_fields_tile_the_vector():
+    layout = PlanLayout(tokens=1000, requests=7)
+    covered = np.concatenate([np.arange(layout.size)[field] for field in layout.fields.values()])
+    np.testing.assert_array_equal(covered, np.arange(layout.size))
+
+
+def test_layouts_are_equal_by_value():
+    assert PlanLayout(64, 4) == PlanLayout(64, 4)
+    assert hash(PlanLayout(64, 4)) == hash(PlanLayout(64, 4))
+    assert PlanLayout(64, 4) != PlanLayout(64, 5)
+
+
+@pytest.mark.parametrize(("tokens", "requests"), [(0, 1), (1, 0), (-4, 2)])
+def test_layout_holds_at_least_one(tokens, requests):
+    with pytest.raises(ValueError, match="at least 1"):
+        PlanLayout(tokens, requests)
+
+
+@settings(deadline=None, max_examples=200)
+@given(steps(), st.booleans(), st.data())
+def test_build_plan_equals_a_loop(step, automatic_resets, data):
+    layout, slots, starts, counts = step
+    resets = [start == 0 for start in starts]
+    if not automatic_resets:
+        resets = [data.draw(st.booleans()) for _ in starts]
+    change = st.tuples(st.integers(0, 40), st.integers(0, 99), st.integers(0, 999))
+    changes = data.draw(st.lists(change, max_size=layout.table_changes))
+    table_changes = tuple(np.array(changes).T) if changes else None
+    plan = build_plan(layout, slots, starts, counts, None if automatic_resets else resets, table_changes)
+    assert_fields(plan, by_loop(layout, slots, starts, counts, resets, changes))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(1, 300)), min_size=1, max_size=8))
+def test_capacities_hold_for_any_step(requests):
+    layout = PlanLayout(sum(count for _, count in requests), len(requests))
+    for ratio in (4, 128):
+        closing = sum((start + count) // ratio - start // ratio for start, count in requests)
+        assert closing <= layout.closing_size(ratio)
+    fourth = [{e // 32 for e in range((s + c) // 4)} - {e // 32 for e in range(s // 4)} for s, c in requests]
+    assert sum(map(len, fourth)) <= layout.table_changes
+
+
+def test_capacities_are_reached():
+    layout = PlanLayout(tokens=4 * 130, requests=4)
+    plan = build_plan(layout, range(4), [127] * 4, [129 + 1] * 4)
+    assert np.count_nonzero(plan.closing(128) >= 0) == 4 * 2
+    assert layout.closing_size(128) == 8
+    layout = PlanLayout(tokens=4, requests=4)
+    plan = build_plan(layout, range(4), [3] * 4, [1] * 4)
+    np.testing.assert_array_equal(plan.closing(4), [0, 1, 2, 3])
+
+
+def test_no_request_is_nothing_but_padding():
+    layout = PlanLayout(8, 3)
+    plan = build_plan(layout, [], [], [])
+    assert_fields(plan, by_loop(layout, [], [], [], []))
+    np.testing.assert_array_equal(plan.pack_tokens([]), np.zeros(8))
+
+
+@pytest.mark.parametrize(
+    ("slots", "counts", "changes"),
+    [([0, 1, 2], [1, 1, 1], 0), ([0, 1], [4, 5], 0), ([0, 1], [1, 1], 3)],
+    ids=["requests", "tokens", "table changes"],
+)
+def test_build_plan_refuses_what_does_not_fit(slots, counts, changes):
+    table_changes = (np.zeros(changes, int),) * 3 if changes else None
+    with pytest.raises(ValueError, match="do not fit a plan"):
+        build_plan(PlanLayout(8, 2), slots, [5] * len(slots), counts, table_changes=table_changes)
+
+
+def test_unknown_ratio():
+    plan = build_plan(PlanLayout(8, 2), [0], [0], [8])
+    with pytest.raises(ValueError, match=r"\(4, 128\)"):
+        plan.closing(8)
+    with pytest.raises(ValueError, match=r"\(4, 128\)"):
+        plan.layout.closing_size(0)
+
+
+def test_packed_vector_is_read_only():
+    plan = build_plan(PlanLayout(8, 2), [0], [0], [8])
+    with pytest.raises(ValueError, match="read-only"):
+        plan.packed[0] = 1
+
+
+def test_every_field_is_the_same_inside_jit_without_a_retrace(rng):
+    traces = 0
+
+    @jax.jit
+    def fields(plan):
+        nonlocal traces
+        traces += 1
+        return every_field(plan)
+
+    layout = PlanLayout(640, 5)
+    for requests in range(6):
+        slots = rng.permutation(9)[:requests].tolist()
+        starts = [int(rng.choice([0, 3, 127, 128, 1_000_000])) for _ in slots]
+        counts = rng.integers(1, 129, requests).tolist()
+        expected = by_loop(layout, slots, starts, counts, [start == 0 for start in starts])
+        for name, values in fields(build_plan(layout, slots, starts, counts, receipt=object())).items():
+            assert values.dtype == np.int32, name
+            np.testing.assert_array_equal(values, expected[name], err_msg=name)
+    assert traces == 1
+
+
+def test_stacked_plans_have_stacked_fields_and_scan_apart():
+    layout = PlanLayout(6, 3)
+    plans = [build_plan(layout, [4, 1], [step, 127 + step], [1, 1]) for step in range(3)]
+    stacked = StepPlan(np.stack([plan.packed for plan in plans]), layout)
+    for name, values in every_field(stacked).items():
+        np.testing.assert_array_equal(values, np.stack([every_field(plan)[name] for plan in plans]), err_msg=name)
+    _, ends = jax.jit(lambda plans: jax.lax.scan(lambda carry, plan: (carry, plan.request_end), 0, plans))(stacked)
+    np.testing.assert_array_equal(ends, [[1, 128, -1], [2, 129, -1], [3, 130, -1]])
+
+
+def test_pytree_has_one_leaf_and_leaves_the_receipt_behind():
+    layout = PlanLayout(6, 3)
+    one, other = (build_plan(layout, [0], [0], [1], receipt=object()) for _ in range(2))
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    assert len(jax.tree.leaves(one)) == 1
+    assert jax.tree.map(lambda leaf: leaf, one).receipt is None
+    assert jax.device_put(one).layout == layout
+
+
+def test_pack_tokens_in_plan_order():
+    plan = build_plan(PlanLayout(8, 4), [3, 0, 2], [0, 9, 5], [3, 1, 2])
+    expected = [11, 12, 13, 21, 31, 32, 0, 0]
+    for tokens in (
+        [[11, 12, 13], 21, np.array([31, 32])],
+        np.array([11, 12, 13, 21, 31, 32]),
+        (t for t in ((11, 12, 13), [21], (31, 32))),
+    ):
+        packed = plan.pack_tokens(tokens)
+        assert packed.dtype == np.int32
+        np.testing.assert_array_equal(packed, expected)
+    np.testing.assert_array_equal(np.array(expected)[plan.last_token[:3]], [13, 21, 32])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[1, 2, 3], [4]], "3 requests, got tokens for 2"),
+        ([[1, 2], [3, 4], [5, 6]], "request 0 of the plan has 3 tokens"),
+        (np.arange(5), "6 tokens, got 5"),
+        (np.ones(6), "must be integers"),
+    ],
+)
+def test_pack_tokens_refuses_the_wrong_tokens(tokens, message):
+    plan = build_plan(PlanLayout(8, 4), [3, 0, 2], [0, 9, 5], [3, 1, 2])
+    with pytest.raises(ValueError, match=message):
+        plan.pack_tokens(tokens)
+
+
+def test_pack_tokens_refuses_stacked_plans():
+    plan = build_plan(PlanLayout(8, 4), [3], [0], [3])
+    with pytest.raises(ValueError, match="one step"):
+        StepPlan(np.stack([plan.packed] * 2), plan.layout).pack_tokens([[1, 2, 3]])
