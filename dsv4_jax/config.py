@@ -380,9 +380,11 @@ def _read_compress_rope(config: Mapping[str, Any]) -> RopeSpec:
     length = _find(config, "original_seq_len")
     if length is not None:
         # DeepSeek's inference code spells YaRN flat, and turns it off with a length of 0.
-        flat = {**config, "factor": _read(config, "rope_factor"), "original_max_position_embeddings": length}
-        path = "original_seq_len with rope_factor"
-        stated[path] = _yarn(flat, theta, path) if length else RopeSpec(theta)
+        path, flat = "original_seq_len with rope_factor", RopeSpec(theta)
+        if length:
+            factor = _read(config, "rope_factor")
+            flat = _yarn({**config, "factor": factor, "original_max_position_embeddings": length}, theta, path)
+        stated[path] = flat
     if not stated and "rope_scaling" not in config:
         raise ConfigError(
             "The config lacks rope_scaling (or rope_parameters.compress), which says how CSA and HCA layers stretch "

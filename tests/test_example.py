@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -13,10 +14,10 @@ from dsv4_jax import CacheFormats, LayerKind, apply_rotary, rotary, tiny_spec
 from dsv4_jax.example.attention import Source, index_scores, sink_attention, top_entries
 from dsv4_jax.example.full_context import compressed_entries
 from dsv4_jax.example.layer import Compressed
-from dsv4_jax.example.serve import Request, Server
+from dsv4_jax.example.serve import Request, Served, Server
 from dsv4_jax.example.text import load_text, text_requests
-from dsv4_jax.example.verify import verify
-from dsv4_jax.example.weights import CompressorWeights, init_weights
+from dsv4_jax.example.verify import Verification, verify
+from dsv4_jax.example.weights import CompressorWeights, StackWeights, init_weights
 
 SPEC = tiny_spec()
 ROPES = {layer.kind: layer.rope for layer in SPEC.layers}
@@ -114,3 +115,173 @@ def test_query_that_sees_nothing_gets_zeros(rng):
     attended = np.asarray(sink_attention(queries, [Source(rows, mask)], jnp.zeros(3)))
     np.testing.assert_array_equal(attended[0], 0)
     assert np.abs(attended[1]).min(axis=-1).max() > 0
+
+
+def make_server(formats: CacheFormats, seed: int, *, chunk: int = 96, implementation: str = "native") -> Server:
+    options = {"slots": 2, "max_context": 384, "chunk": chunk, "implementation": implementation, "record": True}
+    return Server(init_weights(SPEC, seed), SPEC, formats, **options)
+
+
+def make_requests(seed: int, *, greedy: bool = False) -> list[Request]:
+    """Three, one more than there are slots, so that one slot is used twice."""
+    return text_requests(load_text(), 3, longest_prompt=330, new_tokens=12, seed=seed, greedy=greedy)
+
+
+@functools.cache
+def exact_server(seed: int) -> Server:
+    """One server for many tests, which thereby also use its slots and blocks again and again."""
+    return make_server(EXACT, seed)
+
+
+@functools.cache
+def exact_run(seed: int) -> tuple[Served, ...]:
+    return tuple(exact_server(seed).serve(make_requests(seed)))
+
+
+def check(server: Server, served: Sequence[Served], weights: StackWeights | None = None) -> Verification:
+    """What verification finds; with other weights than the server's if they are given."""
+    schema = server.schema
+    weights = server.weights if weights is None else weights
+    result = verify(weights, schema.spec, schema.formats, served, max_context=schema.max_context)
+    print(result)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("formats", "implementation"),
+    [
+        (EXACT, "native"),
+        (CacheFormats(), "native"),
+        (CacheFormats("bf16", "fp8", "bf16", indexer_hadamard=True), "native"),
+        (CacheFormats(), "reference"),
+    ],
+    ids=["exact", "default", "hadamard", "default-reference"],
+)
+def test_cached_model_agrees_with_full_context(formats, implementation, seed):
+    """Chunked prefill mixed with decode, a slot that is used twice, any format: the same logits as without a cache."""
+    server = make_server(formats, seed, implementation=implementation)
+    result = check(server, server.serve(make_requests(seed)))
+    assert result.positions >= 3 * 12
+    assert result.passed
+
+
+@pytest.mark.parametrize("chunk", [2, 1000], ids=["token_by_token", "one_shot"])
+def test_logits_do_not_depend_on_the_chunks(chunk, seed):
+    """Token by token, or all prompts at once: the last logits are those of the run in ragged chunks."""
+    served = make_server(EXACT, seed, chunk=chunk).serve(make_requests(seed))
+    for one, other in zip(served, exact_run(seed), strict=True):
+        assert one.tokens == other.tokens
+        np.testing.assert_allclose(_last_logits(one), _last_logits(other), rtol=0, atol=1e-4)
+
+
+def _last_logits(one) -> np.ndarray:
+    record = one.steps[-1]
+    return np.asarray(record.logits)[record.row]
+
+
+def test_requests_are_kept_apart(seed):
+    """A request served alone says what it says in company."""
+    served = exact_run(seed)
+    assert len({one.slot for one in served}) == 2  # so the third request came into a used slot
+    (alone,) = make_server(EXACT, seed).serve([served[2].request])
+    np.testing.assert_allclose(_last_logits(alone), _last_logits(served[2]), rtol=0, atol=1e-4)
+
+
+def test_greedy_tokens_are_the_likeliest(seed):
+    for one in exact_server(seed).serve(make_requests(seed, greedy=True)):
+        prompt = len(one.request.prompt)
+        logits = {record.first + record.count - 1: np.asarray(record.logits)[record.row] for record in one.steps}
+        assert len(one.tokens) == one.total
+        for position in range(prompt, one.total):
+            assert one.tokens[position] == logits[position - 1].argmax()
+
+
+def test_one_compilation_per_bucket(seed):
+    exact_run(seed)
+    assert dict(exact_server(seed).compiles) == {2: 1, 96: 1}
+
+
+@pytest.mark.parametrize("component", ["csa_entries", "window", "csa_tail", "hca_tail", "csa_keys"])
+def test_verification_sees_what_was_lost(component, seed, monkeypatch):
+    """A row of a tail or window, or a few entries or keys, lost between two steps, are found."""
+    server = exact_server(seed)
+    run, steps = server._step, 0
+
+    def losing(weights, cache, plan, tokens):
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            slot, start = int(plan.request_slot[0]), int(plan.request_start[0])
+            assert start % 128 >= 2  # a window is open in every tail
+            pool = getattr(cache, component)
+            where = {
+                "window": (1, slot, (start - 1) % 128),
+                "csa_entries": (0, cache.block_table[slot, 0], slice(8)),
+                "csa_keys": (0, cache.block_table[slot, 0], slice(8)),
+                "csa_tail": (0, slot, 0, (start - 1) % 8),
+                "hca_tail": (0, slot, 0, (start - 1) % 128),
+            }[component]
+            cache = dataclasses.replace(cache, **{component: pool.at[where].set(0)})
+        return run(weights, cache, plan, tokens)
+
+    monkeypatch.setattr(server, "_step", losing)
+    assert not check(server, server.serve(make_requests(seed))).passed
+
+
+@pytest.mark.parametrize("leaf", ["sinks", "ape", "index_ape", "row_norm", "entry_norm", "index_head"])
+def test_every_weight_has_an_effect(leaf, seed):
+    """A model that leaves a weight out is not the same model: verification against it fails."""
+    server = exact_server(seed)
+    weights, layer = server.weights, server.weights.layers[1]
+    compressor, indexer = layer.compressor, layer.indexer
+    changed = {
+        "sinks": layer._replace(sinks=jnp.full_like(layer.sinks, -1e9)),
+        "ape": layer._replace(compressor=compressor._replace(ape=jnp.zeros_like(compressor.ape))),
+        "index_ape": layer._replace(
+            indexer=indexer._replace(keys=indexer.keys._replace(ape=jnp.zeros_like(indexer.keys.ape)))
+        ),
+        "row_norm": layer._replace(row_norm=jnp.ones_like(layer.row_norm)),
+        "entry_norm": layer._replace(compressor=compressor._replace(norm=jnp.ones_like(compressor.norm))),
+        "index_head": layer._replace(indexer=indexer._replace(head=jnp.ones_like(indexer.head))),
+    }[leaf]
+    other = weights._replace(layers=(weights.layers[0], changed, *weights.layers[2:]))
+    assert not check(server, exact_run(seed), other).passed
+
+
+@pytest.mark.parametrize("defect", ["repeated", "missing", "future"])
+def test_verification_sees_an_impossible_choice(defect, seed):
+    one = exact_run(seed)[0]
+    record = one.steps[-1]
+    selected = np.array(record.selected)
+    chosen = selected[0, record.column]
+    assert (chosen >= 0).all()  # by the end there are more entries than the indexer may choose
+    chosen[0] = {"repeated": chosen[1], "missing": -1, "future": one.total // 4}[defect]
+    steps = [*one.steps[:-1], record._replace(selected=selected)]
+    result = check(exact_server(seed), [dataclasses.replace(one, steps=steps)])
+    assert result.malformed == 1
+    assert not result.passed
+
+
+def test_verification_sees_nan(seed):
+    one, *others = exact_run(seed)
+    steps = [one.steps[0]._replace(logits=np.full_like(one.steps[0].logits, np.nan)), *one.steps[1:]]
+    assert not check(exact_server(seed), [dataclasses.replace(one, steps=steps), *others]).passed
+
+
+def test_text_requests(tmp_path, seed):
+    """Each request reads on from its own place, and from the start again after the end."""
+    path = tmp_path / "text"
+    path.write_bytes(bytes(range(100)))
+    requests = text_requests(load_text(path), 4, longest_prompt=70, new_tokens=50, seed=seed)
+    for index, request in enumerate(requests):
+        assert 30 <= len(request.prompt) <= 70
+        tokens = np.concatenate([request.prompt, request.continuation])
+        np.testing.assert_array_equal(tokens, (25 * index + np.arange(len(tokens))) % 100)
+        assert len(request.continuation) == request.new_tokens == 50
+
+
+def test_empty_text_is_refused(tmp_path):
+    path = tmp_path / "empty"
+    path.touch()
+    with pytest.raises(ValueError, match="empty"):
+        load_text(path)

@@ -83,8 +83,12 @@ def decode(
     spec = tiny_spec()
     formats = CacheFormats(entries.value, window.value, indexer.value, indexer_hadamard=hadamard)
     weights = init_weights(spec, seed)
+    try:
+        read = load_text(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--text") from error
     work = text_requests(
-        load_text(text),
+        read,
         requests,
         longest_prompt=prompt_tokens,
         new_tokens=new_tokens,
@@ -181,7 +185,7 @@ def _verification_table(result: Verification) -> Table:
     table.add_row("largest logit difference", f"{result.difference:.3g}", "")
     table.add_row("  relative to the largest logit", f"{result.relative:.3g}", f"{result.logit_tolerance:.3g}")
     table.add_row("entries chosen by the indexer", f"{result.chosen:,}", "")
-    table.add_row("  that would not be chosen without a cache", f"{result.flips:,}", "")
+    table.add_row("  that would not be chosen without a cache", f"{result.flips:,}", f"{result.flip_tolerance:,}")
     table.add_row("  by how much they score lower, at most", f"{result.gap:.3g}", f"{result.score_tolerance:.3g}")
     table.add_row("tokens with an impossible choice", f"{result.malformed}", "0")
     return table

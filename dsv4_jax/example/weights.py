@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsv4_jax import LayerKind, ModelSpec
 
@@ -14,12 +14,12 @@ VOCABULARY = 256  # a token is a byte
 
 
 class CompressorWeights(NamedTuple):
-    """Makes entries of ``d`` channels; ``c`` is 2d for CSA (overlap half, then current half) and d for HCA."""
+    """Makes entries of d channels; c is 2d for CSA (overlap half, then current half) and d for HCA. All is fp32."""
 
     kv: jax.Array  # [hidden, c]
     gate: jax.Array  # [hidden, c]
-    ape: jax.Array  # [ratio, c] fp32, added to the gate by position within the window
-    norm: jax.Array  # [d] fp32
+    ape: jax.Array  # [ratio, c] added to the gate by position within the window
+    norm: jax.Array  # [d]
 
 
 class IndexerWeights(NamedTuple):
@@ -33,11 +33,11 @@ class IndexerWeights(NamedTuple):
 class LayerWeights(NamedTuple):
     """One attention layer; the compressor is None in SWA layers, the indexer in all but CSA layers."""
 
-    norm: jax.Array  # [hidden] fp32
+    norm: jax.Array  # [hidden]
     query: jax.Array  # [hidden, heads, 512]
     row: jax.Array  # [hidden, 512], the one row that serves as key and value
-    row_norm: jax.Array  # [512] fp32
-    sinks: jax.Array  # [heads] fp32
+    row_norm: jax.Array  # [512]
+    sinks: jax.Array  # [heads]
     output: jax.Array  # [heads, 512, hidden]
     compressor: CompressorWeights | None
     indexer: IndexerWeights | None
@@ -48,23 +48,23 @@ class StackWeights(NamedTuple):
 
     embedding: jax.Array  # [256, hidden]
     layers: tuple[LayerWeights, ...]
-    norm: jax.Array  # [hidden] fp32
+    norm: jax.Array  # [hidden]
     unembedding: jax.Array  # [hidden, 256]
 
 
-def init_weights(spec: ModelSpec, seed: int, dtype: jnp.dtype = jnp.float32) -> StackWeights:
-    """Random weights for ``spec``: projections in ``dtype``, norms, sinks and position embeddings in fp32.
+def init_weights(spec: ModelSpec, seed: int) -> StackWeights:
+    """Random fp32 weights for ``spec``, the same on every platform.
 
     Scales are chosen so that everything has an effect of order one on the logits: an attention that ignored its
     sinks, its compressor's position embeddings or its entries would be seen.
     """
-    keys = _keys(seed)
+    rng = np.random.default_rng(seed)
 
     def normal(*shape: int, fan_in: int = 1, gain: float = 1.0) -> jax.Array:
-        return (gain * fan_in**-0.5 * jax.random.normal(next(keys), shape)).astype(dtype)
+        return jnp.asarray(gain * fan_in**-0.5 * rng.standard_normal(shape), jnp.float32)
 
     def near_one(width: int) -> jax.Array:
-        return 1.0 + 0.25 * jax.random.normal(next(keys), (width,))
+        return 1.0 + 0.25 * normal(width)
 
     hidden, heads = spec.hidden_size, spec.num_heads
 
@@ -72,7 +72,7 @@ def init_weights(spec: ModelSpec, seed: int, dtype: jnp.dtype = jnp.float32) -> 
         return CompressorWeights(
             kv=normal(hidden, columns, fan_in=hidden),
             gate=normal(hidden, columns, fan_in=hidden),
-            ape=jax.random.normal(next(keys), (ratio, columns)),
+            ape=normal(ratio, columns),
             norm=near_one(width),
         )
 
@@ -92,7 +92,7 @@ def init_weights(spec: ModelSpec, seed: int, dtype: jnp.dtype = jnp.float32) -> 
             query=normal(hidden, heads, spec.head_dim, fan_in=hidden),
             row=normal(hidden, spec.head_dim, fan_in=hidden),
             row_norm=near_one(spec.head_dim),
-            sinks=jax.random.normal(next(keys), (heads,)),
+            sinks=normal(heads),
             # An average over a hundred rows is small: the gain brings it back to the size of the residual stream.
             output=normal(heads, spec.head_dim, hidden, fan_in=heads * spec.head_dim, gain=4.0),
             compressor=main,
@@ -105,10 +105,3 @@ def init_weights(spec: ModelSpec, seed: int, dtype: jnp.dtype = jnp.float32) -> 
         norm=near_one(hidden),
         unembedding=normal(hidden, VOCABULARY, fan_in=hidden),
     )
-
-
-def _keys(seed: int) -> Iterator[jax.Array]:
-    key = jax.random.key(seed)
-    while True:
-        key, used = jax.random.split(key)
-        yield used

@@ -77,7 +77,7 @@ def append_tail(
     """
     layers, slots, _, _, width = tail.shape
     token = all_tokens(plan, slots)
-    kv, score = to_float32(kv), to_float32(gate) + ape[token.position % ratio]
+    kv, score = to_float32(kv), to_float32(gate) + jnp.asarray(ape)[token.position % ratio]
     places = [(current_row, current_survives, slice(-width, None))]
     if kv.shape[1] > width:
         places.append((overlap_row, overlap_survives, slice(None, width)))

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.plan import StepPlan
-from dsv4_jax.reference.geometry import CLEARED_SCORE
 from dsv4_jax.reference.pages import in_range
+from dsv4_jax.schema import EMPTY_SCORE
 
 
 def begin_step(
@@ -42,7 +42,7 @@ def begin_step(
     tails = []
     for tail in (csa_tail, key_tail, hca_tail):
         cleared = tail.at[:, reset, 0].set(0.0, mode="drop")
-        tails.append(cleared.at[:, reset, 1].set(CLEARED_SCORE, mode="drop"))
+        tails.append(cleared.at[:, reset, 1].set(EMPTY_SCORE, mode="drop"))
 
     slot, index = jnp.asarray(plan.table_slot), jnp.asarray(plan.table_index)
     valid = in_range(slot, slots) & in_range(index, max_blocks)

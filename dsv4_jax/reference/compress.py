@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.plan import StepPlan
-from dsv4_jax.reference.geometry import CLEARED_SCORE, Tokens, current_row, overlap_row, overlap_rows, tokens_at
+from dsv4_jax.reference.geometry import Tokens, current_row, overlap_row, overlap_rows, tokens_at
 from dsv4_jax.reference.pages import in_range
 from dsv4_jax.reference.scalars import to_float32
 from dsv4_jax.rotary import Rotary, apply_rotary
+from dsv4_jax.schema import EMPTY_SCORE
 
 
 def compress(
@@ -55,8 +56,8 @@ def compress(
     index = jnp.asarray(plan.closing(ratio))
     closing = tokens_at(plan, index, slots)
     valid = closing.valid & in_range(layer, layers)
-    row_kv, row_score = _window_rows(tail, to_float32(kv), to_float32(gate), ape, index, closing, layer, ratio)
-    entries = _softmax_pool(row_kv, row_score)
+    kv, gate, ape = to_float32(kv), to_float32(gate), jnp.asarray(ape)
+    entries = _softmax_pool(*_window_rows(tail, kv, gate, ape, index, closing, layer, ratio))
     entries = _rms_norm(entries, norm_weight, eps)
     entries = apply_rotary(entries, Rotary(cos, sin))
     if hadamard:
@@ -114,7 +115,7 @@ def _window_rows(
     from_step = (position >= closing.start[:, None])[..., None]
     exists = (position >= 0)[..., None]
     row_kv = jnp.where(exists, jnp.where(from_step, step_kv, tail_kv), 0.0)
-    row_score = jnp.where(exists, jnp.where(from_step, step_score, tail_score), CLEARED_SCORE)
+    row_score = jnp.where(exists, jnp.where(from_step, step_score, tail_score), EMPTY_SCORE)
     return row_kv, row_score
 
 

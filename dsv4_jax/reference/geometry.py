@@ -19,8 +19,6 @@ import jax.numpy as jnp
 from dsv4_jax.plan import BLOCK_TOKENS, StepPlan
 
 CSA_RATIO = 4
-CLEARED_SCORE = -1e9
-"""The score of a tail row that holds nothing: its weight in any softmax is zero, and no NaN can come of it."""
 
 
 class Tokens(NamedTuple):

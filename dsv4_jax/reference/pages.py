@@ -62,7 +62,8 @@ def write_rows(
     valid = valid & in_range(layer, layers) & in_range(page, pages)
     page = jnp.where(valid, page, pages)  # past the end and dropped; a negative index would wrap
     if not vector_format.quantized:
-        return pool.at[layer, page, row].set(cast(rows, vector_format.dtype), mode="drop")
+        bits = _as_bits(pool).at[layer, page, row].set(_as_bits(cast(rows, vector_format.dtype)), mode="drop")
+        return lax.bitcast_convert_type(bits, pool.dtype)
     stored = encode(to_float32(rows), vector_format)
     for part, at in zip(stored, _offsets(row, rows_per_page, vector_format), strict=True):
         pool = pool.at[layer, page[:, None], at[:, None] + jnp.arange(part.shape[1])].set(part, mode="drop")
@@ -96,6 +97,11 @@ def read_rows(
         scales = _read_bytes(pool, layer, page, scales_at, vector_format.scale_bytes)
         rows = cast(decode(data, scales, vector_format), dtype)
     return jnp.where(valid[:, None], rows, 0), valid
+
+
+def _as_bits(x: jax.Array) -> jax.Array:
+    """bf16 as uint16: XLA's CPU scatters bf16 by way of fp32, the whole pool there and back, and changes NaNs."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
 
 
 def _offsets(row: jax.Array, rows_per_page: int, vector_format: VectorFormat) -> tuple[jax.Array, jax.Array]:

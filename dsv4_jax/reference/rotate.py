@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.plan import StepPlan
-from dsv4_jax.reference.geometry import CLEARED_SCORE, all_requests, tail_rows, tail_rows_in_use
+from dsv4_jax.reference.geometry import all_requests, tail_rows, tail_rows_in_use
 from dsv4_jax.reference.pages import in_range
+from dsv4_jax.schema import EMPTY_SCORE
 
 
 def rotate(tail: jax.Array, plan: StepPlan, layer: jax.Array | int, *, ratio: int) -> jax.Array:
@@ -32,4 +33,4 @@ def rotate(tail: jax.Array, plan: StepPlan, layer: jax.Array | int, *, ratio: in
     slot = jnp.where(clear, request.slot[:, None], slots)
     row = jnp.arange(tail_rows(ratio))
     tail = tail.at[layer, slot, 0, row].set(0.0, mode="drop")
-    return tail.at[layer, slot, 1, row].set(CLEARED_SCORE, mode="drop")
+    return tail.at[layer, slot, 1, row].set(EMPTY_SCORE, mode="drop")

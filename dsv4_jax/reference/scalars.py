@@ -51,7 +51,7 @@ def numbers_in(data: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def to_float32(x: jax.Array) -> jax.Array:
     """fp32 or bf16 numbers as fp32, exactly."""
     if x.dtype == jnp.float32:
-        return x
+        return jnp.asarray(x)
     return float_of(lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16)
 
 

@@ -1,0 +1,199 @@
+"""Drives a cache with given projections: what every request's tokens bring, fed in steps of any shape."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv4_jax import (
+    Cache,
+    CacheFormats,
+    CacheManager,
+    CacheSchema,
+    CompressorInputs,
+    LayerCache,
+    LayerKind,
+    ModelSpec,
+    StepPlan,
+    begin_step,
+    closing_rotary,
+    init_cache,
+    tiny_spec,
+)
+
+Arrays = dict[str, np.ndarray]
+
+SPEC = dataclasses.replace(tiny_spec(), layers=tiny_spec().layers[:3])
+"""One layer of each kind: SWA, CSA, HCA."""
+
+POOLS = (
+    "window",
+    "window_positions",
+    "csa_entries",
+    "csa_keys",
+    "hca_entries",
+    "csa_tail",
+    "key_tail",
+    "hca_tail",
+)
+
+
+def columns(kind: LayerKind) -> dict[str, int]:
+    """Columns of what a layer's tokens bring, by name."""
+    of_kind = {
+        LayerKind.SWA: {},
+        LayerKind.CSA: {"kv": 1024, "gate": 1024, "index_kv": 256, "index_gate": 256},
+        LayerKind.HCA: {"kv": 512, "gate": 512},
+    }
+    return {"rows": 512, **of_kind[kind]}
+
+
+def random_weights(rng: np.random.Generator, spec: ModelSpec = SPEC) -> list[Arrays]:
+    """Position biases and norm weights of every layer, each with an effect of order one."""
+    weights = []
+    for layer in spec.layers:
+        made = {}
+        for prefix, width in (("", 512), ("index_", 128)):
+            wanted = columns(layer.kind).get(f"{prefix}kv")
+            if wanted:
+                made[f"{prefix}ape"] = rng.normal(size=(layer.kind.ratio, wanted)).astype(np.float32)
+                made[f"{prefix}norm"] = (1 + 0.2 * rng.normal(size=width)).astype(np.float32)
+        weights.append(made)
+    return weights
+
+
+def random_tokens(rng: np.random.Generator, tokens: int, dtype=np.float32, spec: ModelSpec = SPEC) -> list[Arrays]:
+    """What `tokens` tokens bring to every layer."""
+    return [
+        {name: rng.normal(size=(tokens, width)).astype(dtype) for name, width in columns(layer.kind).items()}
+        for layer in spec.layers
+    ]
+
+
+def inputs_of(plan: StepPlan, spec: ModelSpec, layer: int, weights: Arrays, brought: Mapping[str, jax.Array], prefix=""):
+    """A layer's compressor (or, with prefix "index_", indexer) inputs, None if it has none."""
+    if f"{prefix}kv" not in brought:
+        return None
+    kind = spec.layers[layer].kind
+    return CompressorInputs(
+        brought[f"{prefix}kv"],
+        brought[f"{prefix}gate"],
+        jnp.asarray(weights[f"{prefix}ape"]),
+        jnp.asarray(weights[f"{prefix}norm"]),
+        closing_rotary(plan, kind.ratio, spec.layers[layer].rope),
+    )
+
+
+def update(cache: Cache, plan: StepPlan, weights: Sequence[Arrays], brought, *, implementation="native") -> Cache:
+    """One step: every layer's writes."""
+    cache = begin_step(cache, plan, implementation=implementation)
+    for layer, arrays in enumerate(brought):
+        handle = LayerCache(cache, plan, layer, implementation)
+        spec = cache.schema.spec
+        compressor = inputs_of(plan, spec, layer, weights[layer], arrays)
+        indexer = inputs_of(plan, spec, layer, weights[layer], arrays, "index_")
+        cache = handle.update(arrays["rows"], compressor, indexer).cache
+    return cache
+
+
+def update_one_by_one(cache: Cache, plan: StepPlan, weights, brought, *, implementation="native") -> Cache:
+    """The same step in the order append, compress, flush, rotate; for steps of one token per request."""
+    cache = begin_step(cache, plan, implementation=implementation)
+    for layer, arrays in enumerate(brought):
+        handle = LayerCache(cache, plan, layer, implementation)
+        compressor = inputs_of(plan, cache.schema.spec, layer, weights[layer], arrays)
+        indexer = inputs_of(plan, cache.schema.spec, layer, weights[layer], arrays, "index_")
+        handle = handle.append(arrays["rows"], compressor, indexer)
+        if compressor is not None:
+            handle, entries = handle.compress(compressor)
+            handle = handle.flush(entries)
+        if indexer is not None:
+            handle, keys = handle.compress_keys(indexer)
+            handle = handle.flush_keys(keys)
+        cache = handle.rotate().cache
+    return cache
+
+
+class Driver:
+    """A cache, its manager, and sequences that are fed to it by request."""
+
+    def __init__(
+        self,
+        weights: Sequence[Arrays],
+        formats: CacheFormats,
+        *,
+        slots: int = 3,
+        blocks: int = 32,
+        max_context: int = 1024,
+        slack: int = 0,
+        buckets: Sequence[int] = (1, 3, 16, 64, 256, 1024),
+        implementation: str = "native",
+        step=update,
+    ):
+        self.schema = CacheSchema(SPEC, formats, slots, blocks, max_context, slack)
+        self.manager = CacheManager(self.schema, token_buckets=buckets)
+        self.cache = init_cache(self.schema)
+        self.weights = weights
+        self._step = jax.jit(functools.partial(step, implementation=implementation), donate_argnums=0)
+        self.sequences: dict[int, list[Arrays]] = {}
+
+    def admit(self, sequence: list[Arrays]) -> int:
+        """A new request that will bring the tokens of `sequence`."""
+        request = self.manager.admit()
+        self.sequences[request] = sequence
+        return request
+
+    def release(self, request: int) -> None:
+        """Gives the request's slot and blocks back."""
+        self.manager.release(request)
+        del self.sequences[request]
+
+    def feed(self, counts: Mapping[int, int]) -> StepPlan:
+        """One step that brings `counts` tokens of each request."""
+        starts = {request: self.manager.length(request) for request in counts}
+        plan = self.manager.prepare_forward(counts)
+        brought = self._brought(starts, counts, plan.layout.tokens)
+        self.cache = self._step(self.cache, plan, self.weights, brought)
+        return plan
+
+    def _brought(self, starts: Mapping[int, int], counts: Mapping[int, int], tokens: int) -> list[dict[str, jax.Array]]:
+        # Flat, in the plan's order; padding is poisoned with NaN.
+        layers = []
+        for layer in range(len(SPEC.layers)):
+            arrays = {}
+            for name in next(iter(self.sequences.values()))[layer]:
+                parts = [self.sequences[r][layer][name][starts[r] : starts[r] + n] for r, n in counts.items()]
+                flat = np.concatenate(parts)
+                padding = np.full((tokens - len(flat), flat.shape[1]), np.nan, flat.dtype)
+                arrays[name] = jnp.asarray(np.concatenate([flat, padding]))
+            layers.append(arrays)
+        return layers
+
+    def stored(self, request: int) -> dict[str, np.ndarray]:
+        """Every stored byte of one request, in the order of its context, wherever its slot and blocks lie."""
+        slot, blocks = self.manager.slot(request), np.asarray(self.manager.blocks(request))
+        arrays = {name: np.asarray(getattr(self.cache, name)) for name in POOLS}
+        by_block = {"csa_entries", "csa_keys", "hca_entries"}
+        return {name: a[:, blocks] if name in by_block else a[:, slot] for name, a in arrays.items()}
+
+
+def random_chunks(rng: np.random.Generator, total: int, largest: int) -> list[int]:
+    """Step sizes that add up to `total`, many of them one."""
+    chunks = []
+    while (left := total - sum(chunks)) > 0:
+        size = 1 if rng.random() < 0.3 else int(rng.integers(1, largest + 1))
+        chunks.append(min(size, left))
+    return chunks
+
+
+def assert_same_bytes(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray], what: str) -> None:
+    """Bit-equality of two sets of arrays."""
+    for name, array in left.items():
+        other = right[name]
+        assert array.shape == other.shape, f"{what}: {name} {array.shape} and {other.shape}"
+        if array.tobytes() != other.tobytes():
+            differing = np.argwhere(array.view(np.uint8) != other.view(np.uint8))
+            raise AssertionError(f"{what}: {name} differs in {len(differing)} bytes, first at {differing[0].tolist()}")

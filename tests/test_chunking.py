@@ -1,0 +1,117 @@
+"""How a prompt is cut into steps must not show: stored bytes are equal for every chunking, order of ops and neighbour."""
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from harness import Driver, assert_same_bytes, random_chunks, random_tokens, random_weights, update_one_by_one
+
+from dsv4_jax import PROFILES, CacheFormats
+
+TOKENS = 300  # more than two rings and two HCA windows
+FORMATS = {
+    "exact": PROFILES["exact"],
+    "default": CacheFormats(),
+    "compact": PROFILES["compact"],
+    "flashmla": PROFILES["flashmla"],
+}
+
+
+@pytest.fixture(params=[np.float32, ml_dtypes.bfloat16], ids=["fp32", "bf16"])
+def dtype(request):
+    return request.param
+
+
+def _feed(driver: Driver, request: int, chunks: list[int]) -> None:
+    for count in chunks:
+        driver.feed({request: count})
+
+
+def _one_shot(weights, formats, sequence) -> dict[str, np.ndarray]:
+    driver = Driver(weights, formats)
+    request = driver.admit(sequence)
+    driver.feed({request: len(sequence[0]["rows"])})
+    return driver.stored(request)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_chunking_stores_the_same_bytes(device, rng, dtype, name):
+    weights, sequence = random_weights(rng), random_tokens(rng, TOKENS, dtype)
+    expected = _one_shot(weights, FORMATS[name], sequence)
+    driver = Driver(weights, FORMATS[name])
+    for what, chunks in (
+        ("chunks around the ring", [127, 2, 128, 43]),
+        ("random chunks", random_chunks(rng, TOKENS, 90)),
+        ("decode only", [1] * TOKENS),
+    ):
+        request = driver.admit(sequence)
+        _feed(driver, request, chunks)
+        assert_same_bytes(expected, driver.stored(request), f"{what} {chunks[:20]}")
+        driver.release(request)  # the next one starts in a used slot and used blocks
+
+
+def test_append_first_and_append_last_store_the_same_bytes(device, rng):
+    weights, sequence = random_weights(rng), random_tokens(rng, TOKENS)
+    expected = _one_shot(weights, CacheFormats(), sequence)
+    driver = Driver(weights, CacheFormats(), step=update_one_by_one)
+    request = driver.admit(sequence)
+    _feed(driver, request, [1] * TOKENS)
+    assert_same_bytes(expected, driver.stored(request), "append, compress, flush, rotate")
+
+
+def test_requests_are_kept_apart(device, rng):
+    weights = random_weights(rng)
+    sequences = [random_tokens(rng, TOKENS) for _ in range(3)]
+    expected = [_one_shot(weights, CacheFormats(), sequence) for sequence in sequences]
+    driver = Driver(weights, CacheFormats(), slots=3)
+    requests = [driver.admit(sequence) for sequence in sequences]
+    while any(driver.manager.length(request) < TOKENS for request in requests):
+        counts = {}
+        for request in rng.permutation(requests).tolist():
+            left = TOKENS - driver.manager.length(request)
+            if left and rng.random() < 0.8:
+                counts[request] = int(rng.integers(1, min(left, 80) + 1)) if rng.random() < 0.5 else 1
+        if counts:
+            driver.feed(counts)
+    for index, request in enumerate(requests):
+        assert_same_bytes(expected[index], driver.stored(request), f"request {index}")
+
+
+def test_a_reused_slot_and_block_show_nothing_of_their_former_owner(device, rng):
+    weights, sequence = random_weights(rng), random_tokens(rng, TOKENS)
+    short = [{name: array[:6] for name, array in layer.items()} for layer in sequence]
+    expected = _one_shot(weights, CacheFormats(), short)
+    driver = Driver(weights, CacheFormats(), slots=1, blocks=3)
+    first = driver.admit(random_tokens(rng, TOKENS))
+    driver.feed({first: TOKENS})
+    # Whatever is left in blocks is poison; slots are reset when the next owner's first step begins.
+    driver.cache = jax.tree.map(lambda pool: pool.at[...].set(255) if pool.dtype == np.uint8 else pool, driver.cache)
+    driver.release(first)
+    second = driver.admit(short)
+    driver.feed({second: 6})
+    stored = driver.stored(second)
+    per_slot = [name for name in expected if name not in ("csa_entries", "csa_keys", "hca_entries", "window")]
+    assert_same_bytes({name: expected[name] for name in per_slot}, stored, "second owner")
+    assert stored["window_positions"][0, :6].tolist() == [0, 1, 2, 3, 4, 5]
+    assert (stored["window_positions"][:, 6:] == -1).all()
+
+
+def test_truncate_to_a_remembered_length_goes_on_as_if_the_rest_had_not_been(device, rng):
+    weights = random_weights(rng)
+    kept, dropped = random_tokens(rng, TOKENS), random_tokens(rng, 3)
+    expected = _one_shot(weights, CacheFormats(), kept)
+    driver = Driver(weights, CacheFormats(), slack=4)
+    at = 132  # a multiple of 4: three more tokens leave the same windows open
+    detour = [
+        {name: np.concatenate([array[:at], other[name], array[at + 3 :]]) for name, array in layer.items()}
+        for layer, other in zip(kept, dropped, strict=True)
+    ]
+    request = driver.admit(detour)
+    driver.feed({request: at})
+    driver.feed({request: 3})
+    driver.manager.truncate(request, at)
+    driver.sequences[request] = kept
+    _feed(driver, request, random_chunks(rng, TOKENS - at, 50))
+    stored = driver.stored(request)
+    rings = ("window", "window_positions")  # of another size here
+    assert_same_bytes({n: a for n, a in expected.items() if n not in rings}, stored, "after truncate")

@@ -1,0 +1,365 @@
+"""Every op three ways: the CPU handler against the jnp definition, and CUDA against the CPU handler, bit for bit.
+
+Operands are random, pools are full of random bytes, and some indices point nowhere. `compress` agrees with the
+definition within fp32 rounding; everything else, and CUDA with the CPU, to the bit.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dsv4_jax import OperandError, deepseek_v4_pro, ops, reference
+from dsv4_jax.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
+from dsv4_jax.plan import PlanLayout, build_plan
+from dsv4_jax.rotary import inverse_frequencies
+
+SLOTS, BLOCKS, MAX_BLOCKS, LAYERS, RING = 5, 40, 8, 3, 128
+LAYOUT = PlanLayout(tokens=600, requests=5)
+WIDTHS = {"main": 512, "indexer": 128}
+ROPE = deepseek_v4_pro().layers[2].rope
+
+
+@pytest.fixture(params=["reference", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.sanitize])])
+def other(request):
+    """Runs an op another way than through the CPU handlers: (function of an op's name -> its results)."""
+
+    def run(name, *operands, **attributes):
+        if request.param == "reference":
+            return jax.jit(functools.partial(getattr(reference, name), **attributes))(*operands)
+        with jax.default_device(jax.devices("gpu")[0]):
+            return native(name, *operands, **attributes)
+
+    run.kind = request.param
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu():
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+def native(name, *operands, **attributes):
+    return jax.jit(functools.partial(getattr(ops, name), **attributes))(*operands)
+
+
+def assert_same(left, right, what=""):
+    left, right = jax.tree.leaves(left), jax.tree.leaves(right)
+    assert len(left) == len(right)
+    for index, (a, b) in enumerate(zip(left, right, strict=True)):
+        a, b = np.asarray(a), np.asarray(b)
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert a.tobytes() == b.tobytes(), f"{what} result {index}: {np.count_nonzero(a != b)} elements differ"
+
+
+def random_plan(rng, *, astray=True):
+    """A step of random requests; some of its slots, positions and blocks point nowhere."""
+    requests = int(rng.integers(1, LAYOUT.requests + 1))
+    slots = rng.permutation(SLOTS)[:requests]
+    counts = np.where(rng.random(requests) < 0.4, 1, rng.integers(1, 121, requests))
+    starts = rng.integers(0, 500, requests) * rng.integers(0, 2, requests)
+    changes = (rng.integers(-2, SLOTS + 2, 4), np.arange(4) * 2, rng.integers(0, BLOCKS, 4))
+    packed = build_plan(LAYOUT, slots, starts, counts, starts == 0, changes).packed.copy()
+    if astray and requests > 1:
+        fields = {name: packed[where] for name, where in LAYOUT.fields.items()}
+        lost = slots[0]
+        nowhere = rng.choice([SLOTS, SLOTS + 100, -9])
+        fields["token_slot"][fields["token_slot"] == lost] = nowhere
+        fields["request_slot"][0] = nowhere
+        closing = fields["closing_4"]
+        closing[-1] = rng.choice([LAYOUT.tokens, 10**6, -3])
+    plan = build_plan(LAYOUT, [], [], [])
+    return type(plan)(packed, LAYOUT)
+
+
+def random_pool(rng, vector_format, rows, pages=BLOCKS):
+    """A pool full of stored random rows; page padding holds random bytes."""
+    shape = (LAYERS, pages, *vector_format.page_shape(rows))
+    if not vector_format.quantized:
+        return rng.normal(size=shape).astype(vector_format.dtype)
+    pool = rng.integers(0, 256, shape).astype(np.uint8)
+    count = LAYERS * pages * rows
+    page = np.asarray(native("quantize", random_rows(rng, (count, vector_format.width), np.float32), format=vector_format))
+    codes = vector_format.data_bytes * count
+    end = codes + vector_format.scale_bytes * count
+    used = rows * vector_format.data_bytes
+    pool[..., :used] = page[:codes].reshape(LAYERS, pages, used)
+    pool[..., used : rows * vector_format.row_bytes] = page[codes:end].reshape(LAYERS, pages, -1)
+    return pool
+
+
+def random_rows(rng, shape, dtype):
+    """Values over many magnitudes, with zeros and rows of zeros."""
+    values = rng.normal(size=shape) * np.exp2(rng.integers(-20, 10, (*shape[:-1], 1)))
+    values[rng.random(shape) < 0.02] = 0
+    values[0] = 0
+    return values.astype(dtype)
+
+
+def random_table(rng):
+    table = rng.integers(0, BLOCKS, (SLOTS, MAX_BLOCKS)).astype(np.int32)
+    table[rng.random(table.shape) < 0.1] = rng.choice([-1, BLOCKS, -(2**31)])
+    return table
+
+
+def random_tail(rng, ratio, width):
+    return rng.normal(size=(LAYERS, SLOTS, 2, 12 if ratio == 4 else 128, width)).astype(np.float32)
+
+
+def projections(rng, ratio, width, dtype):
+    columns = 2 * width if ratio == 4 else width
+    shape = (LAYOUT.tokens, columns)
+    kv, gate = (rng.normal(size=shape).astype(dtype) for _ in range(2))
+    return kv, gate, rng.normal(size=(ratio, columns)).astype(np.float32)
+
+
+COMPRESSORS = pytest.mark.parametrize(("ratio", "width"), [(4, 512), (4, 128), (128, 512)], ids=["csa", "indexer", "hca"])
+DTYPES = pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["fp32", "bf16"])
+POOLS = [
+    *(pytest.param(4, f, id=f"csa-{f.name}") for f in ENTRY_FORMATS.values()),
+    *(pytest.param(128, f, id=f"hca-{f.name}") for f in ENTRY_FORMATS.values()),
+    *(pytest.param(4, f, id=f"keys-{f.name}") for f in KEY_FORMATS.values()),
+]
+
+
+def test_begin_step(other, rng):
+    table = random_table(rng)
+    positions = rng.integers(-1, 500, (LAYERS, SLOTS, RING)).astype(np.int32)
+    tails = [random_tail(rng, 4, 512), random_tail(rng, 4, 128), random_tail(rng, 128, 512)]
+    plan = random_plan(rng)
+    operands = (table, positions, *tails, plan)
+    results = native("begin_step", *operands)
+    assert_same(results, other("begin_step", *operands))
+    for slot, reset in zip(plan.request_slot, plan.request_reset, strict=True):
+        if reset and 0 <= slot < SLOTS:
+            assert (np.asarray(results[1])[:, slot] == -1).all()
+            for tail in results[2:]:
+                assert (np.asarray(tail)[:, slot, 0] == 0).all()
+                assert (np.asarray(tail)[:, slot, 1] == -1e9).all()
+
+
+@DTYPES
+@pytest.mark.parametrize("name", WINDOW_FORMATS)
+@pytest.mark.parametrize("ring", [RING, RING + 5])
+def test_append_window(other, rng, name, dtype, ring):
+    vector_format = WINDOW_FORMATS[name]
+    window = random_pool(rng, vector_format, ring, SLOTS)
+    positions = rng.integers(-1, 500, (LAYERS, SLOTS, ring)).astype(np.int32)
+    operands = (window, positions, random_rows(rng, (LAYOUT.tokens, 512), dtype), random_plan(rng), 1)
+    assert_same(
+        native("append_window", *operands, format=vector_format), other("append_window", *operands, format=vector_format)
+    )
+
+
+@DTYPES
+@COMPRESSORS
+def test_append_tail(other, rng, ratio, width, dtype):
+    operands = (random_tail(rng, ratio, width), *projections(rng, ratio, width, dtype), random_plan(rng), 2)
+    assert_same(native("append_tail", *operands, ratio=ratio), other("append_tail", *operands, ratio=ratio))
+
+
+@COMPRESSORS
+def test_rotate(other, rng, ratio, width):
+    operands = (random_tail(rng, ratio, width), random_plan(rng), 0)
+    assert_same(native("rotate", *operands, ratio=ratio), other("rotate", *operands, ratio=ratio))
+
+
+@DTYPES
+@COMPRESSORS
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_compress(other, rng, ratio, width, dtype, hadamard):
+    if hadamard and width != 128:
+        pytest.skip("the Hadamard transform is for indexer keys")
+    closing = LAYOUT.closing_size(ratio)
+    angles = rng.integers(0, 10**6, (closing, 1)).astype(np.float32) * inverse_frequencies(ROPE)
+    weight = (1 + 0.2 * rng.normal(size=width)).astype(np.float32)
+    operands = (
+        random_tail(rng, ratio, width),
+        *projections(rng, ratio, width, dtype),
+        weight,
+        np.cos(angles),
+        np.sin(angles),
+        random_plan(rng),
+        1,
+    )
+    attributes = {"ratio": ratio, "eps": 1e-6, "hadamard": hadamard}
+    left, right = native("compress", *operands, **attributes), other("compress", *operands, **attributes)
+    if other.kind == "reference":
+        np.testing.assert_allclose(left[1], right[1], rtol=0, atol=1e-5)
+        assert_same(left[0], right[0])
+    else:
+        assert_same(left, right)
+    assert np.isfinite(np.asarray(left[1])).all()
+
+
+@pytest.mark.parametrize(("ratio", "vector_format"), POOLS)
+def test_flush(other, rng, ratio, vector_format):
+    pool = random_pool(rng, vector_format, 128 // ratio)
+    entries = random_rows(rng, (LAYOUT.closing_size(ratio), vector_format.width), np.float32)
+    # A block belongs to one slot: shared blocks would make two writers meet.
+    table = rng.permutation(BLOCKS).reshape(SLOTS, MAX_BLOCKS).astype(np.int32)
+    table[rng.random(table.shape) < 0.1] = -1
+    operands = (pool, entries, table, random_plan(rng), 2)
+    attributes = {"ratio": ratio, "format": vector_format}
+    assert_same(native("flush", *operands, **attributes), other("flush", *operands, **attributes))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["to_fp32", "to_bf16"])
+@pytest.mark.parametrize(("ratio", "vector_format"), POOLS)
+def test_gather_entries(other, rng, ratio, vector_format, dtype):
+    pool = random_pool(rng, vector_format, 128 // ratio)
+    limit = MAX_BLOCKS * 128 // ratio
+    slots = rng.integers(-2, SLOTS + 2, 7).astype(np.int32)
+    counts = rng.integers(0, limit + 20, 7).astype(np.int32)
+    indices = rng.integers(-3, limit + 9, (7, 33)).astype(np.int32)
+    operands = (pool, random_table(rng), slots, counts)
+    attributes = {"ratio": ratio, "format": vector_format, "dtype": dtype}
+    chosen = native("gather_entries", *operands, indices, 1, **attributes)
+    assert_same(chosen, other("gather_entries", *operands, indices, 1, **attributes), "gather_entries")
+    everything = native("gather_all_entries", *operands, 1, entries=50, **attributes)
+    assert_same(everything, other("gather_all_entries", *operands, 1, entries=50, **attributes), "gather_all_entries")
+    _, rows = chosen
+    outside = (indices < 0) | (indices >= counts[:, None]) | ((slots < 0) | (slots >= SLOTS))[:, None]
+    assert not np.asarray(rows.valid)[outside].any()
+    assert (np.asarray(rows.positions)[outside] == -1).all()
+    assert (np.asarray(rows.values)[outside] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["to_fp32", "to_bf16"])
+@pytest.mark.parametrize("name", WINDOW_FORMATS)
+def test_gather_window(other, rng, name, dtype):
+    vector_format = WINDOW_FORMATS[name]
+    window = random_pool(rng, vector_format, RING, SLOTS)
+    slots = rng.integers(-1, SLOTS + 1, 6).astype(np.int32)
+    last = rng.integers(-1, 400, 6).astype(np.int32)
+    ring_rows = np.arange(RING)
+    newest = 300
+    held = newest - (newest - ring_rows) % RING  # what a ring holds after position 300
+    positions = np.broadcast_to(np.where(rng.random(RING) < 0.9, held, -1), (LAYERS, SLOTS, RING)).astype(np.int32)
+    operands = (window, positions, slots, last, 2)
+    attributes = {"format": vector_format, "dtype": dtype, "rows": 100}
+    left = native("gather_window", *operands, **attributes)
+    assert_same(left, other("gather_window", *operands, **attributes))
+    _, _, rows = left
+    wanted = last[:, None] - 99 + np.arange(100)
+    present = np.isin(wanted, positions[2, 0]) & (wanted >= 0) & ((slots >= 0) & (slots < SLOTS))[:, None]
+    np.testing.assert_array_equal(np.asarray(rows.valid), present)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "vector_format", [*ENTRY_FORMATS.values(), *KEY_FORMATS.values()], ids=lambda f: f"{f.name}-{f.width}"
+)
+def test_quantize_and_dequantize(other, rng, vector_format, dtype):
+    for rows in (1, 2, 37):
+        values = random_rows(rng, (rows, vector_format.width), dtype)
+        page = native("quantize", values, format=vector_format)
+        assert_same(page, other("quantize", values, format=vector_format), "quantize")
+        for back in (jnp.float32, jnp.bfloat16):
+            attributes = {"format": vector_format, "rows": rows, "dtype": back}
+            assert_same(native("dequantize", page, **attributes), other("dequantize", page, **attributes), "dequantize")
+
+
+def test_an_empty_step_changes_nothing(rng):
+    """Padding alone, as an invalid mask: every pool comes back as it was."""
+    plan = build_plan(LAYOUT, [], [], [])
+    table, fp8 = random_table(rng), ENTRY_FORMATS["fp8"]
+    window, positions = random_pool(rng, fp8, RING, SLOTS), rng.integers(0, 9, (LAYERS, SLOTS, RING)).astype(np.int32)
+    tails = [random_tail(rng, 4, 512), random_tail(rng, 4, 128), random_tail(rng, 128, 512)]
+    state = (table, positions, *tails)
+    assert_same(native("begin_step", *state, plan), state)
+    rows = random_rows(rng, (LAYOUT.tokens, 512), np.float32)
+    assert_same(native("append_window", window, positions, rows, plan, 0, format=fp8), (window, positions))
+    for tail, ratio in zip(tails, (4, 4, 128), strict=True):
+        inputs = projections(rng, ratio, tail.shape[-1], np.float32)
+        assert_same(native("append_tail", tail, *inputs, plan, 0, ratio=ratio), tail)
+        assert_same(native("rotate", tail, plan, 0, ratio=ratio), tail)
+    pool = random_pool(rng, fp8, 32)
+    entries = random_rows(rng, (LAYOUT.closing_size(4), 512), np.float32)
+    assert_same(native("flush", pool, entries, table, plan, 0, ratio=4, format=fp8), pool)
+
+
+@pytest.mark.parametrize("layer", [-1, LAYERS, 10**9])
+def test_a_layer_that_is_not_there_writes_nothing(rng, layer):
+    plan, fp8 = random_plan(rng, astray=False), ENTRY_FORMATS["fp8"]
+    window, positions = random_pool(rng, fp8, RING, SLOTS), rng.integers(0, 9, (LAYERS, SLOTS, RING)).astype(np.int32)
+    rows = random_rows(rng, (LAYOUT.tokens, 512), np.float32)
+    assert_same(native("append_window", window, positions, rows, plan, layer, format=fp8), (window, positions))
+    tail = random_tail(rng, 4, 512)
+    assert_same(native("append_tail", tail, *projections(rng, 4, 512, np.float32), plan, layer, ratio=4), tail)
+    assert_same(native("rotate", tail, plan, layer, ratio=4), tail)
+    pool = random_pool(rng, fp8, 32)
+    entries = random_rows(rng, (LAYOUT.closing_size(4), 512), np.float32)
+    table = rng.permutation(BLOCKS).reshape(SLOTS, MAX_BLOCKS).astype(np.int32)
+    assert_same(native("flush", pool, entries, table, plan, layer, ratio=4, format=fp8), pool)
+
+
+MISTAKES = {
+    "rows": ("append_window", {"rows": np.zeros((LAYOUT.tokens, 511), np.float32)}),
+    "rows dtype": ("append_window", {"rows": np.zeros((LAYOUT.tokens, 512), np.float16)}),
+    "positions": ("append_window", {"positions": np.zeros((LAYERS, SLOTS, RING), np.float32)}),
+    "window": ("append_window", {"window": np.zeros((LAYERS, SLOTS, RING * 576), np.uint8)}),
+    "kv": ("append_tail", {"kv": np.zeros((LAYOUT.tokens, 512), np.float32)}),
+    "gate": ("append_tail", {"gate": np.zeros((LAYOUT.tokens, 1024), ml_dtypes.bfloat16)}),
+    "ape": ("append_tail", {"ape": np.zeros((128, 1024), np.float32)}),
+    "tail": ("append_tail", {"tail": np.zeros((LAYERS, SLOTS, 2, 8, 512), np.float32)}),
+    "plan": ("append_tail", {"plan": type(build_plan(LAYOUT, [], [], []))(np.zeros(7, np.int32), LAYOUT)}),
+    "entries": ("flush", {"entries": np.zeros((3, 512), np.float32)}),
+    "block_table": ("flush", {"block_table": np.zeros((SLOTS, MAX_BLOCKS), np.int16)}),
+    "pool": ("flush", {"pool": np.zeros((LAYERS, BLOCKS, 32, 512), np.float32)}),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_operand_is_named_while_tracing(mistake):
+    fp8 = ENTRY_FORMATS["fp8"]
+    plan = build_plan(LAYOUT, [0], [0], [5])
+    right = {
+        "append_window": {
+            "window": np.zeros((LAYERS, SLOTS, *fp8.page_shape(RING)), np.uint8),
+            "positions": np.zeros((LAYERS, SLOTS, RING), np.int32),
+            "rows": np.zeros((LAYOUT.tokens, 512), np.float32),
+            "plan": plan,
+        },
+        "append_tail": {
+            "tail": np.zeros((LAYERS, SLOTS, 2, 12, 512), np.float32),
+            "kv": np.zeros((LAYOUT.tokens, 1024), np.float32),
+            "gate": np.zeros((LAYOUT.tokens, 1024), np.float32),
+            "ape": np.zeros((4, 1024), np.float32),
+            "plan": plan,
+        },
+        "flush": {
+            "pool": np.zeros((LAYERS, BLOCKS, *fp8.page_shape(32)), np.uint8),
+            "entries": np.zeros((LAYOUT.closing_size(4), 512), np.float32),
+            "block_table": np.zeros((SLOTS, MAX_BLOCKS), np.int32),
+            "plan": plan,
+        },
+    }
+    attributes = {"append_window": {"format": fp8}, "append_tail": {"ratio": 4}, "flush": {"ratio": 4, "format": fp8}}
+    op, wrong = MISTAKES[mistake]
+    function = functools.partial(getattr(ops, op), layer=0, **attributes[op])
+    jax.eval_shape(function, **right[op])
+    with pytest.raises(OperandError, match=rf"{op}: {mistake.split()[0]} has"):
+        jax.eval_shape(function, **right[op] | wrong)
+
+
+def test_a_call_that_is_not_aliased_is_refused_by_name(rng):
+    """What a caller of the bare FFI target gets: the handler checks for itself and names the operand."""
+    tail = jnp.asarray(random_tail(rng, 4, 512))
+    plan = build_plan(LAYOUT, [0], [0], [5])
+    unaliased = jax.ffi.ffi_call("dsv4_rotate", jax.ShapeDtypeStruct(tail.shape, tail.dtype))
+    with pytest.raises(Exception, match="dsv4 rotate: tail is updated in place"):
+        jax.block_until_ready(
+            unaliased(
+                tail,
+                plan.packed,
+                np.int32(0),
+                tokens=np.int64(LAYOUT.tokens),
+                requests=np.int64(LAYOUT.requests),
+                ratio=np.int64(4),
+            )
+        )
