@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .errors import AllocatorError, CacheFull
+from dsv4_jax.errors import AllocatorError, CacheFull
 
 
 class BlockAllocator:
@@ -29,14 +29,14 @@ class BlockAllocator:
         return self._stack.size
 
     def allocate(self, count: int) -> NDArray[np.int32]:
-        """Takes `count` blocks.
+        """Takes ``count`` blocks.
 
         Returns:
           int32 [count], distinct block ids.
 
         Raises:
           ValueError: count is negative.
-          CacheFull: fewer than `count` blocks are free; none is taken.
+          CacheFull: fewer than ``count`` blocks are free; none is taken.
         """
         if count < 0:
             raise ValueError(f"count must be at least 0, got {count}")

@@ -52,7 +52,7 @@ class InvalidStep(CacheError):
 
 
 class ContextExceeded(CacheError):
-    """A request would grow beyond the schema's `max_context`.
+    """A request would grow beyond the schema's ``max_context``.
 
     Attributes:
       request, length, count, max_context: the first such request, its length, the tokens asked for, and the limit.
@@ -92,7 +92,7 @@ class CannotTruncate(CacheError):
 
     Attributes:
       request, length, target: the request, its length, and the length asked for.
-      lowest: the lowest length above 0 from which on every length up to `length` is possible; 0 is possible always.
+      lowest: the lowest length above 0 from which on every length up to ``length`` is possible; 0 is possible always.
     """
 
     def __init__(self, request: int, length: int, target: int, lowest: int, reason: str) -> None:

@@ -1,6 +1,6 @@
 """CacheManager: which request has which slot, which blocks and how many tokens, between steps and on the host.
 
-The device never sees a request handle, the host never sees a cache: all that crosses is the `StepPlan` of each step.
+The device never sees a request handle, the host never sees a cache: all that crosses is the ``StepPlan`` of each step.
 What the manager knows of the cache is what the plans it made will have done once they have run, in the order made.
 """
 
@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .allocator import BlockAllocator
-from .config import LayerKind
-from .errors import (
+from dsv4_jax.allocator import BlockAllocator
+from dsv4_jax.config import LayerKind
+from dsv4_jax.errors import (
     CacheFull,
     CannotTruncate,
     ContextExceeded,
@@ -24,8 +24,8 @@ from .errors import (
     StepTooLarge,
     UnknownRequest,
 )
-from .plan import BLOCK_TOKENS, PlanLayout, StepPlan, build_plan
-from .schema import CacheSchema
+from dsv4_jax.plan import BLOCK_TOKENS, PlanLayout, StepPlan, build_plan
+from dsv4_jax.schema import CacheSchema
 
 _NO_REQUEST = -1
 
@@ -45,8 +45,8 @@ class CacheManager:
     Every operation is all or nothing: one that raises has changed nothing. Not thread-safe.
 
     A request's *length* is the number of its tokens in the cache once every plan made so far has run, so plans must run
-    in the order they were made, each once, on one cache; a plan that will not run must be cancelled. `release` and
-    `truncate` may come while plans are still running: the donated cache queues later plans behind them, so a freed
+    in the order they were made, each once, on one cache; a plan that will not run must be cancelled. ``release`` and
+    ``truncate`` may come while plans are still running: the donated cache queues later plans behind them, so a freed
     block or slot is reused at once.
 
     Args:
@@ -71,10 +71,10 @@ class CacheManager:
         self._handles = np.full(schema.slots, _NO_REQUEST, np.int64)
         self._lengths = np.zeros(schema.slots, np.int64)
         self._block_table = np.full((schema.slots, schema.max_blocks), -1, np.int32)
-        # The longest a slot's request has been: window rows below `peak - ring` have been overwritten. Only truncate
+        # The longest a slot's request has been: window rows below ``peak - ring`` have been overwritten. Only truncate
         # writes it, so that preparing a step need not; elsewhere the peak is max(peak, length).
         self._peaks = np.zeros(schema.slots, np.int64)
-        # A plan can be cancelled while no slot of it was admitted, released or truncated after it.
+        # When each slot's request was last released or truncated: plans made before that cannot be cancelled.
         self._clock = 0
         self._changed = np.zeros(schema.slots, np.int64)
 
@@ -120,7 +120,7 @@ class CacheManager:
         return self._block_table[slot, : self.blocks_needed(self._lengths[slot])].copy()
 
     def blocks_needed(self, length: ArrayLike) -> NDArray[np.int64]:
-        """Blocks a request of `length` tokens holds: as many as its finished entries fill, perhaps in part.
+        """Blocks a request of ``length`` tokens holds: as many as its finished entries fill, perhaps in part.
 
         ceil((length // 4) / 32) in a model with CSA layers, length // 128 with HCA layers only, 0 with neither.
 
@@ -136,7 +136,7 @@ class CacheManager:
         return length // BLOCK_TOKENS if self._has_hca else np.zeros_like(length)
 
     def can_admit(self, length: int = 0) -> bool:
-        """Whether a slot is free, and blocks for a request of `length` tokens are."""
+        """Whether a slot is free, and blocks for a request of ``length`` tokens are."""
         return (
             bool(self._free_slots)
             and length <= self._schema.max_context
@@ -157,7 +157,6 @@ class CacheManager:
         slot = self._free_slots.pop()
         self._serial += 1
         self._handles[slot] = self._serial * self._schema.slots + slot
-        self._touch(slot)
         return int(self._handles[slot])
 
     def release(self, request: int) -> None:
@@ -172,18 +171,18 @@ class CacheManager:
         self._free_slots.append(slot)
 
     def truncate(self, request: int, length: int) -> None:
-        """Drops the tokens at positions `length` and beyond, on the host only.
+        """Drops the tokens at positions ``length`` and beyond, on the host only.
 
         Truncating to 0 is always possible: the request's next plan resets its slot. Above 0 the cache must go on from
-        `length` as if the dropped tokens had never been, so all that position `length` needs must still be there:
+        ``length`` as if the dropped tokens had never been, so all that position ``length`` needs must still be there:
 
         - The open windows. A tail keeps the rows of the open window (for CSA also the overlap rows of the window before
           it); what a closed window leaves behind is cleared. With CSA layers the same window must be open before and
-          after: the same `length // 4`. With HCA layers only, the same `length // 128`, or `length` a multiple of 128,
-          where the open window has no row yet.
-        - The sliding window. Positions `length - window + 1 … length - 1` must not have been overwritten by positions
-          one ring later: `length >= peak - slack - 1`, where `peak` is the longest the request has been since it was
-          admitted or truncated to 0. While `peak` is at most the ring, nothing has been overwritten.
+          after: the same ``length // 4``. With HCA layers only, the same ``length // 128``, or ``length`` a multiple of
+          128, where the open window has no row yet.
+        - The sliding window. Positions ``length - window + 1 … length - 1`` must not have been overwritten by positions
+          one ring later: ``length >= peak - slack - 1``, where ``peak`` is the longest the request has been since it
+          was admitted or truncated to 0. While ``peak`` is at most the ring, nothing has been overwritten.
 
         Rows of dropped positions stay on the device. None is read: which rows count follows from the position, and a
         position is written again before it counts. Blocks whose entries are all dropped are free at once.
@@ -194,7 +193,7 @@ class CacheManager:
 
         Raises:
           UnknownRequest: not an admitted request.
-          CannotTruncate: `length` is out of range, or its state is gone; says what is possible.
+          CannotTruncate: ``length`` is out of range, or its state is gone; says what is possible.
         """
         slot = self._slot_of(request)
         length, current = operator.index(length), int(self._lengths[slot])
@@ -236,7 +235,7 @@ class CacheManager:
         Raises:
           InvalidStep: a request twice, a count below 1, or no integers of matching shape.
           UnknownRequest: a handle that is not admitted.
-          ContextExceeded: a request would grow beyond `schema.max_context`.
+          ContextExceeded: a request would grow beyond ``schema.max_context``.
           StepTooLarge: more tokens than the largest bucket.
           CacheFull: too few free blocks.
         """
@@ -285,7 +284,7 @@ class CacheManager:
         Possible while it is the latest plan of each of its requests; so cancel several in reverse order.
 
         Args:
-          plan: what `prepare_forward` returned (not a copy that came out of jit).
+          plan: what ``prepare_forward`` returned (not a copy that came out of jit).
 
         Raises:
           StalePlan: a request of the plan has a later plan, or was released or truncated since; or the plan was
@@ -331,16 +330,13 @@ class CacheManager:
             raise UnknownRequest([request])
         return slot
 
-    def _touch(self, slot: int) -> None:
-        self._clock += 1
-        self._changed[slot] = self._clock
-
     def _keep(self, slot: int, length: int) -> None:
         held, kept = self.blocks_needed([self._lengths[slot], length]).tolist()
         self._allocator.free(self._block_table[slot, kept:held])
         self._block_table[slot, kept:held] = -1
         self._lengths[slot] = length
-        self._touch(slot)
+        self._clock += 1
+        self._changed[slot] = self._clock
 
     def _forget(self, slot: int) -> None:
         self._keep(slot, 0)
@@ -350,7 +346,7 @@ class CacheManager:
 def _step_arrays(
     tokens: Mapping[int, int] | tuple[ArrayLike, ArrayLike],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """`prepare_forward`'s argument as two int64 arrays [n]; raises InvalidStep."""
+    """``prepare_forward``'s argument as two int64 arrays [n]; raises InvalidStep."""
     if isinstance(tokens, Mapping):
         tokens = list(tokens.keys()), list(tokens.values())
     if not isinstance(tokens, tuple) or len(tokens) != 2:

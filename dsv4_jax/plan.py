@@ -1,7 +1,8 @@
 """StepPlan: everything a step needs to know about its requests, in one int32 vector.
 
-`PlanLayout` is the only definition of where each field lies in that vector: the host packs with it, the device slices.
-`build_plan` fills one from slots, positions and counts; `CacheManager.prepare_forward` calls it after reserving blocks.
+``PlanLayout`` says where each field lies in that vector: the host packs with it, the device slices with it, and the
+kernels' ``ffi/common/geometry.h`` follows it. ``build_plan`` fills a vector from slots, positions and counts;
+``CacheManager.prepare_forward`` calls it after reserving blocks.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .config import LayerKind
+from dsv4_jax.config import LayerKind
 
 RATIOS = (LayerKind.CSA.ratio, LayerKind.HCA.ratio)
 BLOCK_TOKENS = math.lcm(*RATIOS)
@@ -42,7 +43,7 @@ class PlanLayout:
             raise ValueError(f"a plan holds at least 1 token and 1 request, got {self.tokens} and {self.requests}")
 
     def closing_size(self, ratio: int) -> int:
-        """The most windows of `ratio` tokens that T tokens of R requests can close: (T + (ratio - 1) R) // ratio."""
+        """The most windows of ``ratio`` tokens that T tokens of R requests can close: (T + (ratio - 1) R) // ratio."""
         if ratio not in RATIOS:
             raise ValueError(f"ratio must be one of {RATIOS}, got {ratio}")
         return (self.tokens + (ratio - 1) * self.requests) // ratio
@@ -66,6 +67,7 @@ class PlanLayout:
             "table_index": self.table_changes,
             "table_block": self.table_changes,
         } | {f"closing_{ratio}": self.closing_size(ratio) for ratio in RATIOS}
+        sizes["longest"] = 1
         slices, offset = {}, 0
         for name, size in sizes.items():
             slices[name] = slice(offset, offset + size)
@@ -82,16 +84,16 @@ class PlanLayout:
 class StepPlan:
     """The requests, tokens, block-table changes and closing windows of one step.
 
-    A pytree with one leaf, `packed`; `layout` is static, so steps of one layout share one compilation. All fields below
-    are slices of `packed`: NumPy arrays on the host, traced arrays inside jit. -1 marks padding unless said otherwise.
-    Tokens lie flat, each request's together and in ascending positions, requests in the order they were given.
+    A pytree with one leaf, ``packed``; ``layout`` is static, so steps of one layout share one compilation. All fields
+    below are slices of ``packed``: NumPy arrays on the host, traced arrays inside jit. -1 marks padding unless said
+    otherwise. Tokens lie flat, each request's together and in ascending positions, requests in the order given.
 
     Attributes:
       packed: int32 [layout.size], or [steps, layout.size] when the plans of several steps are stacked for a scan (the
         fields then have the same leading axis).
       layout: where each field lies.
-      receipt: how the manager that made the plan recognises it in `cancel`. Host only: not part of the pytree, None
-        after jit or `jax.device_put`.
+      receipt: how the manager that made the plan recognises it in ``cancel``. Host only: not part of the pytree, None
+        after jit or ``jax.device_put``.
     """
 
     packed: Any
@@ -133,27 +135,32 @@ class StepPlan:
 
     @property
     def table_slot(self) -> Any:
-        """int32 [T // 128 + R]: block-table changes, `block_table[table_slot, table_index] = table_block`."""
+        """int32 [T // 128 + R]: block-table changes, ``block_table[table_slot, table_index] = table_block``."""
         return self._field("table_slot")
 
     @property
     def table_index(self) -> Any:
-        """int32 [T // 128 + R]: see `table_slot`."""
+        """int32 [T // 128 + R]: see ``table_slot``."""
         return self._field("table_index")
 
     @property
     def table_block(self) -> Any:
-        """int32 [T // 128 + R]: see `table_slot`."""
+        """int32 [T // 128 + R]: see ``table_slot``."""
         return self._field("table_block")
 
     def closing(self, ratio: int) -> Any:
         """int32 [(T + (ratio - 1) R) // ratio]: flat index of each token with (position + 1) % ratio == 0, ascending.
 
-        These tokens close a window. `ratio` is 4 (CSA) or 128 (HCA), ValueError otherwise.
+        These tokens close a window. ``ratio`` is 4 (CSA) or 128 (HCA), ValueError otherwise.
         """
         if ratio not in RATIOS:
             raise ValueError(f"ratio must be one of {RATIOS}, got {ratio}")
         return self._field(f"closing_{ratio}")
+
+    @property
+    def longest(self) -> Any:
+        """int32 [1]: the most tokens that one request brings; 0 for a step of padding alone."""
+        return self._field("longest")
 
     @property
     def request_start(self) -> Any:
@@ -180,7 +187,7 @@ class StepPlan:
 
         Args:
           tokens: one integer sequence (or one integer) per request, in the order the requests were given to
-            `prepare_forward`; or all tokens of the step in that order as one flat array.
+            ``prepare_forward``; or all tokens of the step in that order as one flat array.
 
         Returns:
           int32 [T].
@@ -224,18 +231,18 @@ def build_plan(
     *,
     receipt: object | None = None,
 ) -> StepPlan:
-    """The plan of a step that gives `counts[i]` tokens from position `starts[i]` to the request in slot `slots[i]`.
+    """The plan of a step: ``counts[i]`` tokens from position ``starts[i]`` for the request in slot ``slots[i]``.
 
-    Pure: reserves nothing, checks only that the step fits the layout (`CacheManager.prepare_forward` does the rest).
+    Pure: reserves nothing, checks only that the step fits the layout (``CacheManager.prepare_forward`` does the rest).
 
     Args:
       layout: shapes of the plan.
       slots: integers [n], n <= layout.requests, distinct.
       starts: integers [n], position of each request's first token.
       counts: integers [n], each at least 1, at most layout.tokens together.
-      resets: [n] booleans, or None for `starts == 0`.
+      resets: [n] booleans, or None for ``starts == 0``.
       table_changes: (slot, index, block), integers [k] each, k <= layout.table_changes, or None for no change.
-      receipt: see `StepPlan`.
+      receipt: see ``StepPlan``.
 
     Returns:
       A StepPlan with a read-only NumPy vector. No request at all gives only padding: a step that changes nothing.
@@ -258,6 +265,7 @@ def build_plan(
     query_start[0] = 0
     np.cumsum(counts, out=query_start[1 : requests + 1])
     query_start[requests + 1 :] = tokens
+    fields["longest"][0] = counts.max(initial=0)
     fields["request_slot"][:requests] = slots
     fields["request_reset"][:] = 0
     fields["request_reset"][:requests] = starts == 0 if resets is None else resets

@@ -92,6 +92,15 @@ def test_release_twice():
     assert state(manager) == before
 
 
+@pytest.mark.parametrize("handle", [-1, -2, 0, 1, 2**62])
+def test_a_free_slot_has_no_handle(handle):
+    manager = make_manager(slots=2)
+    with pytest.raises(UnknownRequest, match=str(handle)):
+        manager.prepare_forward({handle: 1})
+    with pytest.raises(UnknownRequest, match=str(handle)):
+        manager.release(handle)
+
+
 def test_can_admit_counts_blocks_and_context():
     manager = make_manager(CSA, blocks=3, max_context=390)
     assert manager.can_admit(387)
@@ -312,6 +321,21 @@ def test_rows_overwritten_by_dropped_tokens_stay_lost():
         manager.truncate(request, 499)
     grow(manager, request, 501)
     manager.truncate(request, 500)
+
+
+def test_a_new_start_forgets_how_long_the_request_was():
+    manager = make_manager(SWA, slots=1)
+    request = manager.admit()
+    grow(manager, request, 900)
+    manager.truncate(request, 899)
+    manager.truncate(request, 0)
+    grow(manager, request, 130)
+    manager.truncate(request, 129)
+    manager.release(request)
+    request = manager.admit()
+    grow(manager, request, 129)
+    manager.truncate(request, 128)
+    assert manager.length(request) == 128
 
 
 def test_truncating_to_nothing_frees_every_block_and_resets_the_slot():

@@ -192,9 +192,8 @@ class ManagerMachine(RuleBasedStateMachine):
     def truncate(self, data):
         handle = data.draw(st.sampled_from(list(self.requests)))
         request = self.requests[handle]
-        length = max(request.length - data.draw(st.integers(0, 9)), 0)
-        target = data.draw(st.one_of(st.just(length), st.integers(-1, request.length + 1)))
-        if data.draw(st.integers(0, 3)) == 0:
+        target = request.length - data.draw(st.one_of(st.integers(0, 3), st.integers(-1, request.length + 1)))
+        if data.draw(st.integers(0, 5)) == 0:
             target = target // 128 * 128
         if request.can_be_truncated_to(target):
             self.manager.truncate(handle, target)

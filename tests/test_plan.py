@@ -19,7 +19,7 @@ def every_field(plan: StepPlan) -> dict:
 
 
 def by_loop(layout: PlanLayout, slots, starts, counts, resets, changes=()) -> dict:
-    """Every field of a plan, from a loop over requests and tokens: name -> list, -1 for padding unless a pad is named."""
+    """Every field of a plan, from a loop over requests and tokens: name -> list, padded."""
     fields = {name: [] for name in (*FIELDS, *TABLE_FIELDS, *DERIVED, "closing_csa", "closing_hca")}
     flat = 0
     for request, (slot, start, count, reset) in enumerate(zip(slots, starts, counts, resets, strict=True)):

@@ -62,11 +62,11 @@ class Verification:
 
 # Where the two computations may differ. Sums taken in another order give other last bits: 1e-6 of the largest logit,
 # measured with fp32 storage. With rounding on top, a value that falls close to the border between two codes is stored
-# as one code here and as the other there: a whole step of the format in one of 512 channels of one row, which then goes
-# through the layers above. What that amounts to was measured over 66 runs with other weights, texts and formats: at most
-# 6e-5 (bf16), 6e-4 (fp8, both kinds) and 1.8e-3 (nvfp4). The bounds are five times that or more. For comparison, one
-# row missing from the window or from the entries moves a logit by 5e-3 to 2e-2, one row missing from an HCA tail by 7e-4:
-# with fp32 storage nothing of that kind can hide.
+# as one code here and as the other there: a whole step of the format in one of 512 channels of one row, which then
+# goes through the layers above. What that amounts to was measured over 66 runs with other weights, texts and formats:
+# at most 6e-5 (bf16), 6e-4 (fp8, both kinds) and 1.8e-3 (nvfp4). The bounds are five times that or more. For
+# comparison, one row missing from the window or from the entries moves a logit by 5e-3 to 2e-2, one row missing from
+# an HCA tail by 7e-4: with fp32 storage nothing of that kind can hide.
 _LOGITS = {"fp32": 1e-5, "bf16": 5e-4, "fp8": 3e-3, "fp8_ds_mla": 3e-3, "nvfp4": 1e-2, "nvfp4_static": 1e-2}
 # What rounding the keys adds to a score; measured as above, at most 6e-4 (bf16), 2e-3 (fp8) and 0.13 (4-bit formats,
 # where one code is up to a third of its block's largest channel).

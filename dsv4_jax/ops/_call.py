@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax import _registration  # noqa: F401  (registers the FFI targets)
 from dsv4_jax.formats import VectorFormat
-from dsv4_jax.plan import StepPlan
+from dsv4_jax.plan import BLOCK_TOKENS, StepPlan
 
-BLOCK_TOKENS = 128
 FLOATING = (jnp.float32, jnp.bfloat16)
 
 
@@ -87,7 +85,14 @@ def call(
     results: Sequence[jax.ShapeDtypeStruct] = (),
     **attributes: Any,
 ) -> tuple[jax.Array, ...]:
-    """Calls a native op whose first `in_place` operands are updated in place and returned, followed by `results`."""
+    """Calls a native op whose first `in_place` operands are updated in place and returned, followed by `results`.
+
+    Raises:
+      NativeModuleError: the native module does not load; the message says how to mend it.
+    """
+    # Here, so that the package (its doctor, its reference) works where the native module does not.
+    from dsv4_jax import _registration  # noqa: F401
+
     outputs = (*(struct(jnp.shape(x), jnp.result_type(x)) for x in operands[:in_place]), *results)
     function = jax.ffi.ffi_call(
         f"dsv4_{target}", outputs, input_output_aliases={i: i for i in range(in_place)}, has_side_effect=False

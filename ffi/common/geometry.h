@@ -66,9 +66,10 @@ struct Plan {
     const int32_t* csa = table_block() + table_changes();
     return ratio == kCsaRatio ? csa : csa + closing_capacity(tokens, requests, kCsaRatio);
   }
-  DSV4_HOST_DEVICE int64_t size() const {
-    return closing(kHcaRatio) + closing_capacity(tokens, requests, kHcaRatio) - packed;
+  DSV4_HOST_DEVICE const int32_t* longest() const {
+    return closing(kHcaRatio) + closing_capacity(tokens, requests, kHcaRatio);
   }
+  DSV4_HOST_DEVICE int64_t size() const { return longest() + 1 - packed; }
 };
 
 // One token of a step and the request it belongs to. `valid` is false for padding and for anything out of range.

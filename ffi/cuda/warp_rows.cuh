@@ -53,38 +53,46 @@ __device__ __forceinline__ float sum_over_lanes(float value) {
   return value;
 }
 
+// The amax of four channels, 0 where they are not quantized.
+template <class Codec>
+__device__ __forceinline__ float quad_amax(const float (&x)[4], int channel) {
+  float amax = 0.0f;
+  if (channel >= Codec::kQuantized) return amax;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) amax = max_ignoring_nan(amax, magnitude(x[i]));
+  return clamp(amax, 0.0f, kFloatMax);
+}
+
+// Stores four channels and, by the first lane of a block, its scale. All lanes of the warp call this together.
+template <class Codec, int kAlignment>
+__device__ __forceinline__ void store_quad(StoredRow stored, const float (&x)[4], int channel, float amax, float row_scale) {
+  float scale = row_scale;
+  if constexpr (Codec::kBlock != 0) {
+    const float block_amax = max_over_lanes<Codec::kBlock / 4>(amax);
+    if (channel < Codec::kQuantized) {
+      const uint8_t code = Codec::block_code(block_amax, row_scale);
+      if (channel % Codec::kBlock == 0) stored.scales[channel / Codec::kBlock] = code;
+      scale = Codec::scale(code, row_scale);
+    }
+  }
+  store_channels<Codec, kAlignment>(stored.data, channel, x, scale);
+}
+
 template <class Codec, int kAlignment>
 __device__ __forceinline__ void store_row(StoredRow stored, const WarpRow<Codec::kWidth>& row, int lane,
                                           float global_scale) {
   constexpr int kQuads = WarpRow<Codec::kWidth>::kQuads;
-  constexpr int kQuantized = Codec::kQuantized, kBlock = Codec::kBlock;
   float amax[kQuads], row_amax = 0.0f;
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
-    amax[q] = 0.0f;
-    if (channel_of(q, lane) >= kQuantized) continue;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) amax[q] = max_ignoring_nan(amax[q], magnitude(row.x[q][i]));
-    amax[q] = clamp(amax[q], 0.0f, kFloatMax);
+    amax[q] = quad_amax<Codec>(row.x[q], channel_of(q, lane));
     row_amax = max_ignoring_nan(row_amax, amax[q]);
   }
   if constexpr (Codec::kNeedsRowAmax) row_amax = max_over_lanes<kWarp>(row_amax);
   const float row_scale = Codec::row_scale(row_amax, global_scale);
   if (lane == 0) store_row_scale<Codec>(stored.scales, row_scale);
 #pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    const int channel = channel_of(q, lane);
-    float scale = row_scale;
-    if constexpr (kBlock != 0) {
-      const float block_amax = max_over_lanes<kBlock / 4>(amax[q]);
-      if (channel < kQuantized) {
-        const uint8_t code = Codec::block_code(block_amax, row_scale);
-        if (channel % kBlock == 0) stored.scales[channel / kBlock] = code;
-        scale = Codec::scale(code, row_scale);
-      }
-    }
-    store_channels<Codec, kAlignment>(stored.data, channel, row.x[q], scale);
-  }
+  for (int q = 0; q < kQuads; ++q) store_quad<Codec, kAlignment>(stored, row.x[q], channel_of(q, lane), amax[q], row_scale);
 }
 
 // Reads a stored row and writes it to `to`, dense.
