@@ -149,9 +149,11 @@ class StepPlan:
         return self._field("table_block")
 
     def closing(self, ratio: int) -> Any:
-        """int32 [(T + (ratio - 1) R) // ratio]: flat index of each token with (position + 1) % ratio == 0, ascending.
+        """int32 [(T + (ratio - 1) R) // ratio]: flat index of each token with (position + 1) % ratio == 0.
 
-        These tokens close a window. ``ratio`` is 4 (CSA) or 128 (HCA), ValueError otherwise.
+        These tokens close a window. In order, padding last; but with T == R, a decode step's layout, token i has place i,
+        so that a kernel finds what belongs to a token without a search. `ratio` is 4 (CSA) or 128 (HCA), ValueError
+        otherwise.
         """
         if ratio not in RATIOS:
             raise ValueError(f"ratio must be one of {RATIOS}, got {ratio}")
@@ -283,7 +285,7 @@ def build_plan(
 
     for ratio in RATIOS:
         closing = np.flatnonzero((position & (ratio - 1)) == ratio - 1)
-        fields[f"closing_{ratio}"][: closing.size] = closing
+        fields[f"closing_{ratio}"][closing if layout.tokens == layout.requests else slice(closing.size)] = closing
     if table_changes is not None:
         for name, values in zip(("table_slot", "table_index", "table_block"), table_changes, strict=True):
             fields[name][:changes] = values

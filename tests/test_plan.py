@@ -31,10 +31,11 @@ def by_loop(layout: PlanLayout, slots, starts, counts, resets, changes=()) -> di
             fields["token_slot"].append(slot)
             fields["token_position"].append(position)
             fields["token_request"].append(request)
-            if position % 4 == 3:
-                fields["closing_csa"].append(flat)
-            if position % 128 == 127:
-                fields["closing_hca"].append(flat)
+            for name, ratio in (("closing_csa", 4), ("closing_hca", 128)):
+                if position % ratio == ratio - 1:
+                    fields[name].append(flat)
+                elif layout.tokens == layout.requests:  # every token has its own place
+                    fields[name].append(-1)
             flat += 1
         fields["request_end"].append(start + count)
         fields["last_token"].append(flat - 1)
