@@ -5,6 +5,7 @@ Host, between steps: ``CacheManager`` admits requests, reserves blocks and makes
 """
 
 from dsv4_jax.allocator import BlockAllocator
+from dsv4_jax.capacity import CapacityPlan, capacity_plan, requests_that_fit
 from dsv4_jax.config import (
     ConfigError,
     LayerKind,
@@ -28,14 +29,15 @@ from dsv4_jax.errors import (
     UnknownRequest,
 )
 from dsv4_jax.formats import PROFILES, CacheFormats, FormatError, VectorFormat
-from dsv4_jax.handle import CompressorInputs, LayerCache, WrongLayerKind, begin_step
+from dsv4_jax.handle import LayerCache, WrongLayerKind, begin_step
 from dsv4_jax.manager import CacheManager
 from dsv4_jax.ops import OperandError
 from dsv4_jax.plan import PlanLayout, StepPlan
 from dsv4_jax.pools import Cache, init_cache
 from dsv4_jax.rotary import Rotary, apply_rotary, closing_rotary, rotary, token_rotary
-from dsv4_jax.rows import Rows
+from dsv4_jax.rows import CompressorInputs, RawRows, Rows
 from dsv4_jax.schema import CacheSchema, LayerCacheSchema, SchemaError, compute_block_budget
+from dsv4_jax.views import Field, PoolView, entries_view, keys_view, window_view
 
 __all__ = [
     "PROFILES",
@@ -48,9 +50,11 @@ __all__ = [
     "CacheManager",
     "CacheSchema",
     "CannotTruncate",
+    "CapacityPlan",
     "CompressorInputs",
     "ConfigError",
     "ContextExceeded",
+    "Field",
     "FormatError",
     "InvalidStep",
     "LayerCache",
@@ -60,6 +64,8 @@ __all__ = [
     "ModelSpec",
     "OperandError",
     "PlanLayout",
+    "PoolView",
+    "RawRows",
     "RopeSpec",
     "Rotary",
     "Rows",
@@ -72,13 +78,18 @@ __all__ = [
     "WrongLayerKind",
     "apply_rotary",
     "begin_step",
+    "capacity_plan",
     "closing_rotary",
     "compute_block_budget",
     "deepseek_v4_flash",
     "deepseek_v4_pro",
+    "entries_view",
     "init_cache",
+    "keys_view",
     "model_spec",
+    "requests_that_fit",
     "rotary",
     "tiny_spec",
     "token_rotary",
+    "window_view",
 ]

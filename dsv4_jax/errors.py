@@ -48,7 +48,7 @@ class UnknownRequest(CacheError):
 
 
 class InvalidStep(CacheError):
-    """A step that no cache could run: a request twice, a token count below 1, or no integers of matching shape."""
+    """A step that no cache could run, or could have run: a request twice, a count out of range, no such integers."""
 
 
 class ContextExceeded(CacheError):
@@ -84,7 +84,7 @@ class StepTooLarge(CacheError):
 
 
 class StalePlan(CacheError):
-    """A plan that can no longer be cancelled: done already, not the latest of its requests, or another manager's."""
+    """A plan that cannot be cancelled or committed: was already, is not its requests' latest, or another manager's."""
 
 
 class CannotTruncate(CacheError):

@@ -7,8 +7,8 @@ array. A quantized page is bytes: first the data of every row, then the scales o
     scales of row i  at  data_bytes * rows + scale_bytes * i
 
 which is FlashMLA's page layout, used for all formats here. The rounding rules behind each codec live in
-``dsv4_jax/reference/codecs.py`` (in words and jnp) and ``ffi/common/codecs.h`` (for the kernels); ``tests/test_formats.py``
-holds the two, and the byte counts below, against each other.
+``dsv4_jax/reference/codecs.py`` (in words and jnp) and ``ffi/common/codecs.h`` (for the kernels);
+``tests/test_formats.py`` holds the two, and the byte counts below, against each other.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ import numpy as np
 HEAD_DIM = 512
 ROPE_DIM = 64
 KEY_DIM = 128
+
+GLOBAL_SCALES = (2.0**-100, 2.0**100)
+"""The smallest and largest ``CacheFormats.global_scale``: no block scale in units of it is subnormal or infinite."""
 
 
 class FormatError(ValueError):
@@ -128,10 +131,12 @@ class CacheFormats:
       indexer: format of indexer keys, a name of ``KEY_FORMATS``.
       indexer_hadamard: whether indexer keys are stored after a Hadamard transform (DeepSeek does, Hugging Face does
         not); queries must then be transformed too, see ``LayerCache.transform_query``.
-      global_scale: the constant fp32 scale of ``nvfp4_static``.
+      global_scale: the constant fp32 scale of ``nvfp4_static``, from 2^-100 to 2^100. What is stored saturates at
+        2688 times this.
 
     Raises:
-      FormatError: a name is unknown, or names a format that cannot hold the component.
+      FormatError: a name is unknown, or names a format that cannot hold the component; or ``global_scale`` is out of
+        range.
     """
 
     entries: str = "fp8"
@@ -142,8 +147,11 @@ class CacheFormats:
 
     def __post_init__(self) -> None:
         _ = (self.entry_format, self.window_format, self.key_format)
-        if not (math.isfinite(self.global_scale) and self.global_scale > 0):
-            raise FormatError(f"global_scale must be a positive finite number, got {self.global_scale}.")
+        smallest, largest = GLOBAL_SCALES
+        if not smallest <= self.global_scale <= largest:
+            raise FormatError(
+                f"global_scale must be from 2^-100 to 2^100 ({smallest:.3g} to {largest:.3g}), got {self.global_scale}."
+            )
 
     @property
     def entry_format(self) -> VectorFormat:
@@ -162,7 +170,9 @@ class CacheFormats:
 
     def _resolve(self, component: str, name: str, table: Mapping[str, VectorFormat]) -> VectorFormat:
         if name not in table:
-            raise FormatError(f"{component}={name!r} is not a format for {component}; choose one of {', '.join(table)}.")
+            raise FormatError(
+                f"{component}={name!r} is not a format for {component}; choose one of {', '.join(table)}."
+            )
         vector_format = table[name]
         if vector_format.codec == "nvfp4_static":
             return dataclasses.replace(vector_format, global_scale=float(np.float32(self.global_scale)))

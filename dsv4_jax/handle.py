@@ -1,4 +1,4 @@
-"""LayerCache: what an attention layer is given to read and write its part of the cache, and begin_step before the first.
+"""LayerCache: what an attention layer is given to read and write its part of the cache; and begin_step, before them.
 
 Functional throughout: a method that writes or reads the cache returns a new handle, and ``handle.cache`` goes on to the
 next layer. Making a handle allocates nothing.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,30 +18,11 @@ from dsv4_jax.config import LayerKind
 from dsv4_jax.formats import VectorFormat
 from dsv4_jax.plan import StepPlan
 from dsv4_jax.pools import Cache
-from dsv4_jax.rotary import Rotary
-from dsv4_jax.rows import Rows
+from dsv4_jax.rows import Compressed, CompressorInputs, RawRows, Rows, Window
 from dsv4_jax.schema import CacheSchema
 
 Implementation = Literal["native", "reference"]
 """Who runs an op: the native FFI handlers (the platform picks CPU or CUDA), or the plain jnp definition."""
-
-
-class CompressorInputs(NamedTuple):
-    """What a layer's compressor (or its indexer's) made of a step's tokens, and the weights that finish an entry.
-
-    Attributes:
-      kv: [tokens, columns] float32 or bfloat16. CSA: overlap half, then current half (columns 1024, indexer 256); HCA: 512.
-      gate: as kv, without the position bias.
-      ape: float32 [ratio, columns], the position bias that is added to the gate.
-      norm_weight: float32 [width], of the entries' RMSNorm.
-      rotary: of the closing entries, from ``closing_rotary``.
-    """
-
-    kv: jax.Array
-    gate: jax.Array
-    ape: jax.Array
-    norm_weight: jax.Array
-    rotary: Rotary
 
 
 def begin_step(cache: Cache, plan: StepPlan, *, implementation: Implementation = "native") -> Cache:
@@ -179,22 +160,60 @@ class LayerCache:
             handle = handle._with(**{name: tail})
         return handle
 
-    def update(
-        self, rows: jax.Array, compressor: CompressorInputs | None = None, indexer: CompressorInputs | None = None
-    ) -> LayerCache:
-        """All writes of one layer and step, for any number of tokens per request; arguments as for ``append``.
+    def normalize(self, raw: RawRows) -> jax.Array:
+        """Raw window rows finished (RMSNorm, RoPE), float32 [tokens, 512]: what attention and ``append`` take."""
+        return self._ops.normalize(raw, eps=self.schema.spec.norm_eps)
 
-        Closes windows, stores their entries and keys, appends rows and compressor inputs, rotates the tails.
+    def update(
+        self,
+        rows: jax.Array | RawRows,
+        compressor: CompressorInputs | None = None,
+        indexer: CompressorInputs | None = None,
+    ) -> LayerCache:
+        """All writes of one layer and step in one op, for any number of tokens per request.
+
+        Stores what ``compress``, ``flush`` and ``append`` store. Tail rows that no later entry will pool are left as
+        they are instead of cleared (``rotate``); nothing reads them either way.
+
+        Args:
+          rows: [tokens, 512] finished window rows, or ``RawRows`` to be normalized and rotated on the way.
+          compressor: required for CSA and HCA layers, None for SWA.
+          indexer: required for CSA layers, None otherwise.
+
+        Raises:
+          WrongLayerKind: the inputs are not those of the layer's kind.
         """
         self._check_inputs(compressor, indexer)
-        handle = self
-        if compressor is not None:
-            handle, entries = handle.compress(compressor)
-            handle = handle.flush(entries)
-        if indexer is not None:
-            handle, keys = handle.compress_keys(indexer)
-            handle = handle.flush_keys(keys)
-        return handle.append(rows, compressor, indexer).rotate()
+        cache, formats, eps = self.cache, self.schema.formats, self.schema.spec.norm_eps
+        window = Window(cache.window, cache.window_positions)
+        if self.kind is LayerKind.SWA:
+            window = self._ops.update_swa(
+                window, rows, self.plan, self._layer_index, format=formats.window_format, eps=eps
+            )
+            return self._with(window=window.window, window_positions=window.positions)
+
+        where = (cache.block_table, self.plan, self._layer_index, self._kind_index)
+        options = {"window_format": formats.window_format, "entry_format": formats.entry_format, "eps": eps}
+        if self.kind is LayerKind.HCA:
+            entries = Compressed(cache.hca_entries, cache.hca_tail)
+            window, entries = self._ops.update_hca(window, entries, rows, compressor, *where, **options)
+            arrays = {"hca_entries": entries.pool, "hca_tail": entries.tail}
+        else:
+            window, entries, keys = self._ops.update_csa(
+                window,
+                Compressed(cache.csa_entries, cache.csa_tail),
+                Compressed(cache.csa_keys, cache.key_tail),
+                rows,
+                compressor,
+                indexer,
+                *where,
+                key_format=formats.key_format,
+                hadamard=formats.indexer_hadamard,
+                **options,
+            )
+            arrays = {"csa_entries": entries.pool, "csa_tail": entries.tail}
+            arrays |= {"csa_keys": keys.pool, "key_tail": keys.tail}
+        return self._with(window=window.window, window_positions=window.positions, **arrays)
 
     def entries(self, indices: jax.Array, *, dtype: Any = jnp.bfloat16) -> tuple[LayerCache, Rows]:
         """Chosen entries of each token's request.
@@ -285,8 +304,9 @@ class LayerCache:
         if (compressor is not None, indexer is not None) != needs:
             names = [name for name, needed in zip(("compressor", "indexer"), needs, strict=True) if needed]
             raise WrongLayerKind(
-                f"layer {self.layer} is {self.kind.name} and takes {' and '.join(names) or 'neither compressor nor indexer'}"
-                f"; got compressor={'None' if compressor is None else 'given'}, "
+                f"layer {self.layer} is {self.kind.name} and takes "
+                f"{' and '.join(names) or 'neither compressor nor indexer'}; got "
+                f"compressor={'None' if compressor is None else 'given'}, "
                 f"indexer={'None' if indexer is None else 'given'}."
             )
 

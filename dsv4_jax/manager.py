@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dsv4_jax._arguments import run_array, step_arrays
 from dsv4_jax.allocator import BlockAllocator
 from dsv4_jax.config import LayerKind
 from dsv4_jax.errors import (
@@ -24,19 +25,19 @@ from dsv4_jax.errors import (
     StepTooLarge,
     UnknownRequest,
 )
-from dsv4_jax.plan import BLOCK_TOKENS, PlanLayout, StepPlan, build_plan
+from dsv4_jax.plan import BLOCK_TOKENS, PlanLayout, StepPlan, build_plan, build_plans
 from dsv4_jax.schema import CacheSchema
 
 _NO_REQUEST = -1
 
 
 class _Receipt:
-    """Which manager made a plan, and when on that manager's clock."""
+    """Which manager made a plan, when on that manager's clock, and whether it was "cancelled" or "committed" since."""
 
-    __slots__ = ("cancelled", "manager", "time")
+    __slots__ = ("manager", "settled", "time")
 
     def __init__(self, manager: CacheManager, time: int) -> None:
-        self.manager, self.time, self.cancelled = manager, time, False
+        self.manager, self.time, self.settled = manager, time, ""
 
 
 class CacheManager:
@@ -45,9 +46,9 @@ class CacheManager:
     Every operation is all or nothing: one that raises has changed nothing. Not thread-safe.
 
     A request's *length* is the number of its tokens in the cache once every plan made so far has run, so plans must run
-    in the order they were made, each once, on one cache; a plan that will not run must be cancelled. ``release`` and
-    ``truncate`` may come while plans are still running: the donated cache queues later plans behind them, so a freed
-    block or slot is reused at once.
+    in the order they were made, each once, on one cache; one that will not run must be cancelled, one that ran in part
+    (see ``StepPlan.stop``) committed. ``release`` and ``truncate`` may come while plans are still running: the donated
+    cache queues later plans behind them, so a freed block or slot is reused at once.
 
     Args:
       schema: the cache the plans are for.
@@ -64,6 +65,8 @@ class CacheManager:
         self._layouts = [PlanLayout(bucket, min(schema.slots, bucket)) for bucket in buckets]
         self._has_csa = schema.spec.count(LayerKind.CSA) > 0
         self._has_hca = schema.spec.count(LayerKind.HCA) > 0
+        # A request needs block i once it has this many tokens more than i blocks hold.
+        self._tokens_of_first_entry = LayerKind.CSA.ratio if self._has_csa else LayerKind.HCA.ratio
 
         self._allocator = BlockAllocator(schema.blocks)
         self._free_slots = list(range(schema.slots))[::-1]
@@ -74,7 +77,7 @@ class CacheManager:
         # The longest a slot's request has been: window rows below ``peak - ring`` have been overwritten. Only truncate
         # writes it, so that preparing a step need not; elsewhere the peak is max(peak, length).
         self._peaks = np.zeros(schema.slots, np.int64)
-        # When each slot's request was last released or truncated: plans made before that cannot be cancelled.
+        # When each slot's request was last released, truncated or committed: older plans cannot be taken back.
         self._clock = 0
         self._changed = np.zeros(schema.slots, np.int64)
 
@@ -131,9 +134,9 @@ class CacheManager:
           int64 of that shape.
         """
         length = np.asarray(length, np.int64)
-        if self._has_csa:
-            return (length + (BLOCK_TOKENS - LayerKind.CSA.ratio)) // BLOCK_TOKENS
-        return length // BLOCK_TOKENS if self._has_hca else np.zeros_like(length)
+        if self._has_csa or self._has_hca:
+            return (length + (BLOCK_TOKENS - self._tokens_of_first_entry)) // BLOCK_TOKENS
+        return np.zeros_like(length)
 
     def can_admit(self, length: int = 0) -> bool:
         """Whether a slot is free, and blocks for a request of ``length`` tokens are."""
@@ -219,27 +222,34 @@ class CacheManager:
         self._keep(slot, length)
         self._peaks[slot] = peak
 
-    def prepare_forward(self, tokens: Mapping[int, int] | tuple[ArrayLike, ArrayLike]) -> StepPlan:
+    def prepare_forward(
+        self, tokens: Mapping[int, int] | tuple[ArrayLike, ArrayLike], *, steps: int | None = None
+    ) -> StepPlan:
         """Reserves what a step needs and plans it: all of the requests given, or none.
 
         Advances each request's length, takes the blocks its new entries need, picks the smallest bucket that fits.
+
+        With ``steps``, the same for that many steps in a row, each of the same counts: to be run by one dispatch, a
+        ``lax.scan`` over the plan or a ``lax.while_loop`` over ``plan.step(i)``. A block or reset appears in the step
+        that first needs it. Requests may stop on the way (``StepPlan.stop``); then ``commit`` says how far each came.
 
         Args:
           tokens: handle -> token count of the step (1 when decoding), or the same as a tuple of two integer arrays,
             (handles [n], counts [n]), the faster form for many requests. The plan keeps the order given. No request at
             all gives a plan of nothing but padding.
+          steps: how many steps of these counts; None for the plan of one step.
 
         Returns:
-          The step's plan, on the host.
+          The plan, on the host: packed [size], or [steps, size] if ``steps`` is given.
 
         Raises:
-          InvalidStep: a request twice, a count below 1, or no integers of matching shape.
+          InvalidStep: a request twice, a count or ``steps`` below 1, or no integers of matching shape.
           UnknownRequest: a handle that is not admitted.
           ContextExceeded: a request would grow beyond ``schema.max_context``.
           StepTooLarge: more tokens than the largest bucket.
           CacheFull: too few free blocks.
         """
-        handles, counts = _step_arrays(tokens)
+        handles, counts = step_arrays(tokens)
         slots = self._slots_of(handles)
         if np.bincount(slots, minlength=1).max() > 1:
             values, times = np.unique(handles, return_counts=True)
@@ -249,17 +259,21 @@ class CacheManager:
             raise InvalidStep(
                 f"request {handles[first]} is given {counts[first]} tokens; give at least 1 or leave it out"
             )
+        if steps is not None and (not isinstance(steps, (int, np.integer)) or steps < 1):
+            raise InvalidStep(f"steps must be an integer of at least 1, or None for a single step; got {steps!r}")
         starts = self._lengths[slots]
-        # Compared by subtraction: a sum could overflow.
-        over = counts > self._schema.max_context - starts
+        # Compared by subtraction and division: a sum or product could overflow.
+        room = self._schema.max_context - starts
+        over = counts > (room if steps is None else room // steps)
         if over.any():
             first = int(over.argmax())
-            raise ContextExceeded(handles[first], starts[first], counts[first], self._schema.max_context)
+            asked = int(counts[first]) * (steps or 1)
+            raise ContextExceeded(handles[first], starts[first], asked, self._schema.max_context)
         total = int(counts.sum())
         if total > self._buckets[-1]:
             raise StepTooLarge(total, self._buckets[-1])
         layout = self._layouts[bisect.bisect_left(self._buckets, total)]
-        ends = starts + counts
+        ends = starts + (counts if steps is None else counts * steps)
 
         held = self.blocks_needed(starts)
         added = self.blocks_needed(ends) - held
@@ -269,52 +283,111 @@ class CacheManager:
             added = added[growing]
             ids = self._allocator.allocate(int(added.sum()))
             first_new = np.cumsum(added) - added
-            table_slot = np.repeat(slots[growing], added)
+            request = np.repeat(growing, added)
             table_index = np.arange(ids.size) + np.repeat(held[growing] - first_new, added)
+            if steps is not None:
+                reached = BLOCK_TOKENS * table_index + self._tokens_of_first_entry
+                step = (reached - starts[request] - 1) // counts[request]
+                # Blocks go out in order of need, as if the steps were prepared one by one.
+                by_step = step.argsort(kind="stable")
+                step, request, table_index = step[by_step], request[by_step], table_index[by_step]
+            table_slot = slots[request]
             self._block_table[table_slot, table_index] = ids
             changes = table_slot, table_index, ids
 
         self._lengths[slots] = ends
         self._clock += 1
-        return build_plan(layout, slots, starts, counts, starts == 0, changes, receipt=_Receipt(self, self._clock))
+        receipt = _Receipt(self, self._clock)
+        if steps is None:
+            return build_plan(layout, slots, starts, counts, starts == 0, changes, receipt=receipt)
+        changes = None if changes is None else (step, *changes)
+        return build_plans(layout, steps, slots, starts, counts, starts == 0, changes, receipt=receipt)
 
     def cancel(self, plan: StepPlan) -> None:
         """Takes back a plan that has not run and will not: lengths, blocks and resets are as if it had never been made.
 
-        Possible while it is the latest plan of each of its requests; so cancel several in reverse order.
+        Possible while it is the latest plan of each of its requests; so cancel several in reverse order. A plan of
+        several steps is taken back whole; if some of them ran, ``commit`` it.
 
         Args:
           plan: what ``prepare_forward`` returned (not a copy that came out of jit).
 
         Raises:
           StalePlan: a request of the plan has a later plan, or was released or truncated since; or the plan was
-            cancelled before, or is not this manager's.
+            cancelled or committed before, or is not this manager's.
         """
+        receipt, plans, slots = self._latest(plan)
+        self._keep_steps(plans, slots, np.zeros(slots.size, np.int64))
+        receipt.settled = "cancelled"
+
+    def commit(self, plan: StepPlan, steps_run: ArrayLike) -> None:
+        """Says how many of a plan's steps each request really ran; takes the rest back, lengths and blocks.
+
+        For requests that stopped on the way and go on later. If all ran every step there is nothing to say, and for one
+        that is over, ``release`` says enough. Possible while the plan is the latest of each of its requests.
+
+        What was reserved and not written cannot be read. Entries, keys and window rows count by position, and every
+        position from the new length on is written before it counts. Nor does a block that is freed here, and then given
+        to another slot, stay within reach of its former one: the places of the device's block table that a request of
+        length n reads or writes are the first ``blocks_needed(n)``, which it keeps. Later places are still empty, since
+        the step that would have filled them was stopped with all its changes; and should one hold a block (after a
+        ``truncate``), the step that first needs the place sets it before anything goes through it.
+
+        Args:
+          plan: what ``prepare_forward`` returned (not a copy that came out of jit).
+          steps_run: integers, the steps each request ran before it was stopped, or the loop ended: [requests] in the
+            plan's order, or [R] as the device has them (padding is ignored), or one number for all. It must be what the
+            device did. A request that ran further cannot be taken back this way, only by ``truncate``.
+
+        Raises:
+          InvalidStep: ``steps_run`` has another shape, is not of integers, or not within 0 and the plan's steps.
+          StalePlan: as for ``cancel``.
+        """
+        receipt, plans, slots = self._latest(plan)
+        run = run_array(steps_run, self._handles[slots], plan.layout.requests, len(plans.packed))
+        self._keep_steps(plans, slots, run)
+        receipt.settled = "committed"
+        # It ran, and so did all plans before it.
+        self._clock += 1
+        self._changed[slots] = self._clock
+
+    def _latest(self, plan: StepPlan) -> tuple[_Receipt, StepPlan, NDArray[np.int32]]:
+        """A plan's receipt, the plan as a stacked one, its requests' slots; StalePlan unless it can be taken back."""
         receipt = plan.receipt
         if not isinstance(receipt, _Receipt) or receipt.manager is not self:
             raise StalePlan("not a plan of this manager; pass the very object that its prepare_forward returned")
-        if receipt.cancelled:
-            raise StalePlan("this plan was cancelled before")
-        slots = plan.request_slot
+        if receipt.settled:
+            raise StalePlan(f"this plan was {receipt.settled} before")
+        plans = StepPlan(np.atleast_2d(plan.packed), plan.layout)
+        last = plans.step(-1)
+        slots = last.request_slot
         requests = int(np.count_nonzero(slots >= 0))
         slots = slots[:requests]
         gone = self._changed[slots] > receipt.time
         if gone.any():
             raise StalePlan(
                 f"{int(gone.sum())} of the plan's {requests} requests (slot {slots[gone][0]} for one) were released or "
-                "truncated since it was made; truncate or release the others"
+                "truncated since it was made, or had a later plan committed; truncate or release the others"
             )
-        later = self._lengths[slots] != plan.request_end[:requests]
+        later = self._lengths[slots] != last.request_end[:requests]
         if later.any():
             raise StalePlan(
                 f"{int(later.sum())} of the plan's {requests} requests ({self._handles[slots[later][0]]} for one) have "
                 "a later plan; cancel that first"
             )
-        changed = plan.table_slot >= 0
-        self._allocator.free(plan.table_block[changed])
-        self._block_table[plan.table_slot[changed], plan.table_index[changed]] = -1
-        self._lengths[slots] = plan.request_start[:requests]
-        receipt.cancelled = True
+        return receipt, plans, slots
+
+    def _keep_steps(self, plans: StepPlan, slots: NDArray[np.int32], run: NDArray[np.int64]) -> None:
+        """Takes back all of a stacked plan but the first ``run`` steps [requests] of each request."""
+        first = plans.step(0)
+        run_by_slot = np.zeros(self._schema.slots, np.int64)
+        run_by_slot[slots] = run
+        step = np.arange(len(plans.packed))[:, None]
+        dropped = (plans.table_slot >= 0) & (step >= run_by_slot[plans.table_slot])
+        self._allocator.free(plans.table_block[dropped])
+        self._block_table[plans.table_slot[dropped], plans.table_index[dropped]] = -1
+        counts = np.diff(first.query_start)[: slots.size]
+        self._lengths[slots] = first.request_start[: slots.size] + run * counts
 
     def _slots_of(self, handles: NDArray[np.int64]) -> NDArray[np.int64]:
         slots = handles % self._schema.slots
@@ -341,23 +414,3 @@ class CacheManager:
     def _forget(self, slot: int) -> None:
         self._keep(slot, 0)
         self._peaks[slot] = 0
-
-
-def _step_arrays(
-    tokens: Mapping[int, int] | tuple[ArrayLike, ArrayLike],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """``prepare_forward``'s argument as two int64 arrays [n]; raises InvalidStep."""
-    if isinstance(tokens, Mapping):
-        tokens = list(tokens.keys()), list(tokens.values())
-    if not isinstance(tokens, tuple) or len(tokens) != 2:
-        raise InvalidStep(f"tokens must be a mapping or a tuple (handles, counts), got {type(tokens).__name__}")
-    try:
-        handles, counts = np.asarray(tokens[0]), np.asarray(tokens[1])
-    except ValueError as error:
-        raise InvalidStep(f"requests and token counts must be integers: {error}") from error
-    if handles.shape != counts.shape or handles.ndim != 1:
-        raise InvalidStep(f"one token count per request is needed, got shapes {handles.shape} and {counts.shape}")
-    for name, values in (("requests", handles), ("token counts", counts)):
-        if values.size and values.dtype.kind not in "iu":
-            raise InvalidStep(f"{name} must be 64-bit integers, got {values.dtype}")
-    return handles.astype(np.int64, copy=False), counts.astype(np.int64, copy=False)

@@ -1,8 +1,8 @@
 """StepPlan: everything a step needs to know about its requests, in one int32 vector.
 
 ``PlanLayout`` says where each field lies in that vector: the host packs with it, the device slices with it, and the
-kernels' ``ffi/common/geometry.h`` follows it. ``build_plan`` fills a vector from slots, positions and counts;
-``CacheManager.prepare_forward`` calls it after reserving blocks.
+kernels' ``ffi/common/geometry.h`` follows it. ``build_plan`` fills a vector from slots, positions and counts,
+``build_plans`` those of several steps; ``CacheManager.prepare_forward`` calls them after reserving blocks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -86,7 +87,8 @@ class StepPlan:
 
     A pytree with one leaf, ``packed``; ``layout`` is static, so steps of one layout share one compilation. All fields
     below are slices of ``packed``: NumPy arrays on the host, traced arrays inside jit. -1 marks padding unless said
-    otherwise. Tokens lie flat, each request's together and in ascending positions, requests in the order given.
+    otherwise. Tokens lie flat, each request's together and in ascending positions, requests in the order given. Padding
+    comes last as planned, but ``stop`` makes padding of any part.
 
     Attributes:
       packed: int32 [layout.size], or [steps, layout.size] when the plans of several steps are stacked for a scan (the
@@ -130,7 +132,10 @@ class StepPlan:
 
     @property
     def query_start(self) -> Any:
-        """int32 [R + 1]: flat index of each request's first token; the number of tokens for padding and at the end."""
+        """int32 [R + 1]: flat index of each request's first token; the number of tokens for padding and at the end.
+
+        The tokens of a stopped request keep their place, so that the others keep theirs.
+        """
         return self._field("query_start")
 
     @property
@@ -151,8 +156,8 @@ class StepPlan:
     def closing(self, ratio: int) -> Any:
         """int32 [(T + (ratio - 1) R) // ratio]: flat index of each token with (position + 1) % ratio == 0.
 
-        These tokens close a window. In order, padding last; but with T == R, a decode step's layout, token i has place i,
-        so that a kernel finds what belongs to a token without a search. `ratio` is 4 (CSA) or 128 (HCA), ValueError
+        These tokens close a window. In order, padding last; but with T == R, a decode step's layout, token i has place
+        i, so that a kernel finds what belongs to a token without a search. `ratio` is 4 (CSA) or 128 (HCA), ValueError
         otherwise.
         """
         if ratio not in RATIOS:
@@ -161,7 +166,10 @@ class StepPlan:
 
     @property
     def longest(self) -> Any:
-        """int32 [1]: the most tokens that one request brings; 0 for a step of padding alone."""
+        """int32 [1]: at least what any request brings in tokens (exactly the most, unless some are stopped).
+
+        0 for a step planned without requests.
+        """
         return self._field("longest")
 
     @property
@@ -183,6 +191,53 @@ class StepPlan:
         """int32 [R]: flat index of each request's last token, where its next-token logits are."""
         xp = self.packed.__array_namespace__()
         return xp.where(self.request_slot >= 0, self.query_start[..., 1:] - 1, -1)
+
+    def step(self, index: Any) -> StepPlan:
+        """One step of a stacked plan; ``index`` may be traced, for a ``lax.while_loop`` (a ``lax.scan`` needs no help).
+
+        Raises:
+          ValueError: the plan is of one step already.
+        """
+        if self.packed.ndim != 2:
+            raise ValueError(f"step picks from a stacked plan, packed [steps, size]; this one has {self.packed.shape}")
+        return StepPlan(self.packed[index], self.layout)
+
+    def stop(self, stopped: ArrayLike) -> StepPlan:
+        """The step without some of its requests: their part of the plan becomes padding, all else stays where it is.
+
+        For many steps in one dispatch, in which the device finds out that a text has ended. A stopped request writes
+        nothing: no row, no entry, no block-table change, no reset. Give the result to ``begin_step`` and every layer. A
+        request that is stopped in one step must be stopped in all that follow, since its positions would have a gap;
+        ``CacheManager.commit`` then tells the host how many steps each one ran.
+
+        Args:
+          stopped: bool [R], in the plan's order of requests; anything for padding.
+
+        Returns:
+          A plan on the device, of the same layout and without receipt. Pure; works inside jit.
+
+        Raises:
+          ValueError: the plan is stacked (pick a step, or use ``jax.vmap``), or the mask is not [R].
+        """
+        packed, stopped = jnp.asarray(self.packed), jnp.asarray(stopped, bool)
+        if packed.ndim != 1 or stopped.shape != (self.layout.requests,):
+            raise ValueError(
+                f"stop takes the plan of one step and a mask [{self.layout.requests}]; "
+                f"got packed {packed.shape} and a mask {stopped.shape}"
+            )
+        plan = StepPlan(packed, self.layout)
+        # Padding indexes from the end; whatever it finds there, it stays padding.
+        token = stopped[plan.token_request]
+        change = (plan.table_slot[:, None] == jnp.where(stopped, plan.request_slot, -1)).any(axis=1)
+        masks = dict.fromkeys(("token_slot", "token_position", "token_request"), token)
+        masks |= dict.fromkeys(("request_slot", "request_reset"), stopped)
+        masks |= dict.fromkeys(("table_slot", "table_index", "table_block"), change)
+        masks |= {f"closing_{ratio}": token[plan.closing(ratio)] for ratio in RATIOS}
+        fields = self.layout.fields
+        padding = np.full(self.layout.size, -1, np.int32)
+        padding[fields["request_reset"]] = 0
+        mask = [masks.get(name, np.zeros(where.stop - where.start, bool)) for name, where in fields.items()]
+        return StepPlan(jnp.where(jnp.concatenate(mask), padding, packed), self.layout)
 
     def pack_tokens(self, tokens: ArrayLike | Iterable[ArrayLike]) -> NDArray[np.int32]:
         """Token ids in plan order, padded with 0. Host only.
@@ -291,3 +346,61 @@ def build_plan(
             fields[name][:changes] = values
     packed.flags.writeable = False
     return StepPlan(packed, layout, receipt)
+
+
+def build_plans(
+    layout: PlanLayout,
+    steps: int,
+    slots: ArrayLike,
+    starts: ArrayLike,
+    counts: ArrayLike,
+    resets: ArrayLike | None = None,
+    table_changes: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike] | None = None,
+    *,
+    receipt: object | None = None,
+) -> StepPlan:
+    """The plans of successive steps that bring the same number of tokens each, stacked.
+
+    Args:
+      layout: shapes of each step's plan.
+      steps: how many.
+      slots: as for ``build_plan``.
+      starts: as for ``build_plan``, of the first step.
+      counts: as for ``build_plan``, of every step.
+      resets: of the first step, as for ``build_plan``; no later step resets.
+      table_changes: (step, slot, index, block), integers [k] each, ascending by step, at most layout.table_changes for
+        one step; or None.
+      receipt: see ``StepPlan``.
+
+    Returns:
+      A StepPlan with a read-only NumPy array [steps, layout.size], whose row i is what ``build_plan`` makes for step i.
+
+    Raises:
+      ValueError: as ``build_plan``.
+    """
+    first = build_plan(layout, slots, starts, counts, resets)
+    packed = np.tile(first.packed, (steps, 1))
+    fields = {name: packed[:, where] for name, where in layout.fields.items()}
+    fields["request_reset"][1:] = 0
+    request = first.token_request[: first.query_start[-1]]
+    position = fields["token_position"][:, : request.size]
+    position += np.arange(steps, dtype=np.int32)[:, None] * np.asarray(counts, np.int32)[request]
+    for ratio in RATIOS:
+        step, token = np.nonzero((position & (ratio - 1)) == ratio - 1)
+        closing = fields[f"closing_{ratio}"]
+        closing[:] = -1
+        closing[step, token if layout.tokens == layout.requests else _place_in_run(step)] = token
+    if table_changes is not None:
+        step, *values = map(np.asarray, table_changes)
+        place = _place_in_run(step)
+        if place.max(initial=-1) >= layout.table_changes:
+            raise ValueError(f"{place.max() + 1} table changes in one step do not fit a plan of {layout.table_changes}")
+        for name, value in zip(("table_slot", "table_index", "table_block"), values, strict=True):
+            fields[name][step, place] = value
+    packed.flags.writeable = False
+    return StepPlan(packed, layout, receipt)
+
+
+def _place_in_run(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many equal values come before each one; [n] ascending -> [n]."""
+    return np.arange(values.size) - np.searchsorted(values, values)

@@ -8,11 +8,15 @@
   X(append_window, AppendWindow)          \
   X(append_tail, AppendTail)              \
   X(compress, Compress)                   \
+  X(normalize, Normalize)                 \
   X(flush, Flush)                         \
   X(rotate, Rotate)                       \
   X(gather_entries, GatherEntries)        \
   X(gather_all_entries, GatherAllEntries) \
   X(gather_window, GatherWindow)          \
+  X(update_swa, UpdateSwa)                \
+  X(update_csa, UpdateCsa)                \
+  X(update_hca, UpdateHca)                \
   X(quantize, Quantize)                   \
   X(dequantize, Dequantize)
 

@@ -73,7 +73,9 @@ def random_tokens(rng: np.random.Generator, tokens: int, dtype=np.float32, spec:
     ]
 
 
-def inputs_of(plan: StepPlan, spec: ModelSpec, layer: int, weights: Arrays, brought: Mapping[str, jax.Array], prefix=""):
+def inputs_of(
+    plan: StepPlan, spec: ModelSpec, layer: int, weights: Arrays, brought: Mapping[str, jax.Array], prefix=""
+):
     """A layer's compressor (or, with prefix "index_", indexer) inputs, None if it has none."""
     if f"{prefix}kv" not in brought:
         return None
@@ -87,34 +89,55 @@ def inputs_of(plan: StepPlan, spec: ModelSpec, layer: int, weights: Arrays, brou
     )
 
 
-def update(cache: Cache, plan: StepPlan, weights: Sequence[Arrays], brought, *, implementation="native") -> Cache:
-    """One step: every layer's writes."""
+def _each_layer(cache: Cache, plan: StepPlan, weights, brought, implementation: str, write) -> Cache:
     cache = begin_step(cache, plan, implementation=implementation)
     for layer, arrays in enumerate(brought):
-        handle = LayerCache(cache, plan, layer, implementation)
-        spec = cache.schema.spec
-        compressor = inputs_of(plan, spec, layer, weights[layer], arrays)
-        indexer = inputs_of(plan, spec, layer, weights[layer], arrays, "index_")
-        cache = handle.update(arrays["rows"], compressor, indexer).cache
-    return cache
-
-
-def update_one_by_one(cache: Cache, plan: StepPlan, weights, brought, *, implementation="native") -> Cache:
-    """The same step in the order append, compress, flush, rotate; for steps of one token per request."""
-    cache = begin_step(cache, plan, implementation=implementation)
-    for layer, arrays in enumerate(brought):
-        handle = LayerCache(cache, plan, layer, implementation)
         compressor = inputs_of(plan, cache.schema.spec, layer, weights[layer], arrays)
         indexer = inputs_of(plan, cache.schema.spec, layer, weights[layer], arrays, "index_")
-        handle = handle.append(arrays["rows"], compressor, indexer)
-        if compressor is not None:
-            handle, entries = handle.compress(compressor)
-            handle = handle.flush(entries)
-        if indexer is not None:
-            handle, keys = handle.compress_keys(indexer)
-            handle = handle.flush_keys(keys)
-        cache = handle.rotate().cache
+        cache = write(LayerCache(cache, plan, layer, implementation), arrays["rows"], compressor, indexer).cache
     return cache
+
+
+def update(cache: Cache, plan: StepPlan, weights: Sequence[Arrays], brought, *, implementation="native") -> Cache:
+    """One step, one op a layer."""
+    return _each_layer(cache, plan, weights, brought, implementation, LayerCache.update)
+
+
+def _store_closed(handle: LayerCache, compressor, indexer) -> LayerCache:
+    if compressor is not None:
+        handle, entries = handle.compress(compressor)
+        handle = handle.flush(entries)
+    if indexer is not None:
+        handle, keys = handle.compress_keys(indexer)
+        handle = handle.flush_keys(keys)
+    return handle
+
+
+def update_op_by_op(cache: Cache, plan: StepPlan, weights, brought, *, implementation="native") -> Cache:
+    """The same step by separate ops: compress, flush, append, rotate."""
+
+    def write(handle, rows, compressor, indexer):
+        return _store_closed(handle, compressor, indexer).append(rows, compressor, indexer).rotate()
+
+    return _each_layer(cache, plan, weights, brought, implementation, write)
+
+
+def update_append_first(cache: Cache, plan: StepPlan, weights, brought, *, implementation="native") -> Cache:
+    """The same step in the order append, compress, flush, rotate; for steps of one token per request."""
+
+    def write(handle, rows, compressor, indexer):
+        return _store_closed(handle.append(rows, compressor, indexer), compressor, indexer).rotate()
+
+    return _each_layer(cache, plan, weights, brought, implementation, write)
+
+
+def tail_rows_in_use(length: int, ratio: int) -> list[int]:
+    """Rows of a tail that an entry closed later will pool, once a request has `length` tokens."""
+    if ratio == 128:
+        return [position % 128 for position in range(length - length % 128, length)]
+    open_window, previous = range(length - length % 4, length), range(length - length % 4 - 4, length - length % 4)
+    overlap = [position % 8 for position in (*previous, *open_window) if position >= 0]
+    return overlap + [8 + position % 4 for position in open_window]
 
 
 class Driver:
@@ -153,11 +176,19 @@ class Driver:
 
     def feed(self, counts: Mapping[int, int]) -> StepPlan:
         """One step that brings `counts` tokens of each request."""
-        starts = {request: self.manager.length(request) for request in counts}
-        plan = self.manager.prepare_forward(counts)
-        brought = self._brought(starts, counts, plan.layout.tokens)
+        plan, brought = self.prepare(counts)
         self.cache = self._step(self.cache, plan, self.weights, brought)
         return plan
+
+    def prepare(self, counts: Mapping[int, int], steps: int | None = None) -> tuple[StepPlan, list]:
+        """The plan that brings `counts` tokens of each request, and what they bring; with `steps`, both stacked."""
+        starts = {request: self.manager.length(request) for request in counts}
+        plan = self.manager.prepare_forward(counts, steps=steps)
+        brought = [
+            self._brought({r: start + step * counts[r] for r, start in starts.items()}, counts, plan.layout.tokens)
+            for step in range(steps or 1)
+        ]
+        return plan, brought[0] if steps is None else jax.tree.map(lambda *arrays: jnp.stack(arrays), *brought)
 
     def _brought(self, starts: Mapping[int, int], counts: Mapping[int, int], tokens: int) -> list[dict[str, jax.Array]]:
         # Flat, in the plan's order; padding is poisoned with NaN.
@@ -173,11 +204,22 @@ class Driver:
         return layers
 
     def stored(self, request: int) -> dict[str, np.ndarray]:
-        """Every stored byte of one request, in the order of its context, wherever its slot and blocks lie."""
+        """Every stored byte of one request, in the order of its context, wherever its slot and blocks lie.
+
+        Tail rows that are not in use read as cleared, whatever they hold.
+        """
         slot, blocks = self.manager.slot(request), np.asarray(self.manager.blocks(request))
-        arrays = {name: np.asarray(getattr(self.cache, name)) for name in POOLS}
         by_block = {"csa_entries", "csa_keys", "hca_entries"}
-        return {name: a[:, blocks] if name in by_block else a[:, slot] for name, a in arrays.items()}
+        stored = {}
+        for name in POOLS:
+            array = np.asarray(getattr(self.cache, name))
+            stored[name] = array[:, blocks] if name in by_block else array[:, slot].copy()
+        for name, ratio in (("csa_tail", 4), ("key_tail", 4), ("hca_tail", 128)):
+            unused = np.ones(stored[name].shape[2], bool)
+            unused[tail_rows_in_use(self.manager.length(request), ratio)] = False
+            stored[name][:, 0, unused] = 0
+            stored[name][:, 1, unused] = -1e9
+        return stored
 
 
 def random_chunks(rng: np.random.Generator, total: int, largest: int) -> list[int]:

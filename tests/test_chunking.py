@@ -1,10 +1,19 @@
-"""How a prompt is cut into steps must not show: stored bytes are equal for every chunking, order of ops and neighbour."""
+"""How a prompt is cut into steps must not show: equal bytes for every chunking, order of ops and neighbour."""
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from harness import Driver, assert_same_bytes, random_chunks, random_tokens, random_weights, update_one_by_one
+from harness import (
+    Driver,
+    assert_same_bytes,
+    random_chunks,
+    random_tokens,
+    random_weights,
+    tail_rows_in_use,
+    update_append_first,
+    update_op_by_op,
+)
 
 from dsv4_jax import PROFILES, CacheFormats
 
@@ -28,7 +37,7 @@ def _feed(driver: Driver, request: int, chunks: list[int]) -> None:
 
 
 def _one_shot(weights, formats, sequence) -> dict[str, np.ndarray]:
-    driver = Driver(weights, formats)
+    driver = Driver(weights, formats, step=update_op_by_op)
     request = driver.admit(sequence)
     driver.feed({request: len(sequence[0]["rows"])})
     return driver.stored(request)
@@ -50,13 +59,39 @@ def test_every_chunking_stores_the_same_bytes(device, rng, dtype, name):
         driver.release(request)  # the next one starts in a used slot and used blocks
 
 
-def test_append_first_and_append_last_store_the_same_bytes(device, rng):
+@pytest.mark.parametrize("step", [update_append_first, update_op_by_op])
+def test_separate_ops_in_either_order_store_the_same_bytes_and_clear_the_rest(device, rng, step):
     weights, sequence = random_weights(rng), random_tokens(rng, TOKENS)
     expected = _one_shot(weights, CacheFormats(), sequence)
-    driver = Driver(weights, CacheFormats(), step=update_one_by_one)
+    driver = Driver(weights, CacheFormats(), step=step)
     request = driver.admit(sequence)
-    _feed(driver, request, [1] * TOKENS)
-    assert_same_bytes(expected, driver.stored(request), "append, compress, flush, rotate")
+    for _ in range(TOKENS):
+        driver.feed({request: 1})
+    assert_same_bytes(expected, driver.stored(request), step.__name__)
+    for name, ratio in (("csa_tail", 4), ("key_tail", 4), ("hca_tail", 128)):
+        tail = np.asarray(getattr(driver.cache, name))[0, driver.manager.slot(request)]
+        cleared = np.setdiff1d(np.arange(tail.shape[1]), tail_rows_in_use(TOKENS, ratio))
+        assert (tail[0, cleared] == 0).all()
+        assert (tail[1, cleared] == -1e9).all()
+
+
+def test_a_step_with_as_many_requests_as_tokens_may_still_bring_several_of_one(device, rng):
+    """Buckets no larger than the number of slots: decode's kernel sees requests of many tokens and of none."""
+    weights = random_weights(rng)
+    sequences = [random_tokens(rng, TOKENS) for _ in range(2)]
+    expected = [_one_shot(weights, PROFILES["flashmla"], sequence) for sequence in sequences]
+    driver = Driver(weights, PROFILES["flashmla"], slots=16, blocks=64, buckets=[16])
+    requests = [driver.admit(sequence) for sequence in sequences]
+    while any(driver.manager.length(request) < TOKENS for request in requests):
+        counts = {}
+        for request in requests:
+            left = TOKENS - driver.manager.length(request)
+            if left and rng.random() < 0.9:
+                counts[request] = min(left, int(rng.integers(1, 9)))
+        if counts:
+            driver.feed(counts)
+    for index, request in enumerate(requests):
+        assert_same_bytes(expected[index], driver.stored(request), f"request {index}")
 
 
 def test_requests_are_kept_apart(device, rng):

@@ -28,12 +28,12 @@ from dsv4_jax import (
     tiny_spec,
 )
 
-SLOTS, STEPS = 8, 6
-LAYOUTS = {"decode": PlanLayout(SLOTS, SLOTS), "prefill": PlanLayout(200, SLOTS)}
+STEPS = 6
+LAYOUTS = {"decode": PlanLayout(8, 8), "prefill": PlanLayout(200, 8)}
 
 
 def schema_of(spec, formats="default"):
-    return CacheSchema(spec, PROFILES[formats], slots=SLOTS, blocks=512, max_context=4096, slack=3)
+    return CacheSchema(spec, PROFILES[formats], slots=512, blocks=1 << 16, max_context=4096, slack=3)
 
 
 def shapes_of(schema: CacheSchema, layout: PlanLayout):
@@ -71,17 +71,16 @@ def read_and_write(handle: LayerCache, weights, arrays) -> tuple[LayerCache, lis
     elif handle.kind is LayerKind.HCA:
         handle, entries = handle.all_entries(8)
         seen.append(entries)
-    return handle, seen
+    return handle, sum(jnp.sum(array, dtype=jnp.float32) for array in jax.tree.leaves(seen))
 
 
 def every_layer(cache, plan, weights, brought):
     """One step of all layers, unrolled."""
     cache = begin_step(cache, plan)
-    seen = []
+    seen = 0.0
     for layer, arrays in enumerate(brought):
         handle, read = read_and_write(LayerCache(cache, plan, layer), weights[layer], arrays)
-        cache = handle.cache
-        seen.append(read)
+        cache, seen = handle.cache, seen + read
     return cache, seen
 
 
@@ -89,6 +88,7 @@ def layers_by_scan(cache, plan, weights, brought):
     """One step with a ``lax.scan`` over the layers of each kind; weights and brought are lists of them, stacked."""
     cache = begin_step(cache, plan)
     kinds = cache.schema.spec.layer_kinds
+    seen = 0.0
     for number, kind in enumerate(LayerKind):
         layers = jnp.array([layer for layer, other in enumerate(kinds) if other is kind])
 
@@ -98,25 +98,22 @@ def layers_by_scan(cache, plan, weights, brought):
             handle, seen = read_and_write(handle, weights, arrays)
             return handle.cache, seen
 
-        cache, _ = jax.lax.scan(one_layer, cache, (layers, jnp.arange(layers.size), weights[number], brought[number]))
-    return cache
+        xs = (layers, jnp.arange(layers.size), weights[number], brought[number])
+        cache, read = jax.lax.scan(one_layer, cache, xs)
+        seen = seen + read.sum()
+    return cache, seen
 
 
 def steps_by_scan(cache, plans, weights, brought):
-    """Several steps in one dispatch: a ``lax.scan`` over stacked plans and inputs."""
-
-    def one_step(cache, xs):
-        plan, brought = xs
-        return every_layer(cache, plan, weights, brought)
-
-    return jax.lax.scan(one_step, cache, (plans, brought))
+    """Several steps in one dispatch: a ``lax.scan`` over stacked plans."""
+    return jax.lax.scan(lambda cache, plan: every_layer(cache, plan, weights, brought), cache, plans)
 
 
 def arguments(program, schema: CacheSchema, layout: PlanLayout):
     """The shapes that one of the three programs takes."""
     cache, plan, weights, brought = shapes_of(schema, layout)
     if program is steps_by_scan:
-        return cache, stacked(plan, STEPS), weights, stacked(brought, STEPS)
+        return cache, stacked(plan, STEPS), weights, brought
     if program is layers_by_scan:
         kinds = schema.spec.layer_kinds
         weights = [stacked(weights[kinds.index(kind)], kinds.count(kind)) for kind in LayerKind]
@@ -131,28 +128,145 @@ def budget(cache: Cache) -> int:
 
 
 PROGRAMS = pytest.mark.parametrize("program", [every_layer, layers_by_scan, steps_by_scan])
+LAYOUT = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
 @PROGRAMS
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@LAYOUT
 def test_in_place_on_the_cpu(program, layout):
     given = arguments(program, schema_of(tiny_spec()), layout)
     compiled = jax.jit(program, donate_argnums=0).lower(*given).compile()
-    m = compiled.memory_analysis(); print(m.alias_size_in_bytes, m.temp_size_in_bytes, budget(given[0]))
     assert_in_place(compiled, given[0], temporary_bytes=budget(given[0]))
 
 
 @PROGRAMS
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_in_place_and_in_graphs_on_an_h200(program, layout, tmp_path):
+@LAYOUT
+def test_in_place_on_an_h200(program, layout, tmp_path):
     given = arguments(program, schema_of(tiny_spec()), layout)
     gpu = compile_for_h200(program, *given, dump=tmp_path, donate_argnums=0)
-    m = gpu.compiled.memory_analysis(); print(m.alias_size_in_bytes, m.temp_size_in_bytes, budget(given[0]))
-    print(gpu.thunks)
     assert_in_place(gpu.compiled, given[0], temporary_bytes=budget(given[0]))
+
+
+@pytest.mark.parametrize("formats", ["exact", "compact"])
+def test_in_place_in_every_way_of_storing(formats, tmp_path):
+    """Pools of plain arrays and of bytes."""
+    given = arguments(every_layer, schema_of(tiny_spec(), formats), LAYOUTS["decode"])
+    compiled = jax.jit(every_layer, donate_argnums=0).lower(*given).compile()
+    assert_in_place(compiled, given[0], temporary_bytes=budget(given[0]))
+    gpu = compile_for_h200(every_layer, *given, dump=tmp_path, donate_argnums=0)
+    assert_in_place(gpu.compiled, given[0], temporary_bytes=budget(given[0]))
+
+
+# A scan over layers is not here: its body slices weights by the loop counter, which XLA keeps out of graphs, and a call
+# that it schedules between two slices stays outside with them.
+@pytest.mark.parametrize("program", [every_layer, steps_by_scan])
+@LAYOUT
+def test_a_step_is_one_cuda_graph(program, layout, tmp_path):
+    gpu = compile_for_h200(
+        program, *arguments(program, schema_of(tiny_spec()), layout), dump=tmp_path, donate_argnums=0
+    )
+    assert gpu.graphs == 1
     assert gpu.custom_calls(captured=False) == 0
-    assert gpu.custom_calls(captured=True) == native_calls(gpu.compiled)
+    assert gpu.custom_calls(captured=True) == native_calls(gpu.compiled) > 0
+
+
+def test_a_step_of_the_whole_model_is_in_place_and_one_cuda_graph(tmp_path):
+    """DeepSeek-V4-Flash, 43 layers."""
+    given = arguments(every_layer, schema_of(deepseek_v4_flash()), LAYOUTS["decode"])
+    gpu = compile_for_h200(every_layer, *given, dump=tmp_path, donate_argnums=0)
+    assert_in_place(gpu.compiled, given[0], temporary_bytes=budget(given[0]))
+    assert gpu.graphs == 1
+    assert gpu.custom_calls(captured=False) == 0
+    assert gpu.custom_calls(captured=True) == native_calls(gpu.compiled) > 43
 
 
 def native_calls(compiled: jax.stages.Compiled) -> int:
+    """How many of our ops the program calls."""
     return len(re.findall(r'custom_call_target="dsv4_', compiled.as_text()))
+
+
+def _not_donated(cache, plan, weights, brought):
+    return every_layer(cache, plan, weights, brought)
+
+
+def _keeps_the_old_cache(cache, plan, weights, brought):
+    return every_layer(cache, plan, weights, brought), cache.csa_entries
+
+
+def _slices_a_layer_out(cache, plan, weights, brought):
+    changed = cache.hca_entries.at[0].set(cache.hca_entries[0, ::-1])
+    return every_layer(dataclasses.replace(cache, hca_entries=changed), plan, weights, brought)
+
+
+@pytest.mark.parametrize("program", [_not_donated, _keeps_the_old_cache, _slices_a_layer_out])
+def test_the_assertion_sees_a_copied_pool(program):
+    given = arguments(program, schema_of(tiny_spec()), LAYOUTS["decode"])
+    donated = () if program is _not_donated else 0
+    compiled = jax.jit(program, donate_argnums=donated).lower(*given).compile()
+    with pytest.raises(AssertionError, match=r"aliased|temporaries|copied"):
+        assert_in_place(compiled, given[0], temporary_bytes=budget(given[0]))
+
+
+SMALL = CacheSchema(SPEC, PROFILES["default"], slots=4, blocks=16, max_context=512)
+
+
+def test_buffers_stay_where_they_are():
+    """Weaker than what is compiled, since a pool can be copied out and back; but this is what ran."""
+    cache, manager = init_cache(SMALL), CacheManager(SMALL, token_buckets=(2,))
+    weights = random_weights(np.random.default_rng(0))
+    brought = zero_tokens(2)
+    step = jax.jit(update, donate_argnums=0)
+    requests = [manager.admit(), manager.admit()]
+    before = pointers(cache)
+    for _ in range(5):
+        old, cache = cache, step(cache, manager.prepare_forward(dict.fromkeys(requests, 1)), weights, brought)
+        assert all(array.is_deleted() for array in jax.tree.leaves(old))
+        assert pointers(cache) == before
+
+
+def pointers(cache: Cache) -> list[int]:
+    return [array.unsafe_buffer_pointer() for array in jax.tree.leaves(cache)]
+
+
+def zero_tokens(tokens: int):
+    """What `tokens` tokens bring to each layer of SPEC, all zeros."""
+    return [
+        {name: jnp.zeros((tokens, width), jnp.bfloat16) for name, width in columns(kind).items()}
+        for kind in SPEC.layer_kinds
+    ]
+
+
+def test_no_retrace_in_300_steps_of_changing_batches(rng):
+    """One trace for each token bucket in use, whoever is admitted, released or skipped."""
+    buckets, traced = (1, 2, 4), []
+
+    def counted(cache, plan, weights, brought):
+        traced.append(plan.layout.tokens)
+        return update(cache, plan, weights, brought)
+
+    step = jax.jit(counted, donate_argnums=0)
+    cache, manager = init_cache(SMALL), CacheManager(SMALL, token_buckets=buckets)
+    weights, brought = random_weights(rng), {bucket: zero_tokens(bucket) for bucket in buckets}
+    running, sizes = [], set()
+    for _ in range(300):
+        if running and rng.random() < 0.1:
+            manager.release(running.pop(rng.integers(len(running))))
+        while not running or (manager.free_slots and rng.random() < 0.2):
+            running.append(manager.admit())
+        active = rng.permutation(running)[: rng.integers(1, len(running) + 1)]
+        plan = manager.prepare_forward(dict.fromkeys(active.tolist(), 1))
+        cache = step(cache, plan, weights, brought[plan.layout.tokens])
+        sizes.add(len(active))
+    assert sizes == set(range(1, SMALL.slots + 1))
+    assert sorted(traced) == sorted(buckets)
+    assert step._cache_size() == len(buckets)
+
+
+def test_taking_a_handle_allocates_nothing():
+    cache, manager = init_cache(SMALL), CacheManager(SMALL, token_buckets=(1,))
+    plan = manager.prepare_forward({manager.admit(): 1})
+    before = {id(array) for array in jax.live_arrays()}
+    handles = [LayerCache(cache, plan, layer) for layer in range(len(SPEC.layers))]
+    assert [handle.kind for handle in handles] == list(SPEC.layer_kinds)
+    assert {id(array) for array in jax.live_arrays()} == before
+    assert all(handle.cache is cache for handle in handles)

@@ -193,6 +193,149 @@ def test_no_request_gives_a_plan_that_changes_nothing():
         manager.cancel(plan)
 
 
+# Many steps at once
+
+
+def test_steps_are_planned_as_if_one_by_one(rng):
+    for kinds in ((CSA, HCA), (HCA,), (SWA,)):
+        at_once, one_by_one = make_manager(*kinds, slots=4), make_manager(*kinds, slots=4)
+        handles = [at_once.admit() for _ in range(4)]
+        assert handles == [one_by_one.admit() for _ in range(4)]
+        for _ in range(6):
+            chosen = rng.permutation(handles)[: rng.integers(1, 5)]
+            counts = np.ones(chosen.size, int) if rng.random() < 0.3 else rng.integers(1, 40, chosen.size)
+            steps = int(rng.integers(1, 6))
+            plan = at_once.prepare_forward((chosen, counts), steps=steps)
+            singles = [one_by_one.prepare_forward((chosen, counts)) for _ in range(steps)]
+            np.testing.assert_array_equal(plan.packed, [single.packed for single in singles])
+            for handle in handles:
+                assert at_once.length(handle) == one_by_one.length(handle)
+                np.testing.assert_array_equal(at_once.blocks(handle), one_by_one.blocks(handle))
+
+
+def test_bad_steps_at_once_change_nothing():
+    manager = make_manager(CSA, slots=2, blocks=5, max_context=600, token_buckets=(8, 64))
+    one, two = manager.admit(), manager.admit()
+    manager.prepare_forward({one: 50}, steps=4)
+    cases = [
+        ({one: 1}, 0, InvalidStep, "steps must be an integer of at least 1.*got 0"),
+        ({one: 1}, 2.0, InvalidStep, "got 2.0"),
+        ({one: 50}, 9, ContextExceeded, "200 tokens and asks for 450 more, the context is 600: give it at most 400"),
+        ({one: 1}, 2**62, ContextExceeded, "asks for 4611686018427387904 more"),
+        ({one: 2**62}, 2**62, ContextExceeded, "the context is 600"),
+        ({one: 1, two: 64}, 2, StepTooLarge, "65 tokens in one step"),
+        ({one: 32, two: 32}, 9, CacheFull, "5 blocks needed, 3 of 5 free"),
+    ]
+    before = state(manager)
+    for tokens, steps, error, message in cases:
+        with pytest.raises(error, match=message):
+            manager.prepare_forward(tokens, steps=steps)
+        assert state(manager) == before
+    manager.prepare_forward({one: 32, two: 32}, steps=5)
+    assert manager.free_blocks == 0
+
+
+def test_cancel_takes_back_all_steps():
+    manager = make_manager()
+    one, two = manager.admit(), manager.admit()
+    manager.prepare_forward({one: 100})
+    free = manager.free_blocks
+    plan = manager.prepare_forward({two: 60, one: 20}, steps=5)
+    manager.cancel(plan)
+    assert (manager.free_blocks, manager.length(one), manager.length(two)) == (free, 100, 0)
+    again = manager.prepare_forward({two: 60, one: 20}, steps=5)
+    np.testing.assert_array_equal(again.packed, plan.packed)
+
+
+def test_commit_keeps_the_steps_that_ran():
+    manager = make_manager(CSA, slots=3)
+    one, two, three = (manager.admit() for _ in range(3))
+    manager.prepare_forward({one: 100, two: 130})
+    plan = manager.prepare_forward({three: 2, one: 40, two: 40}, steps=8)
+    assert [manager.length(request) for request in (one, two, three)] == [420, 450, 16]
+    assert manager.free_blocks == 40 - 4 - 4 - 1
+    held = manager.blocks(two)
+    manager.commit(plan, np.array([0, 1, 8]))
+    assert [manager.length(request) for request in (one, two, three)] == [140, 450, 0]
+    assert manager.free_blocks == 40 - 2 - 4
+    np.testing.assert_array_equal(manager.blocks(two), held)
+    # What did not run is planned again, table changes and resets included.
+    plan = manager.prepare_forward({three: 1, one: 120})
+    assert plan.request_reset[:2].tolist() == [1, 0]
+    assert plan.request_start[:2].tolist() == [0, 140]
+    assert (plan.table_slot[0], plan.table_index[0]) == (manager.slot(one), 2)
+    assert plan.table_block[0] == manager.blocks(one)[2]
+
+
+def test_commit_takes_one_number_or_the_devices_padded_array():
+    for steps_run in (3, np.int32(3), [3, 3], jnp.array([3, 3, 0, 77])):
+        manager = make_manager(slots=4)
+        one, two = manager.admit(), manager.admit()
+        manager.commit(manager.prepare_forward({one: 1, two: 2}, steps=5), steps_run)
+        assert (manager.length(one), manager.length(two)) == (3, 6)
+    manager.commit(manager.prepare_forward({one: 4}), 0)
+    assert manager.length(one) == 3
+    manager.commit(manager.prepare_forward({}, steps=2), 1)
+
+
+def test_bad_commits_change_nothing():
+    manager, other = make_manager(), make_manager()
+    one, two = manager.admit(), manager.admit()
+    plan = manager.prepare_forward({one: 60, two: 3}, steps=4)
+    before = state(manager)
+    cases = [
+        ([1, 5], f"request {two} cannot have run 5 steps of a plan of 4"),
+        ([-1, 4], f"request {one} cannot have run -1 steps"),
+        ([1, 2, 3], r"each of the plan's 2 requests; got int64 \[3\]"),
+        ([[1, 2]], r"int64 \[1, 2\]"),
+        (1.0, "float64"),
+    ]
+    for steps_run, message in cases:
+        with pytest.raises(InvalidStep, match=message):
+            manager.commit(plan, steps_run)
+        assert state(manager) == before
+    for stranger, owner in ((jax.device_put(plan), manager), (plan, other)):
+        with pytest.raises(StalePlan, match="not a plan of this manager"):
+            owner.commit(stranger, 1)
+    later = manager.prepare_forward({two: 1})
+    with pytest.raises(StalePlan, match=f"{two} for one\\) have a later plan"):
+        manager.commit(plan, 1)
+    manager.cancel(later)
+    manager.commit(plan, [4, 1])
+    before = state(manager)
+    for again in (lambda: manager.commit(plan, 1), lambda: manager.cancel(plan)):
+        with pytest.raises(StalePlan, match="committed before"):
+            again()
+        assert state(manager) == before
+    plan = manager.prepare_forward({one: 1, two: 1}, steps=3)
+    manager.release(two)
+    with pytest.raises(StalePlan, match="released or truncated"):
+        manager.commit(plan, 1)
+    plan = manager.prepare_forward({one: 1}, steps=3)
+    manager.cancel(plan)
+    with pytest.raises(StalePlan, match="cancelled before"):
+        manager.commit(plan, 1)
+
+
+def test_what_ran_before_a_commit_cannot_be_cancelled():
+    manager = make_manager()
+    request = manager.admit()
+    first = manager.prepare_forward({request: 5})
+    manager.commit(manager.prepare_forward({request: 1}, steps=3), 0)
+    assert manager.length(request) == 5
+    with pytest.raises(StalePlan, match="had a later plan committed"):
+        manager.cancel(first)
+
+
+def test_steps_that_did_not_run_have_overwritten_nothing():
+    manager = make_manager(SWA)
+    request = manager.admit()
+    grow(manager, request, 128)
+    manager.commit(manager.prepare_forward({request: 1}, steps=50), 0)
+    manager.truncate(request, 1)
+    assert manager.length(request) == 1
+
+
 # Cancel
 
 

@@ -95,6 +95,14 @@ class Request:
             for position in positions
         )
 
+    def bring(self, tokens, name):
+        """One step of `tokens` tokens, each unlike any other."""
+        closed = self.length // 4 < (self.length + tokens) // 4
+        for index in range(tokens):
+            self.append((name, self.length, index))
+        if closed:
+            self.rotate()
+
     def truncate(self, n):
         if n == self.length:
             return
@@ -110,8 +118,10 @@ class Made:
 
     plan: StepPlan
     before: dict
+    counts: list
+    steps: int
     serial: int
-    cancelled: bool = False
+    settled: bool = False
     ran: bool = False
 
 
@@ -219,18 +229,25 @@ class ManagerMachine(RuleBasedStateMachine):
         self.prepare(handles, counts, as_arrays)
 
     @precondition(lambda self: self.requests)
-    @rule(steps=st.integers(1, 9), as_arrays=st.booleans())
-    def decode(self, steps, as_arrays):
-        for _ in range(steps):
-            self.prepare(list(self.requests), [1] * len(self.requests), as_arrays)
+    @rule(steps=st.integers(1, 9), as_arrays=st.booleans(), at_once=st.booleans())
+    def decode(self, steps, as_arrays, at_once):
+        for _ in range(1 if at_once else steps):
+            self.prepare(list(self.requests), [1] * len(self.requests), as_arrays, steps if at_once else None)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), largest=st.sampled_from((1, 5, 131)), steps=st.integers(-1, 7), as_arrays=st.booleans())
+    def prepare_steps(self, data, largest, steps, as_arrays):
+        handles = data.draw(st.lists(st.sampled_from(list(self.requests)), unique=True))
+        self.prepare(handles, [data.draw(st.integers(1, largest)) for _ in handles], as_arrays, steps)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), count=st.one_of(st.integers(1, 400), st.sampled_from((4, 127, 128, 129, 256))))
     def prefill(self, data, count):
         self.prepare([data.draw(st.sampled_from(list(self.requests)))], [count], as_arrays=False)
 
-    def prepare(self, handles, counts, as_arrays):
-        """One step on the manager and on the model; what it should raise follows from the model."""
+    def prepare(self, handles, counts, as_arrays, at_once=None):
+        """A step, or several `at_once`, on the manager and on the model, which says what should be raised."""
+        steps = 1 if at_once is None else at_once
         known = list(self.requests)
         if as_arrays:
             given_tokens = handles, counts
@@ -240,47 +257,47 @@ class ManagerMachine(RuleBasedStateMachine):
         expected = set()
         if not set(handles) <= set(known):
             expected.add(UnknownRequest)
-        if len(set(handles)) < len(handles) or min(counts, default=1) < 1:
+        if len(set(handles)) < len(handles) or min(*counts, steps, 1) < 1:
             expected.add(InvalidStep)
         if sum(counts) > self.buckets[-1]:
             expected.add(StepTooLarge)
-        steps = [
-            (self.requests[handle], tokens) for handle, tokens in zip(handles, counts, strict=True) if handle in known
+        growth = [
+            (self.requests[handle], tokens * steps)
+            for handle, tokens in zip(handles, counts, strict=True)
+            if handle in known
         ]
-        if any(request.length + tokens > self.max_context for request, tokens in steps):
+        if any(request.length + tokens > self.max_context for request, tokens in growth):
             expected.add(ContextExceeded)
         if not expected:
-            needed = sum(r.blocks_needed(r.length + tokens) - r.blocks_needed(r.length) for r, tokens in steps)
+            needed = sum(r.blocks_needed(r.length + tokens) - r.blocks_needed(r.length) for r, tokens in growth)
             if needed > self.blocks - self.held():
                 expected.add(CacheFull)
         if expected:
-            error = self.fails(expected, lambda: self.manager.prepare_forward(given_tokens))
+            error = self.fails(expected, lambda: self.manager.prepare_forward(given_tokens, steps=at_once))
             if isinstance(error, CacheFull):
                 there = ("blocks", needed, self.blocks - self.held(), self.blocks)
                 assert (error.resource, error.needed, error.free, error.total) == there
             return
 
-        plan = self.manager.prepare_forward(given_tokens)
-        self.check_plan(plan, handles, counts)
+        plan = self.manager.prepare_forward(given_tokens, steps=at_once)
+        for step, one in enumerate([plan] if at_once is None else [plan.step(step) for step in range(steps)]):
+            self.check_plan(one, handles, counts, step)
+        for handle, tokens in zip(handles, counts, strict=True):
+            assert self.manager.length(handle) == self.requests[handle].length + steps * tokens
         self.serial += 1
-        self.made.append(Made(plan, {handle: copy.deepcopy(self.requests[handle]) for handle in handles}, self.serial))
-        for (request, tokens), made in zip(steps, [self.made[-1]] * len(steps), strict=True):
-            closed = request.length // 4 < (request.length + tokens) // 4
-            for index in range(tokens):
-                request.append((made.serial, id(request), index))
-            if closed:
-                request.rotate()
-            request.plans.append(made.serial)
+        before = {handle: copy.deepcopy(self.requests[handle]) for handle in handles}
+        self.made.append(Made(plan, before, counts, steps, self.serial))
+        for handle, tokens in zip(handles, counts, strict=True):
+            for _ in range(steps):
+                self.requests[handle].bring(tokens, self.serial)
+            self.requests[handle].plans.append(self.serial)
 
-    def check_plan(self, plan, handles, counts):
+    def check_plan(self, plan, handles, counts, step):
         slots = [self.slot[handle] for handle in handles]
-        starts = [self.requests[handle].length for handle in handles]
+        starts = [self.requests[handle].length + step * tokens for handle, tokens in zip(handles, counts, strict=True)]
         changes = []
         for handle, slot, start, tokens in zip(handles, slots, starts, counts, strict=True):
-            needed = self.requests[handle].blocks_needed
-            blocks = self.manager.blocks(handle)
-            assert self.manager.length(handle) == start + tokens
-            assert len(blocks) == needed(start + tokens)
+            needed, blocks = self.requests[handle].blocks_needed, self.manager.blocks(handle)
             changes += [(slot, index, blocks[index]) for index in range(needed(start), needed(start + tokens))]
         bucket = min(bucket for bucket in self.buckets if bucket >= sum(counts))
         assert plan.layout == PlanLayout(bucket, min(self.slots, bucket))
@@ -290,31 +307,66 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data):
         made = data.draw(st.sampled_from([made for made in self.made if not made.ran][-6:]))
-        known = all(handle in self.requests for handle in made.before)
-        latest = known and all(self.requests[handle].plans[-1:] == [made.serial] for handle in made.before)
-        if made.cancelled or not latest:
+        if made.settled or not self.is_latest(made):
             self.fails({StalePlan}, lambda: self.manager.cancel(made.plan))
             return
         self.manager.cancel(made.plan)
         self.requests.update(copy.deepcopy(made.before))
-        made.cancelled = True
+        made.settled = made.ran = True
+
+    @precondition(lambda self: self.made)
+    @rule(data=st.data(), several=st.booleans())
+    def commit(self, data, several):
+        """The device runs everything up to a plan, that one with some requests stopped on the way; the host hears."""
+        made = data.draw(
+            st.sampled_from([made for made in self.made if not several or made.steps > 1][-4:] or self.made)
+        )
+        if made.settled or not self.is_latest(made):
+            self.fails({StalePlan}, lambda: self.manager.commit(made.plan, made.steps))
+            return
+        fewest = made.steps if made.ran else 0
+        run = [data.draw(st.integers(fewest, made.steps)) for _ in made.before]
+        wrong = [*run[:-1], data.draw(st.sampled_from((-1, made.steps + 1)))] if run else [1] * 99
+        self.fails({InvalidStep}, lambda: self.manager.commit(made.plan, wrong))
+        for earlier in self.made[: self.made.index(made)]:
+            self.run_on_device(earlier)
+        self.run_on_device(made, {self.slot[handle]: ran for handle, ran in zip(made.before, run, strict=True)})
+        self.manager.commit(made.plan, run)
+        made.settled = True
+        for (handle, before), tokens, ran in zip(made.before.items(), made.counts, run, strict=True):
+            request = self.requests[handle] = copy.deepcopy(before)
+            request.plans.clear()
+            for _ in range(ran):
+                request.bring(tokens, made.serial)
+
+    def is_latest(self, made):
+        return all(
+            handle in self.requests and self.requests[handle].plans[-1:] == [made.serial] for handle in made.before
+        )
+
+    def run_on_device(self, made, steps_run=None):
+        """What a plan does to the block table, if requests stop after `steps_run` (by slot) steps."""
+        if made.ran:
+            return
+        made.ran = True
+        for step in range(made.steps):
+            plan = made.plan.step(step) if made.plan.packed.ndim == 2 else made.plan
+            runs = {
+                slot: steps_run is None or step < steps_run[slot] for slot in plan.request_slot.tolist() if slot >= 0
+            }
+            for slot, reset in zip(plan.request_slot.tolist(), plan.request_reset.tolist(), strict=True):
+                if reset and runs[slot]:
+                    self.device_table[slot] = {}
+            changes = zip(plan.table_slot.tolist(), plan.table_index.tolist(), plan.table_block.tolist(), strict=True)
+            for slot, index, block in changes:
+                if slot >= 0 and runs[slot]:
+                    self.device_table[slot][index] = block
 
     @rule()
     def run(self):
         """The device runs the plans in order; its block table must then say what the manager says."""
         for made in self.made:
-            if made.ran or made.cancelled:
-                continue
-            plan = made.plan
-            for slot, reset in zip(plan.request_slot.tolist(), plan.request_reset.tolist(), strict=True):
-                if reset:
-                    self.device_table[slot] = {}
-            changes = zip(plan.table_slot.tolist(), plan.table_index.tolist(), plan.table_block.tolist(), strict=True)
-            for slot, index, block in changes:
-                if slot >= 0:
-                    self.device_table[slot][index] = block
-        for made in self.made:
-            made.ran = True
+            self.run_on_device(made)
         for handle, request in self.requests.items():
             row = self.device_table.get(self.slot[handle], {})
             blocks = self.manager.blocks(handle).tolist()

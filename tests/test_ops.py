@@ -12,10 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv4_jax import OperandError, deepseek_v4_pro, ops, reference
+from dsv4_jax import PROFILES, CompressorInputs, OperandError, RawRows, Rotary, StepPlan, deepseek_v4_pro, ops, reference
 from dsv4_jax.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
 from dsv4_jax.plan import PlanLayout, build_plan
 from dsv4_jax.rotary import inverse_frequencies
+from dsv4_jax.rows import Compressed, Window
 
 SLOTS, BLOCKS, MAX_BLOCKS, LAYERS, RING = 5, 40, 8, 3, 128
 LAYOUT = PlanLayout(tokens=600, requests=5)
@@ -72,8 +73,7 @@ def random_plan(rng, *, astray=True):
         fields["request_slot"][0] = nowhere
         closing = fields["closing_4"]
         closing[-1] = rng.choice([LAYOUT.tokens, 10**6, -3])
-    plan = build_plan(LAYOUT, [], [], [])
-    return type(plan)(packed, LAYOUT)
+    return StepPlan(packed, LAYOUT)
 
 
 def random_pool(rng, vector_format, rows, pages=BLOCKS):
@@ -83,7 +83,9 @@ def random_pool(rng, vector_format, rows, pages=BLOCKS):
         return rng.normal(size=shape).astype(vector_format.dtype)
     pool = rng.integers(0, 256, shape).astype(np.uint8)
     count = LAYERS * pages * rows
-    page = np.asarray(native("quantize", random_rows(rng, (count, vector_format.width), np.float32), format=vector_format))
+    page = np.asarray(
+        native("quantize", random_rows(rng, (count, vector_format.width), np.float32), format=vector_format)
+    )
     codes = vector_format.data_bytes * count
     end = codes + vector_format.scale_bytes * count
     used = rows * vector_format.data_bytes
@@ -98,6 +100,12 @@ def random_rows(rng, shape, dtype):
     values[rng.random(shape) < 0.02] = 0
     values[0] = 0
     return values.astype(dtype)
+
+
+def random_raw_rows(rng, tokens, dtype):
+    angles = rng.normal(size=(tokens, 32)).astype(np.float32)
+    weight = (1 + 0.2 * rng.normal(size=512)).astype(np.float32)
+    return RawRows(rng.normal(size=(tokens, 512)).astype(dtype), weight, Rotary(np.cos(angles), np.sin(angles)))
 
 
 def random_table(rng):
@@ -117,7 +125,9 @@ def projections(rng, ratio, width, dtype):
     return kv, gate, rng.normal(size=(ratio, columns)).astype(np.float32)
 
 
-COMPRESSORS = pytest.mark.parametrize(("ratio", "width"), [(4, 512), (4, 128), (128, 512)], ids=["csa", "indexer", "hca"])
+COMPRESSORS = pytest.mark.parametrize(
+    ("ratio", "width"), [(4, 512), (4, 128), (128, 512)], ids=["csa", "indexer", "hca"]
+)
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["fp32", "bf16"])
 POOLS = [
     *(pytest.param(4, f, id=f"csa-{f.name}") for f in ENTRY_FORMATS.values()),
@@ -151,7 +161,8 @@ def test_append_window(other, rng, name, dtype, ring):
     positions = rng.integers(-1, 500, (LAYERS, SLOTS, ring)).astype(np.int32)
     operands = (window, positions, random_rows(rng, (LAYOUT.tokens, 512), dtype), random_plan(rng), 1)
     assert_same(
-        native("append_window", *operands, format=vector_format), other("append_window", *operands, format=vector_format)
+        native("append_window", *operands, format=vector_format),
+        other("append_window", *operands, format=vector_format),
     )
 
 
@@ -194,6 +205,89 @@ def test_compress(other, rng, ratio, width, dtype, hadamard):
     else:
         assert_same(left, right)
     assert np.isfinite(np.asarray(left[1])).all()
+
+
+@DTYPES
+def test_normalize(other, rng, dtype):
+    raw = random_raw_rows(rng, LAYOUT.tokens, dtype)
+    left, right = native("normalize", raw, eps=1e-6), other("normalize", raw, eps=1e-6)
+    if other.kind == "reference":
+        np.testing.assert_allclose(left, right, rtol=0, atol=1e-5)
+    else:
+        assert_same(left, right)
+    x = raw.rows.astype(np.float64)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * raw.norm_weight
+    np.testing.assert_allclose(np.asarray(left)[:, :448], x[:, :448], rtol=0, atol=1e-5)
+    turned = (x[:, 448::2] + 1j * x[:, 449::2]) * (raw.rotary.cos + 1j * raw.rotary.sin.astype(np.float64))
+    np.testing.assert_allclose(np.asarray(left)[:, 448::2], turned.real, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(left)[:, 449::2], turned.imag, rtol=0, atol=1e-5)
+
+
+DECODE = PlanLayout(tokens=24, requests=24)
+STEPS = {
+    "prefill": (PlanLayout(tokens=600, requests=5), [130, 1, 5, 300, 2]),
+    "decode": (DECODE, [1] * 20),
+    "decode of several tokens": (DECODE, [1, 9, 1, 6, 5]),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("raw", [False, True], ids=["finished", "raw"])
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("kind", ["swa", "csa", "hca"])
+@pytest.mark.parametrize("profile", ["exact", "default", "flashmla", "compact"])
+def test_update(other, rng, kind, step, raw, dtype, profile):
+    """One op for all writes of a layer: like its definition with fp32 storage, and on CUDA to the bit in every format."""
+    if other.kind == "reference" and profile != "exact":
+        pytest.skip("a pooled value that differs in its last bit may fall on the other side of a rounding boundary")
+    formats = PROFILES[profile]
+    layout, counts = STEPS[step]
+    slots, table_width = 24, 4
+    starts = rng.integers(0, 100, len(counts)) * rng.integers(0, 2, len(counts)) + rng.choice([0, 3, 127], len(counts))
+    chosen = rng.permutation(slots)[: len(counts)]
+    packed = build_plan(layout, chosen, starts, counts, [False] * len(counts)).packed.copy()
+    lost = layout.fields["request_slot"].start
+    packed[layout.fields["token_slot"]][packed[layout.fields["token_slot"]] == packed[lost]] = -1
+    packed[lost] = -1  # a request that was stopped
+    plan = StepPlan(packed, layout)
+    table = rng.permutation(slots * table_width).reshape(slots, table_width).astype(np.int32)
+    table[rng.random(table.shape) < 0.1] = -1
+
+    window_format = formats.window_format
+    window = Window(
+        random_pool(rng, window_format, RING, slots), rng.integers(-1, 500, (LAYERS, slots, RING)).astype(np.int32)
+    )
+    rows = random_raw_rows(rng, layout.tokens, dtype)
+    rows = rows if raw else rows.rows
+    if kind == "swa":
+        operands, attributes = (window, rows, plan, 1), {"format": window_format, "eps": 1e-6}
+    else:
+        ratio = 4 if kind == "csa" else 128
+
+        def compressed(width, vector_format):
+            pool = random_pool(rng, vector_format, 128 // ratio, slots * table_width)
+            return Compressed(pool, rng.normal(size=(LAYERS, slots, 2, 12 if ratio == 4 else 128, width)).astype(np.float32))
+
+        def inputs(width):
+            columns = 2 * width if ratio == 4 else width
+            angles = rng.normal(size=(layout.closing_size(ratio), 32)).astype(np.float32)
+            kv, gate = (rng.normal(size=(layout.tokens, columns)).astype(dtype) for _ in range(2))
+            ape = rng.normal(size=(ratio, columns)).astype(np.float32)
+            weight = (1 + 0.2 * rng.normal(size=width)).astype(np.float32)
+            return CompressorInputs(kv, gate, ape, weight, Rotary(np.cos(angles), np.sin(angles)))
+
+        attributes = {"window_format": window_format, "entry_format": formats.entry_format, "eps": 1e-6}
+        entries = compressed(512, formats.entry_format)
+        operands = (window, entries, rows, inputs(512), table, plan, 1, 2)
+        if kind == "csa":
+            keys = compressed(128, formats.key_format)
+            operands = (window, entries, keys, rows, inputs(512), inputs(128), table, plan, 1, 2)
+            attributes |= {"key_format": formats.key_format, "hadamard": formats.indexer_hadamard}
+    left, right = native(f"update_{kind}", *operands, **attributes), other(f"update_{kind}", *operands, **attributes)
+    if other.kind == "reference":
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), left, right)
+    else:
+        assert_same(left, right)
 
 
 @pytest.mark.parametrize(("ratio", "vector_format"), POOLS)
@@ -307,7 +401,7 @@ MISTAKES = {
     "gate": ("append_tail", {"gate": np.zeros((LAYOUT.tokens, 1024), ml_dtypes.bfloat16)}),
     "ape": ("append_tail", {"ape": np.zeros((128, 1024), np.float32)}),
     "tail": ("append_tail", {"tail": np.zeros((LAYERS, SLOTS, 2, 8, 512), np.float32)}),
-    "plan": ("append_tail", {"plan": type(build_plan(LAYOUT, [], [], []))(np.zeros(7, np.int32), LAYOUT)}),
+    "plan": ("append_tail", {"plan": StepPlan(np.zeros(7, np.int32), LAYOUT)}),
     "entries": ("flush", {"entries": np.zeros((3, 512), np.float32)}),
     "block_table": ("flush", {"block_table": np.zeros((SLOTS, MAX_BLOCKS), np.int16)}),
     "pool": ("flush", {"pool": np.zeros((LAYERS, BLOCKS, 32, 512), np.float32)}),

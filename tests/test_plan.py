@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_jax.plan import PlanLayout, StepPlan, build_plan
+from dsv4_jax.plan import PlanLayout, StepPlan, build_plan, build_plans
 
-FIELDS = ("token_slot", "token_position", "token_request", "request_slot", "request_reset", "query_start")
+FIELDS = ("token_slot", "token_position", "token_request", "request_slot", "request_reset", "query_start", "longest")
 TABLE_FIELDS = ("table_slot", "table_index", "table_block")
 DERIVED = ("request_start", "request_end", "last_token")
 
@@ -43,9 +43,14 @@ def by_loop(layout: PlanLayout, slots, starts, counts, resets, changes=()) -> di
         for name, value in zip(TABLE_FIELDS, change, strict=True):
             fields[name].append(value)
 
+    fields["longest"].append(max(counts, default=0))
+
     tokens, requests = layout.tokens, layout.requests
     sizes = dict.fromkeys(("token_slot", "token_position", "token_request"), tokens)
-    sizes |= dict.fromkeys(("request_slot", "request_reset", *DERIVED), requests) | {"query_start": requests + 1}
+    sizes |= dict.fromkeys(("request_slot", "request_reset", *DERIVED), requests) | {
+        "query_start": requests + 1,
+        "longest": 1,
+    }
     sizes |= dict.fromkeys(TABLE_FIELDS, tokens // 128 + requests)
     sizes |= {"closing_csa": (tokens + 3 * requests) // 4, "closing_hca": (tokens + 127 * requests) // 128}
     pads = {"request_reset": 0, "query_start": flat}
@@ -53,6 +58,28 @@ def by_loop(layout: PlanLayout, slots, starts, counts, resets, changes=()) -> di
         assert len(values) <= sizes[name], f"{name} cannot hold this step"
         values.extend([pads.get(name, -1)] * (sizes[name] - len(values)))
     return fields
+
+
+def without(expected: dict, stopped) -> dict:
+    """What is left of a plan's fields (as of ``by_loop``) once some of its requests are stopped, by a loop."""
+    left = {name: list(values) for name, values in expected.items()}
+    gone = {slot for slot, stop in zip(left["request_slot"], stopped, strict=True) if stop}
+    tokens = [flat for flat, slot in enumerate(left["token_slot"]) if slot in gone]
+    requests = [request for request, slot in enumerate(left["request_slot"]) if slot in gone]
+    changes = [change for change, slot in enumerate(left["table_slot"]) if slot in gone]
+    for names, places in (
+        (("token_slot", "token_position", "token_request"), tokens),
+        (("request_slot", *DERIVED), requests),
+        (TABLE_FIELDS, changes),
+    ):
+        for name in names:
+            for place in places:
+                left[name][place] = -1
+    for request in requests:
+        left["request_reset"][request] = 0
+    for name in ("closing_csa", "closing_hca"):
+        left[name] = [-1 if flat in tokens else flat for flat in left[name]]
+    return left
 
 
 def assert_fields(plan: StepPlan, expected: dict) -> None:
@@ -76,7 +103,7 @@ def test_layout_sizes():
     assert layout.table_changes == 10
     assert layout.closing_size(4) == 70
     assert layout.closing_size(128) == 9
-    assert layout.size == 3 * 256 + 2 * 8 + 9 + 3 * 10 + 70 + 9
+    assert layout.size == 3 * 256 + 2 * 8 + 9 + 3 * 10 + 70 + 9 + 1
 
 
 def test_layout_fields_tile_the_vector():
@@ -193,6 +220,81 @@ def test_stacked_plans_have_stacked_fields_and_scan_apart():
         np.testing.assert_array_equal(values, np.stack([every_field(plan)[name] for plan in plans]), err_msg=name)
     _, ends = jax.jit(lambda plans: jax.lax.scan(lambda carry, plan: (carry, plan.request_end), 0, plans))(stacked)
     np.testing.assert_array_equal(ends, [[1, 128, -1], [2, 129, -1], [3, 130, -1]])
+
+
+@settings(deadline=None, max_examples=100)
+@given(steps(), st.integers(1, 5), st.data())
+def test_build_plans_is_a_loop_over_steps(first, count, data):
+    layout, slots, starts, counts = first
+    change = st.tuples(st.integers(0, 40), st.integers(0, 99), st.integers(0, 999))
+    changes = [data.draw(st.lists(change, max_size=layout.table_changes)) for _ in range(count)]
+    flat = [(step, *change) for step, of_step in enumerate(changes) for change in of_step]
+    plan = build_plans(layout, count, slots, starts, counts, None, tuple(np.array(flat).T) if flat else None)
+    assert plan.packed.shape == (count, layout.size)
+    for step in range(count):
+        now = [start + step * tokens for start, tokens in zip(starts, counts, strict=True)]
+        resets = [step == 0 and start == 0 for start in starts]
+        assert_fields(plan.step(step), by_loop(layout, slots, now, counts, resets, changes[step]))
+
+
+def test_build_plans_refuses_too_many_changes_in_one_step():
+    layout = PlanLayout(8, 2)
+    fit = ([0, 0, 1, 1], *np.zeros((3, 4), int))
+    build_plans(layout, 2, [0], [5], [1], table_changes=fit)
+    with pytest.raises(ValueError, match="3 table changes in one step do not fit a plan of 2"):
+        build_plans(layout, 2, [0], [5], [1], table_changes=([0, 1, 1, 1], *fit[1:]))
+
+
+@pytest.mark.parametrize("layout", [PlanLayout(5, 5), PlanLayout(300, 5), PlanLayout(400, 6)], ids=str)
+def test_stop_leaves_a_plan_of_the_others(layout, rng):
+    stop = jax.jit(StepPlan.stop)
+    for _ in range(30):
+        requests = int(rng.integers(0, layout.requests + 1))
+        slots = rng.permutation(9)[:requests].tolist()
+        starts = [int(rng.choice([0, 3, 126, 127, 1_000_000])) for _ in slots]
+        counts = [int(rng.integers(1, layout.tokens // requests + 1)) for _ in slots]
+        changes = [
+            (int(rng.choice(slots)), int(rng.integers(99)), int(rng.integers(999)))
+            for _ in range(int(rng.integers(0, layout.table_changes + 1)) if slots else 0)
+        ]
+        plan = build_plan(layout, slots, starts, counts, None, tuple(np.array(changes).T) if changes else None)
+        expected = by_loop(layout, slots, starts, counts, [start == 0 for start in starts], changes)
+        stopped, more = rng.random((2, layout.requests)) < rng.random()
+        left = stop(plan, stopped)
+        assert left.layout == layout
+        assert_fields(left, without(expected, stopped & (np.arange(layout.requests) < requests)))
+        np.testing.assert_array_equal(stop(left, more).packed, stop(plan, stopped | more).packed)
+
+
+def test_stop_inside_a_scan_and_a_while_loop():
+    layout = PlanLayout(6, 3)
+    plans = build_plans(layout, 4, [4, 1], [0, 126], [1, 2], None, ([1], [1], [0], [9]))
+    ends = np.array([1, 3, 0])  # the step before which each request stops
+
+    def by_scan(plans, ends):
+        return jax.lax.scan(lambda i, plan: (i + 1, plan.stop(i >= ends).packed), 0, plans)[1]
+
+    def by_while(plans, ends):
+        def body(state):
+            i, packed = state
+            return i + 1, packed.at[i].set(plans.step(i).stop(i >= ends).packed)
+
+        return jax.lax.while_loop(lambda state: state[0] < 4, body, (0, jax.numpy.zeros_like(plans.packed)))[1]
+
+    expected = [plans.step(i).stop(i >= ends).packed for i in range(4)]
+    assert jax.jit(lambda plan: plan.stop(ends > 0))(plans.step(0)).receipt is None
+    for program in (by_scan, by_while):
+        np.testing.assert_array_equal(jax.jit(program)(plans, ends), expected)
+
+
+def test_step_and_stop_take_the_plans_they_are_for():
+    layout = PlanLayout(8, 3)
+    plans = build_plans(layout, 2, [3], [0], [3])
+    with pytest.raises(ValueError, match="stacked"):
+        plans.step(0).step(0)
+    for plan, mask in ((plans, [True] * 3), (plans.step(0), [True] * 2), (plans.step(0), True)):
+        with pytest.raises(ValueError, match=r"one step and a mask \[3\]"):
+            plan.stop(mask)
 
 
 def test_pytree_has_one_leaf_and_leaves_the_receipt_behind():

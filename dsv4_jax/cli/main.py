@@ -1,4 +1,4 @@
-"""The `dsv4-jax` program: `decode` and `doctor`."""
+"""The `dsv4-jax` program: `decode`, `plan` and `doctor`."""
 
 import sys
 
@@ -17,8 +17,10 @@ def application(*, only_doctor: bool = False) -> typer.Typer:
 
     if not only_doctor:
         from dsv4_jax.cli.decode import decode
+        from dsv4_jax.cli.plan import plan
 
         app.command()(decode)
+        app.command()(plan)
     app.command()(doctor)
     return app
 

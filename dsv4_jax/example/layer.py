@@ -7,7 +7,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax import ModelSpec, Rotary, apply_rotary
+from dsv4_jax import (
+    CompressorInputs,
+    LayerKind,
+    LayerSpec,
+    ModelSpec,
+    Rotary,
+    StepPlan,
+    apply_rotary,
+    closing_rotary,
+)
 from dsv4_jax.example.attention import rms_norm
 from dsv4_jax.example.weights import CompressorWeights, IndexerWeights, LayerWeights
 
@@ -55,6 +64,20 @@ def project(weights: LayerWeights, spec: ModelSpec, hidden: jax.Array, rotary: R
         index_keys=None if weights.indexer is None else _compressed(weights.indexer.keys, x),
         index_query=None if weights.indexer is None else _index_query(weights.indexer, x, rotary),
     )
+
+
+def compressor_inputs(
+    weights: LayerWeights, made: Projections, plan: StepPlan, layer: LayerSpec
+) -> tuple[CompressorInputs | None, CompressorInputs | None]:
+    """What ``LayerCache.update`` takes besides rows: the compressor's inputs and the indexer's, None without one."""
+    if layer.kind is LayerKind.SWA:
+        return None, None
+    angles = closing_rotary(plan, layer.kind.ratio, layer.rope)
+    main = CompressorInputs(*made.compressor, weights.compressor.ape, weights.compressor.norm, angles)
+    if layer.kind is LayerKind.HCA:
+        return main, None
+    keys = weights.indexer.keys
+    return main, CompressorInputs(*made.index_keys, keys.ape, keys.norm, angles)
 
 
 def merge_heads(weights: LayerWeights, attended: jax.Array, rotary: Rotary) -> jax.Array:

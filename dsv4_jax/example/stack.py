@@ -9,19 +9,17 @@ import jax.numpy as jnp
 
 from dsv4_jax import (
     Cache,
-    CompressorInputs,
     LayerCache,
     LayerKind,
+    LayerSpec,
     ModelSpec,
-    RopeSpec,
     StepPlan,
     begin_step,
-    closing_rotary,
     token_rotary,
 )
 from dsv4_jax.example.attention import Source, index_scores, rms_norm, sink_attention, top_entries
-from dsv4_jax.example.layer import Compressed, Projections, merge_heads, project
-from dsv4_jax.example.weights import CompressorWeights, LayerWeights, StackWeights
+from dsv4_jax.example.layer import Projections, compressor_inputs, merge_heads, project
+from dsv4_jax.example.weights import LayerWeights, StackWeights
 
 Implementation = Literal["native", "reference"]
 
@@ -61,7 +59,7 @@ def step(
         for index, (layer, layer_weights) in enumerate(zip(spec.layers, weights.layers, strict=True)):
             made = project(layer_weights, spec, hidden, angles[layer.rope])
             handle = LayerCache(cache, plan, index, implementation=implementation)
-            handle, sources, selection = _remember(handle, plan, spec, layer.rope, layer_weights, made)
+            handle, sources, selection = _remember(handle, plan, spec, layer, layer_weights, made)
             cache = handle.cache
             if selection is not None:
                 selections.append(selection)
@@ -75,18 +73,14 @@ def _remember(
     handle: LayerCache,
     plan: StepPlan,
     spec: ModelSpec,
-    rope: RopeSpec,
+    layer: LayerSpec,
     weights: LayerWeights,
     made: Projections,
 ) -> tuple[LayerCache, list[Source], jax.Array | None]:
     """Put the step's tokens into the layer's cache; what its queries attend to, and the CSA selection."""
     # Only now is a row that this step pushes out of the ring still there.
     handle, before = handle.window_before(dtype=jnp.float32)
-    handle = handle.update(
-        made.rows,
-        compressor=_inputs(plan, handle.kind, rope, weights.compressor, made.compressor),
-        indexer=_inputs(plan, handle.kind, rope, weights.indexer and weights.indexer.keys, made.index_keys),
-    )
+    handle = handle.update(made.rows, *compressor_inputs(weights, made, plan, layer))
     own = handle.stored(made.rows, dtype=jnp.float32)
     sources = [_window_source(plan, spec.window, before, own)]
     selection = None
@@ -102,14 +96,6 @@ def _remember(
         mask = mine[:, :, None] & seen & entries.valid
         sources.append(Source(_flat(entries.values), mask.reshape(mask.shape[0], -1)))
     return handle, sources, selection
-
-
-def _inputs(
-    plan: StepPlan, kind: LayerKind, rope: RopeSpec, weights: CompressorWeights | None, made: Compressed | None
-) -> CompressorInputs | None:
-    if weights is None or made is None:
-        return None
-    return CompressorInputs(made.kv, made.gate, weights.ape, weights.norm, closing_rotary(plan, kind.ratio, rope))
 
 
 def _window_source(plan: StepPlan, window: int, before, own: jax.Array) -> Source:

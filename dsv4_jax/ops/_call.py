@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax.formats import VectorFormat
-from dsv4_jax.plan import BLOCK_TOKENS, StepPlan
+from dsv4_jax.plan import StepPlan
 
 FLOATING = (jnp.float32, jnp.bfloat16)
 
@@ -101,7 +101,7 @@ def call(
 
 
 def _typed(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    # JAX compares cached attributes by value, so np.int64(64) and np.int32(64) would share a compilation: the only place
-    # that chooses attribute types is this one.
+    # JAX compares cached attributes by value, so np.int64(64) and np.int32(64) would share a compilation: only this
+    # function chooses attribute types.
     types = {bool: np.bool_, int: np.int64, float: np.float32, str: str}
     return {name: types[type(value)](value) for name, value in attributes.items()}

@@ -67,11 +67,12 @@ def append_tail(
 ) -> jax.Array:
     """Keeps the compressor inputs of the step that a later entry will pool.
 
-    Those are the tokens of the window that is open after the step and, for CSA, the overlap half of the window before it.
+    Those are the tokens of the window that is open after the step and, for CSA, the overlap half of the one before it.
 
     Args:
       tail: float32 [layers, slots, 2 (kv, score), rows, width]; 12 rows for CSA, 128 for HCA (see ``Cache``).
-      kv: [tokens, columns] float32 or bfloat16; columns = 2 * width for CSA (overlap half, current half), width for HCA.
+      kv: [tokens, columns] float32 or bfloat16; columns = 2 * width for CSA (overlap half, current half), width for
+        HCA.
       gate: as kv; the stored score is ``gate + ape[position % ratio]``.
       ape: float32 [ratio, columns].
       plan: the step; padding tokens (-1) write nothing.

@@ -41,5 +41,7 @@ def begin_step(
         check_tail(op, name, tail, ratio)
     check_plan(op, plan)
     operands = (block_table, window_positions, csa_tail, key_tail, hca_tail, plan.packed)
-    block_table, window_positions, csa_tail, key_tail, hca_tail = call(op, operands, in_place=5, **plan_attributes(plan))
+    block_table, window_positions, csa_tail, key_tail, hca_tail = call(
+        op, operands, in_place=5, **plan_attributes(plan)
+    )
     return block_table, window_positions, csa_tail, key_tail, hca_tail

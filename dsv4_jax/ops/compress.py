@@ -37,8 +37,8 @@ def compress(
 ) -> tuple[jax.Array, jax.Array]:
     """Pools, normalizes and rotates every window that closes in this step; writes nothing to the cache.
 
-    Rows from before the step come from the tail, rows of the step from kv and gate, so the result does not depend on how
-    a sequence was cut into steps. Softmax pooling per channel, RMSNorm, RoPE at the window's first position and the
+    Rows from before the step come from the tail, rows of the step from kv and gate, so the result does not depend on
+    how a sequence was cut into steps. Softmax pooling per channel, RMSNorm, RoPE at the window's first position and the
     optional Hadamard transform are fp32 (DeepSeek-V4 report, compressed sparse and heavily compressed attention).
 
     Args:

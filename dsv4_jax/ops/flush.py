@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from dsv4_jax.formats import VectorFormat
 from dsv4_jax.ops._call import (
-    BLOCK_TOKENS,
     call,
     check,
     check_plan,
@@ -16,7 +15,7 @@ from dsv4_jax.ops._call import (
     layer_operand,
     plan_attributes,
 )
-from dsv4_jax.plan import StepPlan
+from dsv4_jax.plan import BLOCK_TOKENS, StepPlan
 
 
 def flush(

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from dsv4_jax.formats import VectorFormat
 from dsv4_jax.ops._call import (
-    BLOCK_TOKENS,
     FLOATING,
     OperandError,
     call,
@@ -19,6 +18,7 @@ from dsv4_jax.ops._call import (
     layer_operand,
     struct,
 )
+from dsv4_jax.plan import BLOCK_TOKENS
 from dsv4_jax.rows import Rows
 
 
@@ -103,8 +103,8 @@ def gather_window(
       window: [layers, slots, *page(ring)] of `format`.
       positions: int32 [layers, slots, ring], the position each ring row holds.
       slots: int32 [queries]; below 0 or out of range: every row of that query is invalid.
-      last: int32 [queries]; row j of a query holds position ``last - rows + 1 + j``, invalid where that is below 0 or not
-        what the ring holds.
+      last: int32 [queries]; row j of a query holds position ``last - rows + 1 + j``, invalid where that is below 0 or
+        not what the ring holds.
       layer: index of the layer.
       format: how rows are stored.
       dtype: of the values, bfloat16 or float32.

@@ -11,6 +11,7 @@ from dsv4_jax.reference.flush import flush
 from dsv4_jax.reference.gather import gather_all_entries, gather_entries, gather_window
 from dsv4_jax.reference.quantize import dequantize, quantize
 from dsv4_jax.reference.rotate import rotate
+from dsv4_jax.reference.update import normalize, update_csa, update_hca, update_swa
 
 __all__ = [
     "append_tail",
@@ -23,6 +24,10 @@ __all__ = [
     "gather_entries",
     "gather_window",
     "hadamard_transform",
+    "normalize",
     "quantize",
     "rotate",
+    "update_csa",
+    "update_hca",
+    "update_swa",
 ]

@@ -58,7 +58,7 @@ def compress(
     valid = closing.valid & in_range(layer, layers)
     kv, gate, ape = to_float32(kv), to_float32(gate), jnp.asarray(ape)
     entries = _softmax_pool(*_window_rows(tail, kv, gate, ape, index, closing, layer, ratio))
-    entries = _rms_norm(entries, norm_weight, eps)
+    entries = rms_norm(entries, norm_weight, eps)
     entries = apply_rotary(entries, Rotary(cos, sin))
     if hadamard:
         entries = hadamard_transform(entries)
@@ -125,5 +125,6 @@ def _softmax_pool(kv: jax.Array, score: jax.Array) -> jax.Array:
     return jnp.sum(weight * kv, axis=1) / jnp.sum(weight, axis=1)
 
 
-def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """``x / rms(x) * weight`` over the last axis."""
     return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight

@@ -1,7 +1,7 @@
 // Scalars to the bit: bfloat16, E4M3, E2M1 and power-of-two scales, each with one rounding rule for CPU and GPU.
 //
-// Everything here is plain IEEE arithmetic without contraction, so that a CPU and a GPU write the same bytes. Where the GPU
-// has a conversion instruction with the same result it is used.
+// Everything here is plain IEEE arithmetic without contraction, so that a CPU and a GPU write the same bytes. Where the
+// GPU has a conversion instruction with the same result it is used.
 #pragma once
 
 #include <cstdint>

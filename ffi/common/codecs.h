@@ -230,19 +230,37 @@ DSV4_HOST_DEVICE float load_scale(const uint8_t* scales, int channel, float glob
   return Codec::scale(block_code, row_scale);
 }
 
-// Calls `visit(Codec{})` for the codec of that name and width; false if there is none.
+template <class... Codecs>
+struct CodecList {};
+
+using HeadCodecs = CodecList<Fp32<kHeadDim>, Bf16<kHeadDim>, Fp8<kHeadDim>, Fp8DsMla<kHeadDim>, Nvfp4<kHeadDim>,
+                             Nvfp4Static<kHeadDim>>;
+using KeyCodecs = CodecList<Fp32<kKeyDim>, Bf16<kKeyDim>, Fp8Pow2<kKeyDim>, Nvfp4<kKeyDim>, Nvfp4Static<kKeyDim>,
+                            Mxfp4<kKeyDim>>;
+
+// Calls `visit(Codec{})` for the codec at that place of the list.
+template <class... Codecs, class Visitor>
+void visit_codec(CodecList<Codecs...>, int index, Visitor&& visit) {
+  int place = 0;
+  static_cast<void>(((place++ == index ? (visit(Codecs{}), true) : false) || ...));
+}
+
 template <class Visitor>
-bool visit_codec(const char* name, size_t length, int width, Visitor&& visit) {
-  const auto is = [&](const char* other) { return strlen(other) == length && memcmp(other, name, length) == 0; };
-  const auto try_codec = [&](auto codec) {
-    if (width != decltype(codec)::kWidth || !is(decltype(codec)::kName)) return false;
-    visit(codec);
-    return true;
-  };
-  return try_codec(Fp32<kHeadDim>{}) || try_codec(Bf16<kHeadDim>{}) || try_codec(Fp8<kHeadDim>{}) ||
-         try_codec(Fp8DsMla<kHeadDim>{}) || try_codec(Nvfp4<kHeadDim>{}) || try_codec(Nvfp4Static<kHeadDim>{}) ||
-         try_codec(Fp32<kKeyDim>{}) || try_codec(Bf16<kKeyDim>{}) || try_codec(Fp8Pow2<kKeyDim>{}) ||
-         try_codec(Nvfp4<kKeyDim>{}) || try_codec(Nvfp4Static<kKeyDim>{}) || try_codec(Mxfp4<kKeyDim>{});
+void visit_codec(int width, int index, Visitor&& visit) {
+  width == kHeadDim ? visit_codec(HeadCodecs{}, index, visit) : visit_codec(KeyCodecs{}, index, visit);
+}
+
+template <class... Codecs>
+int find_codec(CodecList<Codecs...>, const char* name, size_t length) {
+  int place = 0, found = -1;
+  ((found = strlen(Codecs::kName) == length && memcmp(Codecs::kName, name, length) == 0 ? place : found, ++place), ...);
+  return found;
+}
+
+// The codec of that name for rows of that width, -1 if there is none.
+inline int find_codec(const char* name, size_t length, int width) {
+  if (width == kHeadDim) return find_codec(HeadCodecs{}, name, length);
+  return width == kKeyDim ? find_codec(KeyCodecs{}, name, length) : -1;
 }
 
 }  // namespace dsv4

@@ -11,14 +11,20 @@ struct EntryPlace {
   int row;
 };
 
-DSV4_HOST_DEVICE EntryPlace place_of_entry(const Pool& pool, const BlockTable& table, int64_t layer, int64_t slot, int entry) {
-  const EntryPlace nowhere{nullptr, 0};
-  if (layer < 0 || layer >= pool.layers || slot < 0 || slot >= table.slots || entry < 0) return nowhere;
+// The block that holds an entry of a slot; below 0 where there is none.
+DSV4_HOST_DEVICE int block_of_entry(const Pool& pool, const BlockTable& table, int64_t slot, int entry) {
   const int index = entry / pool.rows;
-  if (index >= table.max_blocks) return nowhere;
-  const int64_t block = table.data[slot * table.max_blocks + index];
-  if (block < 0 || block >= pool.pages) return nowhere;
+  if (slot < 0 || slot >= table.slots || entry < 0 || index >= table.max_blocks) return -1;
+  return table.data[slot * table.max_blocks + index];
+}
+
+DSV4_HOST_DEVICE EntryPlace place_in_block(const Pool& pool, int64_t layer, int64_t block, int entry) {
+  if (layer < 0 || layer >= pool.layers || block < 0 || block >= pool.pages) return {nullptr, 0};
   return {pool.data + (layer * pool.pages + block) * pool.page_bytes, entry % pool.rows};
+}
+
+DSV4_HOST_DEVICE EntryPlace place_of_entry(const Pool& pool, const BlockTable& table, int64_t layer, int64_t slot, int entry) {
+  return place_in_block(pool, layer, block_of_entry(pool, table, slot, entry), entry);
 }
 
 struct WindowPlace {

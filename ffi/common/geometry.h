@@ -16,9 +16,9 @@ constexpr int kHcaRatio = 128;
 constexpr float kClearedScore = -1e9f;
 
 // How a compressor with one entry per `ratio` tokens keeps what it has not pooled yet. CSA entries overlap: a token's
-// *overlap* half is pooled by the next window's entry, its *current* half by its own window's. Overlap halves live in a ring
-// of two windows (the open one and the previous one side by side, so closing a window moves nothing), current halves in
-// rows behind it. HCA has current halves only.
+// *overlap* half is pooled by the next window's entry, its *current* half by its own window's. Overlap halves live in a
+// ring of two windows (the open one and the previous one side by side, so closing a window moves nothing), current
+// halves in rows behind it. HCA has current halves only.
 struct TailGeometry {
   int ratio;
 
@@ -87,7 +87,8 @@ DSV4_HOST_DEVICE Token token_at(const Plan& plan, int index, int slots) {
   token.slot = plan.token_slot()[index];
   token.position = plan.token_position()[index];
   const int request = plan.token_request()[index];
-  if (token.slot < 0 || token.slot >= slots || token.position < 0 || request < 0 || request >= plan.requests) return token;
+  if (token.slot < 0 || token.slot >= slots || token.position < 0 || request < 0 || request >= plan.requests)
+    return token;
   const int first = plan.query_start()[request], end = plan.query_start()[request + 1];
   token.start = token.position - (index - first);
   token.next = token.position + (end - index);

@@ -15,6 +15,8 @@ void flush(const FlushParams& params);
 void rotate(const RotateParams& params);
 void gather_entries(const GatherEntriesParams& params);
 void gather_window(const GatherWindowParams& params);
+void normalize(const NormalizeParams& params);
+void update(const UpdateParams& params);
 void quantize(const QuantizeParams& params);
 void dequantize(const QuantizeParams& params);
 
@@ -31,6 +33,8 @@ const char* flush(CUstream_st* stream, const FlushParams& params);
 const char* rotate(CUstream_st* stream, const RotateParams& params);
 const char* gather_entries(CUstream_st* stream, const GatherEntriesParams& params);
 const char* gather_window(CUstream_st* stream, const GatherWindowParams& params);
+const char* normalize(CUstream_st* stream, const NormalizeParams& params);
+const char* update(CUstream_st* stream, const UpdateParams& params);
 const char* quantize(CUstream_st* stream, const QuantizeParams& params);
 const char* dequantize(CUstream_st* stream, const QuantizeParams& params);
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string_view>
 
 #include "geometry.h"
 
@@ -17,7 +16,7 @@ struct Pool {
   int64_t pages;
   int64_t page_bytes;
   int rows;
-  std::string_view codec;
+  int codec;  // index into the codecs of its width, see ffi/common/codecs.h
   int width;
   float global_scale;
 };
@@ -82,16 +81,21 @@ struct AppendTailParams {
   const int32_t* layer;
 };
 
-struct CompressParams {
+// A compressor: what it made of the step's tokens, what it keeps between steps, and how its entries are finished.
+struct Compressor {
   Tail tail;
   Projections projections;
   const float* norm_weight;  // [width]
   const float* cos;          // [closing, 32]
   const float* sin;
-  float* entries;  // [closing, width]
-  int closing;
   float eps;
   bool hadamard;
+};
+
+struct CompressParams {
+  Compressor compressor;
+  float* entries;  // [closing, width]
+  int closing;
   Plan plan;
   const int32_t* layer;
 };
@@ -130,6 +134,38 @@ struct GatherWindowParams {
   const int32_t* last;       // [queries]
   Rows rows;
   const int32_t* layer;
+};
+
+// RMSNorm and RoPE of window rows, each at its own position.
+struct Norm {
+  const float* weight;  // [512], or null: rows come finished
+  const float* cos;     // [tokens, 32]
+  const float* sin;
+  float eps;
+};
+
+struct NormalizeParams {
+  const void* rows;  // [count, 512]
+  Element element;
+  Norm norm;
+  float* out;  // [count, 512]
+  int64_t count;
+};
+
+// One compressor's part of an update: without one, tail.data is null.
+struct Compression {
+  Compressor compressor;
+  Pool pool;
+};
+
+// All writes of one layer and step. Finished windows are stored before the tails move on; nothing is cleared.
+struct UpdateParams {
+  AppendWindowParams window;  // its plan is the step's
+  Norm norm;
+  Compression entries;
+  Compression keys;
+  BlockTable table;
+  const int32_t* kind_layer;  // the layer's index among those of its kind
 };
 
 // Rows <-> one page of them.

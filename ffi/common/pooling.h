@@ -1,5 +1,6 @@
-// The arithmetic of a compressor, in an order that depends only on a row's place in its window: softmax pooling in groups of
-// eight rows that merge pairwise, RMSNorm with its sum of squares as a balanced tree, RoPE on the trailing channels.
+// The arithmetic of a compressor, in an order that depends only on a row's place in its window: softmax pooling in
+// groups of eight rows that merge pairwise, RMSNorm with its sum of squares as a balanced tree, RoPE on the trailing
+// channels.
 #pragma once
 
 #include <cmath>

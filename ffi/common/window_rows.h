@@ -1,4 +1,5 @@
-// Where each row of a closing window comes from: this step's projections, the tail, or nothing (before the first token).
+// Where each row of a closing window comes from: this step's projections, the tail, or nothing (before the first
+// token).
 #pragma once
 
 #include "params.h"

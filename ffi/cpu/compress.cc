@@ -1,5 +1,6 @@
-// Pooling, normalizing and rotating closed windows on the host.
+// Pooling, normalizing and rotating closed windows on the host, and an update as the ops it stands for.
 
+#include <algorithm>
 #include <vector>
 
 #include "../common/kernels.h"
@@ -13,10 +14,10 @@ namespace {
 constexpr int kMaxGroups = kHcaRatio / kGroupRows;
 
 // Reads one row of the window into kv and score.
-void read_row(const CompressParams& params, int64_t layer, const Token& closing, int index, int row, float* kv,
+void read_row(const Compressor& compressor, int64_t layer, const Token& closing, int index, int row, float* kv,
               float* score) {
-  const Tail& tail = params.tail;
-  const Projections& in = params.projections;
+  const Tail& tail = compressor.tail;
+  const Projections& in = compressor.projections;
   const WindowRow from = window_row(tail, in.columns, closing, index, row);
   for (int channel = 0; channel < tail.width; ++channel) {
     if (from.source == WindowRow::kStep) {
@@ -50,7 +51,7 @@ float pool_channel(const std::vector<float>& kv, const std::vector<float>& score
   return pooled(partials[0]);
 }
 
-void normalize(float* x, int width, const float* weight, float eps) {
+void normalize_row(float* x, int width, const float* weight, float eps) {
   float sums[kHeadDim / 4];
   for (int leaf = 0; leaf < width / 4; ++leaf) {
     const float four[4] = {x[4 * leaf], x[4 * leaf + 1], x[4 * leaf + 2], x[4 * leaf + 3]};
@@ -86,7 +87,8 @@ void hadamard_transform(float* x, int width) {
 }  // namespace
 
 void compress(const CompressParams& params) {
-  const Tail& tail = params.tail;
+  const Compressor& compressor = params.compressor;
+  const Tail& tail = compressor.tail;
   const int width = tail.width, rows = pooled_rows(tail.geometry);
   const int64_t layer = *params.layer;
   std::vector<float> kv(static_cast<size_t>(rows) * width), score(kv.size());
@@ -100,13 +102,48 @@ void compress(const CompressParams& params) {
     }
     for (int i = 0; i < rows; ++i) {
       const size_t first = static_cast<size_t>(i) * width;
-      read_row(params, layer, closing, index, i, &kv[first], &score[first]);
+      read_row(compressor, layer, closing, index, i, &kv[first], &score[first]);
     }
     for (int channel = 0; channel < width; ++channel) entry[channel] = pool_channel(kv, score, rows, width, channel);
-    normalize(entry, width, params.norm_weight, params.eps);
-    apply_rope(entry, width, params.cos + row * (kRopeDim / 2), params.sin + row * (kRopeDim / 2));
-    if (params.hadamard) hadamard_transform(entry, width);
+    normalize_row(entry, width, compressor.norm_weight, compressor.eps);
+    apply_rope(entry, width, compressor.cos + row * (kRopeDim / 2), compressor.sin + row * (kRopeDim / 2));
+    if (compressor.hadamard) hadamard_transform(entry, width);
   }
+}
+
+void normalize(const NormalizeParams& params) {
+  for (int64_t row = 0; row < params.count; ++row) {
+    float* x = params.out + row * kHeadDim;
+    load_floats(params.rows, params.element, row * kHeadDim, kHeadDim, x);
+    normalize_row(x, kHeadDim, params.norm.weight, params.norm.eps);
+    apply_rope(x, kHeadDim, params.norm.cos + row * (kRopeDim / 2), params.norm.sin + row * (kRopeDim / 2));
+  }
+}
+
+void update(const UpdateParams& params) {
+  const Plan& plan = params.window.plan;
+  const auto store_closed = [&](const Compression& part) {
+    const Compressor& compressor = part.compressor;
+    if (compressor.tail.data == nullptr) return;
+    const int ratio = compressor.tail.geometry.ratio;
+    const int closing = closing_capacity(plan.tokens, plan.requests, ratio);
+    std::vector<float> entries(static_cast<size_t>(closing) * compressor.tail.width);
+    compress({compressor, entries.data(), closing, plan, params.kind_layer});
+    flush({part.pool, entries.data(), closing, params.table, ratio, plan, params.kind_layer});
+    append_tail({compressor.tail, compressor.projections, plan, params.kind_layer});
+  };
+  store_closed(params.entries);
+  store_closed(params.keys);
+
+  AppendWindowParams window = params.window;
+  std::vector<float> finished;
+  if (params.norm.weight != nullptr) {
+    finished.resize(static_cast<size_t>(plan.tokens) * kHeadDim);
+    normalize({window.rows, window.element, params.norm, finished.data(), plan.tokens});
+    window.rows = finished.data();
+    window.element = Element::kFloat32;
+  }
+  append_window(window);
 }
 
 }  // namespace dsv4::cpu

@@ -11,7 +11,8 @@ namespace {
 
 // Reads a stored row into output row `out`, or writes zeros and marks it invalid where there is none.
 template <class Codec>
-void read_or_clear(const Rows& rows, int64_t out, const Pool& pool, const uint8_t* page, int64_t page_row, int position) {
+void read_or_clear(const Rows& rows, int64_t out, const Pool& pool, const uint8_t* page, int64_t page_row,
+                   int position) {
   const bool valid = page != nullptr;
   rows.positions[out] = valid ? position : -1;
   rows.valid[out] = valid;
@@ -38,8 +39,8 @@ void flush(const FlushParams& params) {
     for (int row = 0; row < params.closing; ++row) {
       const int index = params.plan.closing(params.ratio)[row];
       const Token closing = token_at(params.plan, index, params.table.slots);
-      const EntryPlace place = place_of_entry(params.pool, params.table, *params.layer, closing.slot,
-                                              closing.position / params.ratio);
+      const EntryPlace place =
+          place_of_entry(params.pool, params.table, *params.layer, closing.slot, closing.position / params.ratio);
       if (!closing.valid || place.page == nullptr) continue;
       store_row<Codec>(stored_row<Codec>(place.page, params.pool.rows, place.row),
                        params.entries + static_cast<int64_t>(row) * Codec::kWidth, params.pool.global_scale);
@@ -56,8 +57,9 @@ void gather_entries(const GatherEntriesParams& params) {
         const int64_t out = query * rows.count + i;
         const int entry = params.indices == nullptr ? static_cast<int>(i) : params.indices[out];
         const bool exists = entry >= 0 && entry < params.counts[query];
-        const EntryPlace place = exists ? place_of_entry(params.pool, params.table, *params.layer, params.slots[query], entry)
-                                        : EntryPlace{nullptr, 0};
+        const EntryPlace place =
+            exists ? place_of_entry(params.pool, params.table, *params.layer, params.slots[query], entry)
+                   : EntryPlace{nullptr, 0};
         read_or_clear<Codec>(rows, out, params.pool, place.page, place.row, exists ? entry * params.ratio : -1);
       }
     }
@@ -89,7 +91,8 @@ void quantize(const QuantizeParams& params) {
       store_row<Codec>(stored_row<Codec>(params.page.data, params.page.rows, i), row, params.page.global_scale);
     }
     uint8_t* end = params.page.data + params.page.page_bytes;
-    std::fill(params.page.data + params.page.rows * (Layout<Codec>::kDataBytes + Layout<Codec>::kScaleBytes), end, uint8_t{0});
+    std::fill(params.page.data + params.page.rows * (Layout<Codec>::kDataBytes + Layout<Codec>::kScaleBytes), end,
+              uint8_t{0});
   });
 }
 

@@ -14,8 +14,8 @@ __device__ __forceinline__ int64_t warp_index() {
 
 // Reads a stored row into output row `out`, or writes zeros and marks it invalid where there is none.
 template <class Codec, int kAlignment, class T>
-__device__ __forceinline__ void read_or_clear(const Rows& rows, int64_t out, const Pool& pool, uint8_t* page, int page_row,
-                                              int position, int lane) {
+__device__ __forceinline__ void read_or_clear(const Rows& rows, int64_t out, const Pool& pool, uint8_t* page,
+                                              int page_row, int position, int lane) {
   T* to = static_cast<T*>(rows.values) + out * Codec::kWidth;
   if (page != nullptr) {
     load_row<Codec, kAlignment>(stored_row<Codec>(page, pool.rows, page_row), to, lane, pool.global_scale);
@@ -40,7 +40,8 @@ __global__ void flush_kernel(FlushParams params) {
   if (place.page == nullptr) return;
   WarpRow<Codec::kWidth> entry;
 #pragma unroll
-  for (int q = 0; q < entry.kQuads; ++q) load_four(params.entries + row * Codec::kWidth + channel_of(q, lane), entry.x[q]);
+  for (int q = 0; q < entry.kQuads; ++q)
+    load_four(params.entries + row * Codec::kWidth + channel_of(q, lane), entry.x[q]);
   store_row<Codec, kAlignment>(stored_row<Codec>(place.page, params.pool.rows, place.row), entry, lane,
                                params.pool.global_scale);
 }
@@ -94,7 +95,8 @@ __global__ void dequantize_kernel(QuantizeParams params) {
   const Pool& page = params.page;
   if (index >= page.rows) return;
   load_row<Codec, kAlignment>(stored_row<Codec>(page.data, page.rows, index),
-                              static_cast<T*>(params.rows) + index * Codec::kWidth, threadIdx.x % kWarp, page.global_scale);
+                              static_cast<T*>(params.rows) + index * Codec::kWidth, threadIdx.x % kWarp,
+                              page.global_scale);
 }
 
 constexpr int kThreads = kRowWarps * kWarp;

@@ -24,7 +24,7 @@ inline const char* launch_error() {
 // Calls `visit(codec, alignment)`: pages whose size is not a multiple of 16 bytes are only aligned to 4.
 template <class Visitor>
 void with_codec(const Pool& pool, Visitor&& visit) {
-  visit_codec(pool.codec.data(), pool.codec.size(), pool.width, [&](auto codec) {
+  visit_codec(pool.width, pool.codec, [&](auto codec) {
     using Codec = decltype(codec);
     constexpr bool kAlwaysAligned = Layout<Codec>::kDataBytes % 16 == 0 && Layout<Codec>::kScaleBytes % 16 == 0;
     if constexpr (!kAlwaysAligned) {

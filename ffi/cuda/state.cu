@@ -1,9 +1,8 @@
 // Per-request state on the GPU: begin_step, append_window, append_tail, rotate.
 
 #include "../common/kernels.h"
-#include "../common/window_rows.h"
 #include "launch.cuh"
-#include "warp_rows.cuh"
+#include "window.cuh"
 
 namespace dsv4::cuda {
 namespace {
@@ -84,26 +83,10 @@ __global__ void append_window_kernel(AppendWindowParams params) {
 template <class T>
 __global__ void append_tail_kernel(AppendTailParams params) {
   const Tail& tail = params.tail;
-  const TailGeometry& geometry = tail.geometry;
-  const Projections& in = params.projections;
   const int64_t layer = *params.layer;
-  const int index = blockIdx.x, channel = 4 * threadIdx.x;
-  const Token token = token_at(params.plan, index, tail.slots);
+  const Token token = token_at(params.plan, blockIdx.x, tail.slots);
   if (!token.valid || layer < 0 || layer >= tail.layers) return;
-  const auto write = [&](int row, int first_column) {
-    const int64_t projection = static_cast<int64_t>(index) * in.columns + first_column + channel;
-    float kv[4], score[4], ape[4];
-    load_four(static_cast<const T*>(in.kv) + projection, kv);
-    load_four(static_cast<const T*>(in.gate) + projection, score);
-    load_four(in.ape + static_cast<int64_t>(token.position % geometry.ratio) * in.columns + first_column + channel, ape);
-    for (int i = 0; i < 4; ++i) score[i] += ape[i];
-    store_four(tail_row(tail, layer, token.slot, 0, row) + channel, kv);
-    store_four(tail_row(tail, layer, token.slot, 1, row) + channel, score);
-  };
-  if (geometry.overlap_survives(token.position, token.next)) write(geometry.overlap_row(token.position), 0);
-  if (geometry.current_survives(token.position, token.next)) {
-    write(geometry.current_row(token.position), in.columns - tail.width);
-  }
+  append_token<T>(tail, params.projections, layer, token, blockIdx.x, 4 * threadIdx.x);
 }
 
 // One block a request and tail row, four channels a thread.

@@ -65,7 +65,8 @@ __device__ __forceinline__ float quad_amax(const float (&x)[4], int channel) {
 
 // Stores four channels and, by the first lane of a block, its scale. All lanes of the warp call this together.
 template <class Codec, int kAlignment>
-__device__ __forceinline__ void store_quad(StoredRow stored, const float (&x)[4], int channel, float amax, float row_scale) {
+__device__ __forceinline__ void store_quad(StoredRow stored, const float (&x)[4], int channel, float amax,
+                                           float row_scale) {
   float scale = row_scale;
   if constexpr (Codec::kBlock != 0) {
     const float block_amax = max_over_lanes<Codec::kBlock / 4>(amax);
@@ -92,7 +93,8 @@ __device__ __forceinline__ void store_row(StoredRow stored, const WarpRow<Codec:
   const float row_scale = Codec::row_scale(row_amax, global_scale);
   if (lane == 0) store_row_scale<Codec>(stored.scales, row_scale);
 #pragma unroll
-  for (int q = 0; q < kQuads; ++q) store_quad<Codec, kAlignment>(stored, row.x[q], channel_of(q, lane), amax[q], row_scale);
+  for (int q = 0; q < kQuads; ++q)
+    store_quad<Codec, kAlignment>(stored, row.x[q], channel_of(q, lane), amax[q], row_scale);
 }
 
 // Reads a stored row and writes it to `to`, dense.

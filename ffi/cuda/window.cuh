@@ -151,6 +151,28 @@ __device__ __forceinline__ void finish(float (&x)[4], const Partial4& partial, c
   }
 }
 
+// Keeps the halves of token `index` that later entries will pool, four channels of each.
+template <class T>
+__device__ __forceinline__ void append_token(const Tail& tail, const Projections& in, int64_t layer, const Token& token,
+                                             int index, int channel) {
+  const TailGeometry& geometry = tail.geometry;
+  const auto write = [&](int row, int first_column) {
+    const int64_t projection = static_cast<int64_t>(index) * in.columns + first_column + channel;
+    float kv[4], score[4], ape[4];
+    load_four(static_cast<const T*>(in.kv) + projection, kv);
+    load_four(static_cast<const T*>(in.gate) + projection, score);
+    load_four(in.ape + static_cast<int64_t>(token.position % geometry.ratio) * in.columns + first_column + channel, ape);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) score[i] += ape[i];
+    store_four(tail_row(tail, layer, token.slot, 0, row) + channel, kv);
+    store_four(tail_row(tail, layer, token.slot, 1, row) + channel, score);
+  };
+  if (geometry.overlap_survives(token.position, token.next)) write(geometry.overlap_row(token.position), 0);
+  if (geometry.current_survives(token.position, token.next)) {
+    write(geometry.current_row(token.position), in.columns - tail.width);
+  }
+}
+
 // Stores a row spread over its threads.
 template <class Codec, int kAlignment>
 __device__ __forceinline__ void store_spread_row(StoredRow stored, const float (&x)[4], const RowThreads<Codec::kWidth>& row,

@@ -93,33 +93,27 @@ class Checker {
   Pool pool(const char* operand, const ffi::AnyBuffer& input, const ffi::AnyBuffer& output, int rows, int width,
             std::string_view codec, float global_scale) {
     in_place(operand, input, output);
-    Pool pool{data<uint8_t>(input), size(input, 0), size(input, 1), page_bytes(operand, codec, width, rows), rows, codec,
-              width,                global_scale};
-    page(operand, input, 2, pool);
+    Pool pool{data<uint8_t>(input), size(input, 0), size(input, 1), 0, rows, 0, width, global_scale};
+    page(operand, input, 2, codec, pool);
     return pool;
   }
 
-  // The axes from `first` on are one page.
-  void page(const char* operand, const ffi::AnyBuffer& buffer, size_t first, const Pool& pool) {
-    const bool plain = pool.codec == "fp32" || pool.codec == "bf16";
-    const auto expected = pool.codec == "fp32" ? ffi::F32 : pool.codec == "bf16" ? ffi::BF16 : ffi::U8;
-    type(operand, buffer, expected);
+  // The axes from `first` on are one page; completes the pool.
+  void page(const char* operand, const ffi::AnyBuffer& buffer, size_t first, std::string_view codec, Pool& pool) {
+    pool.codec = find_codec(codec.data(), codec.size(), pool.width);
+    that(pool.codec >= 0, operand, "cannot be stored: no codec " + std::string(codec) + " for width " + std::to_string(pool.width));
+    if (pool.codec < 0) return;
+    visit_codec(pool.width, pool.codec,
+                [&](auto found) { pool.page_bytes = Layout<decltype(found)>::page_bytes(pool.rows); });
+    const bool plain = codec == "fp32" || codec == "bf16";
+    type(operand, buffer, codec == "fp32" ? ffi::F32 : codec == "bf16" ? ffi::BF16 : ffi::U8);
     const auto dimensions = buffer.dimensions();
     const bool fits = plain ? dimensions.size() == first + 2 && dimensions[first] == pool.rows &&
                                   dimensions[first + 1] == pool.width
                             : dimensions.size() == first + 1 && dimensions[first] == pool.page_bytes;
     that(fits, operand,
          "has shape " + text(dimensions) + "; a page of " + std::to_string(pool.rows) + " rows of " +
-             std::to_string(pool.width) + " in " + std::string(pool.codec) + " has " + std::to_string(pool.page_bytes) +
-             " bytes");
-  }
-
-  int64_t page_bytes(const char* operand, std::string_view codec, int width, int64_t rows) {
-    int64_t bytes = 0;
-    const bool known = visit_codec(codec.data(), codec.size(), width,
-                                   [&](auto found) { bytes = Layout<decltype(found)>::page_bytes(rows); });
-    that(known, operand, "cannot be stored: no codec " + std::string(codec) + " for width " + std::to_string(width));
-    return bytes;
+             std::to_string(pool.width) + " in " + std::string(codec) + " has " + std::to_string(pool.page_bytes) + " bytes");
   }
 
   Tail tail(const char* operand, const ffi::AnyBuffer& input, const ffi::AnyBuffer& output, int64_t ratio) {
@@ -141,6 +135,21 @@ class Checker {
     that(kv.element_type() == gate.element_type(), "gate", "must have the element type of kv");
     return {kv.untyped_data(), gate.untyped_data(), element, floats("ape", ape, {tail.geometry.ratio, columns}),
             static_cast<int>(columns)};
+  }
+
+  // How a compressor with this tail finishes its entries; `closing` of them.
+  Compressor compressor(const Tail& tail, const ffi::AnyBuffer& kv, const ffi::AnyBuffer& gate, const ffi::AnyBuffer& ape,
+                        const ffi::AnyBuffer& norm_weight, const ffi::AnyBuffer& cos, const ffi::AnyBuffer& sin,
+                        const Plan& plan, float eps, bool hadamard) {
+    const int closing = closing_capacity(plan.tokens, plan.requests, tail.geometry.ratio);
+    that(!hadamard || tail.width == kKeyDim, "hadamard", "is for rows of width 128 only");
+    return {tail,
+            projections(kv, gate, ape, tail, plan.tokens),
+            floats("norm_weight", norm_weight, {tail.width}),
+            floats("cos", cos, {closing, kRopeDim / 2}),
+            floats("sin", sin, {closing, kRopeDim / 2}),
+            eps,
+            hadamard};
   }
 
   BlockTable block_table(const ffi::AnyBuffer& table) {

@@ -13,19 +13,13 @@ ffi::ErrorOr<CompressParams> check_compress(AnyBuffer tail, AnyBuffer kv, AnyBuf
                                             int64_t requests, int64_t ratio, float eps, bool hadamard) {
   Checker check("compress");
   CompressParams params{};
-  params.tail = check.tail("tail", tail, *tail_out, ratio);
-  params.projections = check.projections(kv, gate, ape, params.tail, tokens);
+  const Tail checked = check.tail("tail", tail, *tail_out, ratio);
   params.plan = check.plan(plan, tokens, requests);
   if (check.failed()) return check.error();
-  params.closing = closing_capacity(params.plan.tokens, params.plan.requests, params.tail.geometry.ratio);
-  params.norm_weight = check.floats("norm_weight", norm_weight, {params.tail.width});
-  params.cos = check.floats("cos", cos, {params.closing, kRopeDim / 2});
-  params.sin = check.floats("sin", sin, {params.closing, kRopeDim / 2});
-  check.floats("entries", *entries, {params.closing, params.tail.width});
+  params.compressor = check.compressor(checked, kv, gate, ape, norm_weight, cos, sin, params.plan, eps, hadamard);
+  params.closing = closing_capacity(params.plan.tokens, params.plan.requests, checked.geometry.ratio);
+  check.floats("entries", *entries, {params.closing, checked.width});
   params.entries = Checker::data<float>(*entries);
-  params.eps = eps;
-  params.hadamard = hadamard;
-  check.that(!hadamard || params.tail.width == kKeyDim, "hadamard", "is for rows of width 128 only");
   params.layer = check.layer(layer);
   if (check.failed()) return check.error();
   return params;
@@ -121,9 +115,8 @@ ffi::ErrorOr<QuantizeParams> check_rows_and_page(const char* op, AnyBuffer rows,
   check.shape("rows", rows, {kAny, kAny});
   params.element = check.floating("rows", rows);
   params.rows = rows.untyped_data();
-  params.page = {Checker::data<uint8_t>(page), 1, 1, check.page_bytes("rows", codec, width, count), count, codec, width,
-                 global_scale};
-  if (!check.failed()) check.page("page", page, 0, params.page);
+  params.page = {Checker::data<uint8_t>(page), 1, 1, 0, count, 0, width, global_scale};
+  check.page("page", page, 0, codec, params.page);
   if (check.failed()) return check.error();
   return params;
 }
@@ -134,6 +127,22 @@ ffi::ErrorOr<QuantizeParams> check_quantize(AnyBuffer rows, Out page, std::strin
 
 ffi::ErrorOr<QuantizeParams> check_dequantize(AnyBuffer page, Out rows, std::string_view codec, float global_scale) {
   return check_rows_and_page("dequantize", *rows, page, codec, global_scale);
+}
+
+ffi::ErrorOr<NormalizeParams> check_normalize(AnyBuffer rows, AnyBuffer norm_weight, AnyBuffer cos, AnyBuffer sin, Out out,
+                                              float eps) {
+  Checker check("normalize");
+  NormalizeParams params{};
+  params.count = Checker::size(rows, 0);
+  check.shape("rows", rows, {kAny, kHeadDim});
+  params.element = check.floating("rows", rows);
+  params.rows = rows.untyped_data();
+  params.norm = {check.floats("norm_weight", norm_weight, {kHeadDim}), check.floats("cos", cos, {params.count, kRopeDim / 2}),
+                 check.floats("sin", sin, {params.count, kRopeDim / 2}), eps};
+  check.floats("out", *out, {params.count, kHeadDim});
+  params.out = Checker::data<float>(*out);
+  if (check.failed()) return check.error();
+  return params;
 }
 
 // Three symbols share a CPU loop and a kernel: a gather of all entries is one without indices.
@@ -158,6 +167,14 @@ DSV4_HANDLERS(Compress, compress,
     .Ret<AnyBuffer>()  // tail, in place
     .Ret<AnyBuffer>()  // entries [closing, width]
     .Attr<int64_t>("tokens").Attr<int64_t>("requests").Attr<int64_t>("ratio").Attr<float>("eps").Attr<bool>("hadamard"));
+
+DSV4_HANDLERS(Normalize, normalize,
+    .Arg<AnyBuffer>()  // rows [count, 512]
+    .Arg<AnyBuffer>()  // norm_weight [512]
+    .Arg<AnyBuffer>()  // cos [count, 32]
+    .Arg<AnyBuffer>()  // sin [count, 32]
+    .Ret<AnyBuffer>()  // rows, finished, float32 [count, 512]
+    .Attr<float>("eps"));
 
 DSV4_HANDLERS(Flush, flush,
     .Arg<AnyBuffer>()  // pool [layers, blocks, page]

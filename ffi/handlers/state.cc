@@ -26,16 +26,17 @@ ffi::ErrorOr<BeginStepParams> check_begin_step(AnyBuffer block_table, AnyBuffer 
   params.tails[0] = check.tail("csa_tail", csa_tail, *csa_tail_out, kCsaRatio);
   params.tails[1] = check.tail("key_tail", key_tail, *key_tail_out, kCsaRatio);
   params.tails[2] = check.tail("hca_tail", hca_tail, *hca_tail_out, kHcaRatio);
-  for (const Tail& tail : params.tails) check.that(tail.slots == params.slots, "tails", "differ from block_table in slots");
+  for (const Tail& tail : params.tails)
+    check.that(tail.slots == params.slots, "tails", "differ from block_table in slots");
   params.plan = check.plan(plan, tokens, requests);
   if (check.failed()) return check.error();
   return params;
 }
 
 ffi::ErrorOr<AppendWindowParams> check_append_window(AnyBuffer window, AnyBuffer positions, AnyBuffer rows,
-                                                     AnyBuffer plan, AnyBuffer layer, Out window_out,
-                                                     Out positions_out, int64_t tokens, int64_t requests,
-                                                     std::string_view codec, float global_scale) {
+                                                     AnyBuffer plan, AnyBuffer layer, Out window_out, Out positions_out,
+                                                     int64_t tokens, int64_t requests, std::string_view codec,
+                                                     float global_scale) {
   Checker check("append_window");
   AppendWindowParams params{};
   const int ring = static_cast<int>(Checker::size(positions, 2));
