@@ -33,6 +33,20 @@ class FormatError(ValueError):
     """A storage format that does not exist, or that cannot hold the component it was chosen for."""
 
 
+_WIDTHS = MappingProxyType(
+    {
+        "fp32": (HEAD_DIM, KEY_DIM),
+        "bf16": (HEAD_DIM, KEY_DIM),
+        "fp8": (HEAD_DIM,),
+        "fp8_ds_mla": (HEAD_DIM,),
+        "nvfp4": (HEAD_DIM, KEY_DIM),
+        "nvfp4_static": (HEAD_DIM, KEY_DIM),
+        "fp8_pow2": (KEY_DIM,),
+        "mxfp4": (KEY_DIM,),
+    }
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class VectorFormat:
     """How one vector of ``width`` channels is stored.
@@ -45,6 +59,9 @@ class VectorFormat:
       scale_bytes: bytes of one row's scales; 0 for unquantized formats.
       page_multiple: a page's size is padded up to a multiple of this many bytes.
       global_scale: the constant fp32 scale of ``nvfp4_static``; unused by the others.
+
+    Raises:
+      FormatError: there is no such codec, or it cannot hold vectors of that width.
     """
 
     name: str
@@ -54,6 +71,13 @@ class VectorFormat:
     scale_bytes: int = 0
     page_multiple: int = 1
     global_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.codec not in _WIDTHS:
+            raise FormatError(f"There is no codec {self.codec!r}; choose one of {', '.join(_WIDTHS)}.")
+        if self.width not in _WIDTHS[self.codec]:
+            widths = " or ".join(map(str, _WIDTHS[self.codec]))
+            raise FormatError(f"{self.codec} holds vectors of {widths} channels, not {self.width}.")
 
     @property
     def quantized(self) -> bool:

@@ -324,7 +324,8 @@ class CacheManager:
         """Says how many of a plan's steps each request really ran; takes the rest back, lengths and blocks.
 
         For requests that stopped on the way and go on later. If all ran every step there is nothing to say, and for one
-        that is over, ``release`` says enough. Possible while the plan is the latest of each of its requests.
+        that is over, ``release`` says enough. Possible while the plan is the latest of each of its requests, so commit
+        first and release then.
 
         What was reserved and not written cannot be read. Entries, keys and window rows count by position, and every
         position from the new length on is written before it counts. Nor does a block that is freed here, and then given

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Set up and run every check that needs no GPU, from a machine with Python 3.11-3.13 and a C++17 compiler:
 #   bash scripts/test.sh [pytest arguments]
-# Uses the active virtual environment, or makes .venv. JAX_VERSION chooses another jax than the oldest supported one.
+# Uses the active virtual environment, or makes build/test-venv. JAX_VERSION chooses another jax than the oldest
+# supported one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 if [[ -z "${VIRTUAL_ENV:-}" ]]; then
-  [[ -x .venv/bin/python ]] || "${PYTHON:-python3}" -m venv .venv
-  source .venv/bin/activate
+  [[ -x build/test-venv/bin/python ]] || "${PYTHON:-python3}" -m venv build/test-venv
+  source build/test-venv/bin/activate
 fi
 
 read_pyproject() { python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); print(*($1), sep='\n')"; }
@@ -41,4 +42,5 @@ ruff format --check .
 find ffi \( -name '*.h' -o -name '*.cc' -o -name '*.cu*' \) -print0 | xargs -0 clang-format --dry-run -Werror
 
 echo "== tests"
-python -m pytest "$@"
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
+python -m pytest -n auto --maxprocesses 4 "$@"

@@ -22,7 +22,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     given = config.getoption("--seed")
+    if hasattr(config, "workerinput"):
+        given = config.workerinput["seed"]
     config.stash[_SEED] = secrets.randbelow(2**31) if given is None else given
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    """One seed for all processes of pytest-xdist."""
+    node.workerinput["seed"] = node.config.stash[_SEED]
 
 
 def pytest_report_header(config: pytest.Config) -> str:

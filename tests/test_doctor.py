@@ -23,6 +23,10 @@ TARGETS = {
     "dsv4_gather_entries",
     "dsv4_gather_all_entries",
     "dsv4_gather_window",
+    "dsv4_normalize",
+    "dsv4_update_swa",
+    "dsv4_update_csa",
+    "dsv4_update_hca",
     "dsv4_quantize",
     "dsv4_dequantize",
 }

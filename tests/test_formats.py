@@ -11,6 +11,7 @@ import numpy as np
 import numpy_formats
 import pytest
 
+from dsv4_jax.config import ConfigError, tiny_spec
 from dsv4_jax.formats import ENTRY_FORMATS, KEY_FORMATS, PROFILES, WINDOW_FORMATS, CacheFormats, FormatError
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "dsv4_quant_golden.npz")
@@ -361,10 +362,46 @@ def test_a_format_that_does_not_fit_is_an_error_that_lists_what_does(chosen):
     assert all(possible in str(error.value) for possible in table)
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, np.inf, np.nan])
-def test_a_global_scale_must_be_positive_and_finite(scale):
-    with pytest.raises(FormatError, match="global_scale"):
+@pytest.mark.parametrize("scale", [0.0, -1.0, 2.0**-101, 2.0**101, np.inf, np.nan])
+def test_a_global_scale_out_of_range_is_refused(scale):
+    with pytest.raises(FormatError, match=r"global_scale must be from 2\^-100 to 2\^100"):
         CacheFormats("nvfp4_static", global_scale=scale)
+
+
+@pytest.mark.parametrize("exponent", [-100, 100])
+def test_the_extreme_global_scales_store_what_they_should(codec, exponent, rng):
+    vector_format = CacheFormats("nvfp4_static", global_scale=2.0**exponent).entry_format
+    x = np.ldexp(rng.standard_normal((9, 512)) * 500, exponent).astype(np.float32)
+    page = codec.quantize(x, vector_format)
+    assert_same_bytes(page, expected_page(x, vector_format))
+    expected = numpy_formats.decode_page(page, "nvfp4_static", 9, 512, vector_format.global_scale)
+    np.testing.assert_array_equal(codec.dequantize(page, vector_format, 9), expected)
+    unscaled, error = (np.ldexp(values.astype(np.float64), -exponent) for values in (x, expected - x))
+    assert np.linalg.norm(error) < 0.10 * np.linalg.norm(unscaled)
+
+
+@formats
+@pytest.mark.parametrize("width", [64, 128, 256, 512, 576])
+def test_a_width_that_a_format_cannot_hold_is_refused(vector_format, width):
+    possible = {"fp8": {512}, "fp8_ds_mla": {512}, "fp8_pow2": {128}, "mxfp4": {128}}
+    possible = possible.get(vector_format.codec, {512, 128})
+    if width in possible:
+        assert dataclasses.replace(vector_format, width=width).width == width
+        return
+    with pytest.raises(FormatError, match=f"not {width}") as error:
+        dataclasses.replace(vector_format, width=width)
+    assert all(str(size) in str(error.value) for size in possible)
+
+
+@pytest.mark.parametrize(("name", "built"), [("head_dim", 512), ("index_head_dim", 128), ("rope_dim", 64)])
+def test_a_model_whose_heads_no_format_can_hold_is_refused(name, built):
+    with pytest.raises(ConfigError, match=f"{name} is 256; the kernels are built for {built}"):
+        dataclasses.replace(tiny_spec(), **{name: 256})
+
+
+def test_an_unknown_codec_is_refused():
+    with pytest.raises(FormatError, match=r"no codec 'fp9'.*fp8_ds_mla.*mxfp4"):
+        dataclasses.replace(ENTRY_FORMATS["fp8"], codec="fp9")
 
 
 def test_profiles_are_complete_choices():

@@ -1,4 +1,4 @@
-"""Views of the pools: a reader that has nothing but a view's numbers finds the rows that were stored, without a copy."""
+"""Views of the pools: a reader that has nothing but a view's numbers finds the rows that were stored, uncopied."""
 
 import dataclasses
 
@@ -17,6 +17,7 @@ from dsv4_jax import (
     entries_view,
     init_cache,
     keys_view,
+    tiny_spec,
     window_view,
 )
 from dsv4_jax.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
@@ -106,7 +107,7 @@ def round_trip(row, vector_format):
 
 @pytest.mark.parametrize(("name", "choice"), CASES)
 def test_a_reader_with_a_views_numbers_finds_the_rows_that_were_stored(rng, name, choice):
-    view_of, layer, component, table = COMPONENTS[name]
+    view_of, layer, component, _ = COMPONENTS[name]
     tokens = (random_weights(rng), random_tokens(rng, TOKENS), random_tokens(rng, TOKENS))
     exact, request = filled(PROFILES["exact"], *tokens)
     formats = dataclasses.replace(PROFILES["exact"], **{component: choice}, global_scale=0.37)
@@ -138,7 +139,7 @@ def test_window_rows_lie_where_their_positions_say(rng):
 
 @pytest.mark.parametrize("name", ["csa entries", "hca entries", "window"])
 def test_an_fp8_ds_mla_page_is_flashmlas(rng, name):
-    """Read by FlashMLA's layout, every offset spelled out: 576 i, 576 i + 448, 576 P + 8 i, stride a multiple of 576."""
+    """Read by FlashMLA's layout with every offset spelled out: 576 i, 576 i + 448 and 576 P + 8 i."""
     view_of, layer, component, _ = COMPONENTS[name]
     tokens = (random_weights(rng), random_tokens(rng, TOKENS), random_tokens(rng, TOKENS))
     exact, request = filled(PROFILES["exact"], *tokens)
@@ -206,17 +207,24 @@ def test_a_view_ends_with_the_next_donated_step():
     assert entries_view(cache, CSA).pool.unsafe_buffer_pointer() == address
 
 
-def test_inside_jit_numbers_are_plain_and_arrays_are_operands():
-    cache = init_cache(CacheSchema(SPEC, CacheFormats(), 2, 3, 300))
-    cache = dataclasses.replace(cache, hca_entries=cache.hca_entries.at[0, 2, 5].set(7))
+def test_a_layer_lies_behind_those_of_its_kind_before_it():
+    """Also inside jit, where numbers are plain and arrays are operands."""
+    spec = tiny_spec()  # SWA, CSA, HCA, CSA
+    cache = init_cache(CacheSchema(spec, CacheFormats(), 2, 3, 300))
+    marked = {"csa_entries": 7, "csa_keys": 8, "window": 9}
+    cache = dataclasses.replace(
+        cache, **{name: getattr(cache, name).at[-1, 1, 5:6].set(value) for name, value in marked.items()}
+    )
 
     @jax.jit
     def read(cache):
-        view = entries_view(cache, HCA)
-        flat = view.pool.reshape(-1)
-        return flat[view.layer_offset + 2 * view.page_stride + 5]
+        return [
+            view.pool.reshape(-1)[(view.layer_offset + view.page_stride) // view.pool.dtype.itemsize + first]
+            for view, first in ((entries_view(cache, 3), 5), (keys_view(cache, 3), 5), (window_view(cache, 3), 5 * 512))
+        ]
 
-    assert read(cache) == 7
+    assert [int(value) for value in read(cache)] == [7, 8, 9]
+    assert [entries_view(cache, layer).layer_index for layer in (1, 2, 3)] == [0, 0, 1]
 
 
 def test_views_say_what_queries_need():

@@ -16,11 +16,13 @@ def application(*, only_doctor: bool = False) -> typer.Typer:
         """A compressed KV cache for DeepSeek-V4 in JAX."""
 
     if not only_doctor:
+        from dsv4_jax.cli.bench import bench
         from dsv4_jax.cli.decode import decode
         from dsv4_jax.cli.plan import plan
 
         app.command()(decode)
         app.command()(plan)
+        app.command()(bench)
     app.command()(doctor)
     return app
 

@@ -1,9 +1,10 @@
 // Storage formats: for each codec its byte layout, its scales and the coding of four consecutive channels.
 //
 // A page of P rows holds the data of every row (row i at kDataBytes * i), then the scales of every row
-// (row i at kDataBytes * P + kScaleBytes * i). Within a row the first kQuantized channels are codes of kCodeBits bits; the
-// others are plain values of type Plain. kBlock consecutive channels share one block scale (a byte each, in channel order);
-// a row scale (fp32) follows the block scales where kStoresRowScale. dsv4_jax/formats.py names the same layouts.
+// (row i at kDataBytes * P + kScaleBytes * i). Within a row the first kQuantized channels are codes of kCodeBits bits;
+// the others are plain values of type Plain. kBlock consecutive channels share one block scale (a byte each, in channel
+// order); a row scale (fp32) follows the block scales where kStoresRowScale. dsv4_jax/formats.py names the same
+// layouts.
 #pragma once
 
 #include <type_traits>
@@ -18,7 +19,7 @@ struct CodecBase {
   static constexpr int kWidth = W;
   static constexpr int kQuantized = 0;
   static constexpr int kCodeBits = 8;
-  static constexpr int kBlock = 0;            // channels that share a block scale; 0: no block scales
+  static constexpr int kBlock = 0;  // channels that share a block scale; 0: no block scales
   static constexpr bool kNeedsRowAmax = false;
   static constexpr bool kStoresRowScale = false;
   static constexpr int kPaddingScaleBytes = 0;
@@ -161,8 +162,9 @@ DSV4_HOST_DEVICE void copy_words(void* to, const void* from) {
 #if defined(__CUDA_ARCH__)
   constexpr int kWord = kBytes < kAlignment ? kBytes : kAlignment;
   static_assert(kBytes % kWord == 0, "a whole number of words");
-  using Word = std::conditional_t<kWord == 16, uint4,
-                                  std::conditional_t<kWord == 8, uint2, std::conditional_t<kWord == 4, uint32_t, uint16_t>>>;
+  using Word =
+      std::conditional_t<kWord == 16, uint4,
+                         std::conditional_t<kWord == 8, uint2, std::conditional_t<kWord == 4, uint32_t, uint16_t>>>;
 #pragma unroll
   for (int i = 0; i < kBytes / kWord; ++i) static_cast<Word*>(to)[i] = static_cast<const Word*>(from)[i];
 #else
@@ -235,8 +237,8 @@ struct CodecList {};
 
 using HeadCodecs = CodecList<Fp32<kHeadDim>, Bf16<kHeadDim>, Fp8<kHeadDim>, Fp8DsMla<kHeadDim>, Nvfp4<kHeadDim>,
                              Nvfp4Static<kHeadDim>>;
-using KeyCodecs = CodecList<Fp32<kKeyDim>, Bf16<kKeyDim>, Fp8Pow2<kKeyDim>, Nvfp4<kKeyDim>, Nvfp4Static<kKeyDim>,
-                            Mxfp4<kKeyDim>>;
+using KeyCodecs =
+    CodecList<Fp32<kKeyDim>, Bf16<kKeyDim>, Fp8Pow2<kKeyDim>, Nvfp4<kKeyDim>, Nvfp4Static<kKeyDim>, Mxfp4<kKeyDim>>;
 
 // Calls `visit(Codec{})` for the codec at that place of the list.
 template <class... Codecs, class Visitor>

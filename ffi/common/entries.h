@@ -1,4 +1,5 @@
-// Where a stored row lives: an entry through the block table, a window row through its recorded position. Addresses are 64-bit.
+// Where a stored row lives: an entry through the block table, a window row through its recorded position. Addresses are
+// 64-bit.
 #pragma once
 
 #include "params.h"
@@ -23,7 +24,8 @@ DSV4_HOST_DEVICE EntryPlace place_in_block(const Pool& pool, int64_t layer, int6
   return {pool.data + (layer * pool.pages + block) * pool.page_bytes, entry % pool.rows};
 }
 
-DSV4_HOST_DEVICE EntryPlace place_of_entry(const Pool& pool, const BlockTable& table, int64_t layer, int64_t slot, int entry) {
+DSV4_HOST_DEVICE EntryPlace place_of_entry(const Pool& pool, const BlockTable& table, int64_t layer, int64_t slot,
+                                           int entry) {
   return place_in_block(pool, layer, block_of_entry(pool, table, slot, entry), entry);
 }
 

@@ -42,7 +42,8 @@ __global__ void begin_step_kernel(BeginStepParams params) {
     for (int i = 0; i < 3; ++i) {
       const Tail& tail = params.tails[i];
       if (item >= 0 && item < tail.layers) {
-        fill_kv_and_score(tail, item, slot, 0, static_cast<int64_t>(tail.geometry.rows()) * tail.width / 4, split, stride);
+        fill_kv_and_score(tail, item, slot, 0, static_cast<int64_t>(tail.geometry.rows()) * tail.width / 4, split,
+                          stride);
       }
       item -= tail.layers;
     }
@@ -74,8 +75,8 @@ __global__ void append_window_kernel(AppendWindowParams params) {
   }
   const int64_t page = layer * window.pages + token.slot;
   const int ring_row = token.position % window.rows;
-  store_row<Codec, kAlignment>(stored_row<Codec>(window.data + page * window.page_bytes, window.rows, ring_row), row, lane,
-                               window.global_scale);
+  store_row<Codec, kAlignment>(stored_row<Codec>(window.data + page * window.page_bytes, window.rows, ring_row), row,
+                               lane, window.global_scale);
   if (lane == 0) params.positions[page * window.rows + ring_row] = token.position;
 }
 

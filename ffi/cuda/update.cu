@@ -1,6 +1,6 @@
 // All writes of one layer and step.
 //
-// A step with as many requests as tokens (decode) is one launch: a thread block, or for HCA a cluster, owns a request. It
+// A step with as many requests as tokens (decode) is one launch: a thread block owns a request. It
 // closes the request's windows before it moves the tail on, so nothing is read after it was overwritten, and a tail row
 // that is no longer needed is simply never read again. A step with more tokens than requests (prefill) is two launches:
 // one closes windows, the next stores the rows that survive.
@@ -30,6 +30,13 @@ constexpr int kAlignmentOf = (Layout<Codec>::kDataBytes + Layout<Codec>::kScaleB
                                  ? 16
                                  : 4;
 
+// The pool with its rows to a page as a constant.
+template <int kRows>
+__device__ __forceinline__ Pool with_rows(Pool pool) {
+  pool.rows = kRows;
+  return pool;
+}
+
 __device__ __forceinline__ bool has_layer(const Pool& pool, int64_t layer) { return layer >= 0 && layer < pool.layers; }
 
 // The tokens of request `index` of a decode step: first .. end - 1 of the flat step, from position `start`.
@@ -52,59 +59,97 @@ __device__ __forceinline__ StepRequest step_request(const Plan& plan, int index,
   return {request.valid, slot, plan.query_start()[index], plan.query_start()[index + 1], request.start};
 }
 
-// Stores a finished window's entry.
+// The amax of those of four channels that a pool's codec quantizes, where it needs that of the row.
 template <int W>
-__device__ __forceinline__ void store_entry(const Compression& part, int64_t layer, int block, const Token& closing, int row,
-                                            const Partial4& partial, const RowThreads<W>& threads) {
-  const Compressor& compressor = part.compressor;
-  const int64_t angles = static_cast<int64_t>(row) * (kRopeDim / 2);
-  float x[4];
-  finish(x, partial, threads, compressor.norm_weight, compressor.cos + angles, compressor.sin + angles, compressor.eps,
-         compressor.hadamard);
-  const EntryPlace place = place_in_block(part.pool, layer, block, closing.position / compressor.tail.geometry.ratio);
-  if (place.page == nullptr) return;
-  visit_on_device(CodecsOf<W>{}, part.pool.codec, [&](auto codec) {
+__device__ __forceinline__ float amax_for(const Pool& pool, const float (&x)[4], int channel) {
+  float amax = 0.0f;
+  visit_on_device(CodecsOf<W>{}, pool.codec, [&](auto codec) {
     using Codec = decltype(codec);
-    store_spread_row<Codec, kAlignmentOf<Codec>>(stored_row<Codec>(place.page, part.pool.rows, place.row), x, threads,
-                                                 part.pool.global_scale);
+    if constexpr (Codec::kNeedsRowAmax) amax = quad_amax<Codec>(x, channel);
+  });
+  return amax;
+}
+
+// Stores four channels of an entry in its block; nothing if there is none.
+template <int W>
+__device__ __forceinline__ void store_entry(const Pool& pool, int64_t layer, int block, int entry, const float (&x)[4],
+                                            int channel, float row_amax) {
+  const EntryPlace place = place_in_block(pool, layer, block, entry);
+  if (place.page == nullptr) return;
+  visit_on_device(CodecsOf<W>{}, pool.codec, [&](auto codec) {
+    using Codec = decltype(codec);
+    store_part<Codec, kAlignmentOf<Codec>>(stored_row<Codec>(place.page, pool.rows, place.row), x, channel, row_amax,
+                                           pool.global_scale);
   });
 }
 
 // Closes the CSA window of token `index`, entry `row` of the step.
 template <int W, class T>
-__device__ __forceinline__ void close_window(const Compression& part, const BlockTable& table, int64_t layer,
-                                             const Token& closing, int index, int row, const RowThreads<W>& threads) {
-  const Compressor& compressor = part.compressor;
-  const int block = block_of_entry(part.pool, table, closing.slot, closing.position / kCsaRatio);
-  const Partial4 partial =
-      pool_rows<T>(compressor.tail, compressor.projections, layer, closing, index, 0, threads.channel());
-  store_entry<W>(part, layer, block, closing, row, partial, threads);
+__device__ __forceinline__ void close_csa_window(const Compressor& compressor, const Pool& pool, const BlockTable& table,
+                                                 int64_t layer, const Token& closing, int index, int row,
+                                                 const RowThreads<W>& threads) {
+  const int entry = closing.position / kCsaRatio;
+  const int block = block_of_entry(pool, table, closing.slot, entry);
+  float x[4];
+  csa_entry<W, T>(compressor, layer, closing, index, row, threads, x);
+  const float row_amax = threads.max(amax_for<W>(pool, x, threads.channel()));
+  store_entry<W>(pool, layer, block, entry, x, threads.channel(), row_amax);
 }
 
-// One compressor's work on a request of a decode step. A thread reads and writes only its own channels of the tail.
+// Closes the HCA window of token `index`, entry `row` of the step.
+template <class T>
+__device__ __forceinline__ void close_hca_window(const Compressor& compressor, const Pool& pool, const BlockTable& table,
+                                                 int64_t layer, const Token& closing, int index, int row,
+                                                 const HcaThread& at) {
+  const int entry = closing.position / kHcaRatio;
+  const int block = at.split == 0 ? block_of_entry(pool, table, closing.slot, entry) : -1;
+  hca_entry<T>(
+      compressor, layer, closing, index, row, at,
+      [&](const float(&x)[4], int channel) { return amax_for<kHeadDim>(pool, x, channel); },
+      [&](const float(&x)[4], int channel, float row_amax) {
+        store_entry<kHeadDim>(pool, layer, block, entry, x, channel, row_amax);
+      });
+}
+
+// One compressor's work on a request of a decode step. A thread reads and writes only its own channels of the tail. The
+// loads that need nothing of the plan, those of the request's only token, come first.
 template <int W, class T>
-__device__ __forceinline__ void compress_request(const Compression& part, const BlockTable& table, int64_t layer,
-                                                 const StepRequest& request, const RowThreads<W>& threads) {
+__device__ __forceinline__ void compress_request(const UpdateParams& params, const Compression& part,
+                                                 const RowThreads<W>& threads) {
+  const Compressor compressor = with_constants<W, kCsaRatio>(part.compressor);
+  const Pool pool = with_rows<kBlockTokens / kCsaRatio>(part.pool);
+  const Tail& tail = compressor.tail;
+  const Projections& in = compressor.projections;
+  const TokenHalves own = load_halves<T>(tail, in, blockIdx.x, threads.channel());
+  const int64_t layer = *params.kind_layer;
+  const StepRequest request = step_request(params.window.plan, blockIdx.x, params.table.slots);
+  if (!request.valid || !has_layer(part.pool, layer)) return;
   for (int index = request.first; index < request.end; ++index) {
     const Token token = request.token(index);
     if (token.position % kCsaRatio != kCsaRatio - 1) continue;
-    close_window<W, T>(part, table, layer, token, index, index, threads);
+    close_csa_window<W, T>(compressor, pool, params.table, layer, token, index, index, threads);
     threads.sync();  // before the next window reuses the scratch
   }
   for (int index = request.first; index < request.end; ++index) {
-    append_token<T>(part.compressor.tail, part.compressor.projections, layer, request.token(index), index, threads.channel());
+    const TokenHalves halves =
+        index == blockIdx.x ? own : load_halves<T>(tail, in, index, threads.channel());
+    store_halves(tail, in, layer, request.token(index), halves, threads.channel());
   }
 }
 
-// One warp stores the window row of a token, normalizing and rotating it first where it comes raw.
-template <class T>
-__device__ __forceinline__ void store_window_row(const UpdateParams& params, int64_t layer, const Token& token, int index,
-                                                 int lane) {
-  const Pool& window = params.window.window;
+template <class RowT>
+__device__ __forceinline__ WarpRow<kHeadDim> load_window_row(const UpdateParams& params, int index, int lane) {
   WarpRow<kHeadDim> row;
-  const T* rows = static_cast<const T*>(params.window.rows) + static_cast<int64_t>(index) * kHeadDim;
+  const RowT* rows = static_cast<const RowT*>(params.window.rows) + static_cast<int64_t>(index) * kHeadDim;
 #pragma unroll
   for (int q = 0; q < row.kQuads; ++q) load_four(rows + channel_of(q, lane), row.x[q]);
+  return row;
+}
+
+// One warp stores the window row of a token, normalizing and rotating it first where it comes raw.
+__device__ __forceinline__ void store_window_row(const UpdateParams& params, int64_t layer, const Token& token, int index,
+                                                 WarpRow<kHeadDim> row, int lane) {
+  const Pool& window = params.window.window;
   if (params.norm.weight != nullptr) {
     float sums[row.kQuads];
 #pragma unroll
@@ -135,72 +180,79 @@ __device__ __forceinline__ void store_window_row(const UpdateParams& params, int
   if (lane == 0) params.window.positions[page * window.rows + ring_row] = token.position;
 }
 
+// The window rows of request `place` of a decode step, by one warp.
 template <class RowT>
-__device__ __forceinline__ void append_window_rows(const UpdateParams& params, const StepRequest& request, int lane) {
+__device__ __forceinline__ void append_window_rows(const UpdateParams& params, int place, int lane) {
+  const WarpRow<kHeadDim> own = load_window_row<RowT>(params, place, lane);
   const int64_t layer = *params.window.layer;
-  if (!has_layer(params.window.window, layer)) return;
+  const StepRequest request = step_request(params.window.plan, place, static_cast<int>(params.window.window.pages));
+  if (!request.valid || !has_layer(params.window.window, layer)) return;
   const int first = max(request.first, request.end - params.window.window.rows);
   for (int index = first; index < request.end; ++index) {
-    store_window_row<RowT>(params, layer, request.token(index), index, lane);
+    const WarpRow<kHeadDim> row = index == place ? own : load_window_row<RowT>(params, index, lane);
+    store_window_row(params, layer, request.token(index), index, row, lane);
   }
 }
 
+constexpr int kRowThreads = kHeadDim / 4;
 constexpr int kCsaThreads = kRowThreads + 2 * kWarp;
 
 // Decode, CSA: four warps on the entry, one on the indexer key, one on the window row.
 template <class RowT, class T>
 __global__ void __launch_bounds__(kCsaThreads) update_csa_kernel(UpdateParams params) {
   __shared__ float scratch[2 * RowThreads<kHeadDim>::kWarps];
-  const StepRequest request = step_request(params.window.plan, blockIdx.x, params.table.slots);
-  const int64_t layer = *params.kind_layer;
-  if (!request.valid) return;
   const int thread = threadIdx.x;
   if (thread >= kRowThreads + kWarp) {
-    append_window_rows<RowT>(params, request, thread % kWarp);
-  } else if (!has_layer(params.entries.pool, layer)) {
-    return;
+    append_window_rows<RowT>(params, blockIdx.x, thread % kWarp);
   } else if (thread < kRowThreads) {
-    compress_request<kHeadDim, T>(params.entries, params.table, layer, request, {thread, 1, scratch});
+    compress_request<kHeadDim, T>(params, params.entries, {thread, 1, scratch});
   } else {
-    compress_request<kKeyDim, T>(params.keys, params.table, layer, request, {thread % kWarp, 0, nullptr});
+    compress_request<kKeyDim, T>(params, params.keys, {thread % kWarp, 0, nullptr});
   }
 }
 
-// Decode, HCA: a cluster a request; its first block also moves the tail on, its second stores the window row.
+// Decode, HCA: a cluster a request. The first threads of each block also move the tail on, a warp of the last ones stores the
+// window row.
 template <class RowT, class T>
-__global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kClusterThreads) update_hca_kernel(UpdateParams params) {
-  __shared__ float scratch[2 * RowThreads<kHeadDim>::kWarps];
-  const int rank = blockIdx.x % kClusterBlocks;
-  const StepRequest request = step_request(params.window.plan, blockIdx.x / kClusterBlocks, params.table.slots);
+__global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kHcaThreads) update_hca_kernel(UpdateParams params) {
+  const HcaThread at;
+  const int place = blockIdx.x / kClusterBlocks, channel = at.channel();
+  const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
+  const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
+  const Tail& tail = compressor.tail;
+  const Projections& in = compressor.projections;
+  TokenHalves own;
+  if (at.split == 0) own = load_halves<T>(tail, in, place, channel);
+  if (at.rank == 1 && at.split == 1 && at.thread < kWarp) append_window_rows<RowT>(params, place, at.thread);
   const int64_t layer = *params.kind_layer;
-  if (!request.valid) return;
-  const Compression& part = params.entries;
-  const RowThreads<kHeadDim> threads{static_cast<int>(threadIdx.x) % kRowThreads, 1, scratch};
-  const bool first = rank == 0 && threadIdx.x < kRowThreads;
-  if (has_layer(part.pool, layer)) {
-    for (int index = request.first; index < request.end; ++index) {
-      const Token token = request.token(index);
-      if (token.position % kHcaRatio != kHcaRatio - 1) continue;
-      const int block = first ? block_of_entry(part.pool, params.table, token.slot, token.position / kHcaRatio) : -1;
-      const Partial4 partial = pool_with_cluster<T>(part.compressor, layer, token, index);
-      if (first) store_entry<kHeadDim>(part, layer, block, token, index, partial, threads);
+  const StepRequest request = step_request(params.window.plan, place, params.table.slots);
+  if (!request.valid || !has_layer(pool, layer)) return;
+  const auto append = [&](int index, const TokenHalves& halves) {
+    store_halves(tail, in, layer, request.token(index), halves, channel);
+  };
+  const int next = request.start + request.end - request.first;
+  if (request.start / kHcaRatio == next / kHcaRatio) {  // nothing closes, as in 127 of 128 steps
+    for (int index = request.first; at.split == 0 && index < request.end; ++index) {
+      append(index, index == place ? own : load_halves<T>(tail, in, index, channel));
     }
-    for (int index = request.first; first && index < request.end; ++index) {
-      append_token<T>(part.compressor.tail, part.compressor.projections, layer, request.token(index), index, threads.channel());
-    }
+    return;
   }
-  if (rank == 1 && threadIdx.x < kWarp) append_window_rows<RowT>(params, request, threadIdx.x);
+  for (int index = request.first; index < request.end; ++index) {
+    const Token token = request.token(index);
+    if (token.position % kHcaRatio != kHcaRatio - 1) continue;
+    close_hca_window<T>(compressor, pool, params.table, layer, token, index, index, at);
+  }
+  // The barriers of the last window stand between all reads of the tail and these writes.
+  for (int index = request.first; at.split == 0 && index < request.end; ++index) {
+    append(index, load_halves<T>(tail, in, index, channel));
+  }
 }
 
-// Any step, SWA: one warp a token.
+// Decode, SWA: one warp a request.
 template <class RowT>
 __global__ void update_swa_kernel(UpdateParams params) {
-  const int index = blockIdx.x * kRowWarps + threadIdx.x / kWarp;
-  const Pool& window = params.window.window;
-  const int64_t layer = *params.window.layer;
-  const Token token = token_at(params.window.plan, index, static_cast<int>(window.pages));
-  if (!token.valid || token.position < token.next - window.rows || !has_layer(window, layer)) return;
-  store_window_row<RowT>(params, layer, token, index, threadIdx.x % kWarp);
+  const int place = blockIdx.x * kRowWarps + threadIdx.x / kWarp;
+  if (place < params.window.plan.requests) append_window_rows<RowT>(params, place, threadIdx.x % kWarp);
 }
 
 // Prefill, CSA: one block a closing window, four warps on the entry, one on the indexer key.
@@ -213,29 +265,29 @@ __global__ void __launch_bounds__(kRowThreads + kWarp) close_csa_kernel(UpdatePa
   const int index = plan.closing(kCsaRatio)[row];
   const Token closing = token_at(plan, index, params.table.slots);
   if (!closing.valid || !has_layer(params.entries.pool, layer)) return;
+  constexpr int kRows = kBlockTokens / kCsaRatio;
   if (thread < kRowThreads) {
-    close_window<kHeadDim, T>(params.entries, params.table, layer, closing, index, row, {thread, 1, scratch});
+    close_csa_window<kHeadDim, T>(with_constants<kHeadDim, kCsaRatio>(params.entries.compressor),
+                              with_rows<kRows>(params.entries.pool), params.table, layer, closing, index, row,
+                              {thread, 1, scratch});
   } else {
-    close_window<kKeyDim, T>(params.keys, params.table, layer, closing, index, row, {thread % kWarp, 0, nullptr});
+    close_csa_window<kKeyDim, T>(with_constants<kKeyDim, kCsaRatio>(params.keys.compressor), with_rows<kRows>(params.keys.pool),
+                             params.table, layer, closing, index, row, {thread % kWarp, 0, nullptr});
   }
 }
 
 // Prefill, HCA: one cluster a closing window.
 template <class T>
-__global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kClusterThreads) close_hca_kernel(UpdateParams params) {
-  __shared__ float scratch[2 * RowThreads<kHeadDim>::kWarps];
+__global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kHcaThreads) close_hca_kernel(UpdateParams params) {
   const int row = blockIdx.x / kClusterBlocks;
   const Plan& plan = params.window.plan;
-  const Compression& part = params.entries;
+  const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
   const int64_t layer = *params.kind_layer;
   const int index = plan.closing(kHcaRatio)[row];
   const Token closing = token_at(plan, index, params.table.slots);
-  if (!closing.valid || !has_layer(part.pool, layer)) return;
-  const RowThreads<kHeadDim> threads{static_cast<int>(threadIdx.x) % kRowThreads, 1, scratch};
-  const bool first = blockIdx.x % kClusterBlocks == 0 && threadIdx.x < kRowThreads;
-  const int block = first ? block_of_entry(part.pool, params.table, closing.slot, closing.position / kHcaRatio) : -1;
-  const Partial4 partial = pool_with_cluster<T>(part.compressor, layer, closing, index);
-  if (first) store_entry<kHeadDim>(part, layer, block, closing, row, partial, threads);
+  if (!closing.valid || !has_layer(pool, layer)) return;
+  close_hca_window<T>(with_constants<kHeadDim, kHcaRatio>(params.entries.compressor), pool, params.table, layer, closing, index,
+                      row, HcaThread{});
 }
 
 constexpr int kAppendTokens = 8;  // tokens of a block, a warp each for their window rows
@@ -244,17 +296,20 @@ constexpr int kAppendTokens = 8;  // tokens of a block, a warp each for their wi
 template <class RowT, class T>
 __global__ void __launch_bounds__(kAppendTokens * kWarp) append_last_tokens_kernel(UpdateParams params) {
   const Plan& plan = params.window.plan;
-  const Request request = request_at(plan, blockIdx.x, params.table.slots);
+  const Request request = request_at(plan, blockIdx.x, static_cast<int>(params.window.window.pages));
   if (!request.valid) return;
   const int end = plan.query_start()[blockIdx.x + 1], count = request.next - request.start;
   const auto token_back = [&](int back) {
     return Token{back < count, request.slot, request.next - 1 - back, request.start, request.next};
   };
   const int back = blockIdx.y * kAppendTokens + threadIdx.x / kWarp;
-  const int64_t window_layer = *params.window.layer, layer = *params.kind_layer;
+  const int64_t window_layer = *params.window.layer;
   if (back < params.window.window.rows && back < count && has_layer(params.window.window, window_layer)) {
-    store_window_row<RowT>(params, window_layer, token_back(back), end - 1 - back, threadIdx.x % kWarp);
+    const int index = end - 1 - back, lane = threadIdx.x % kWarp;
+    store_window_row(params, window_layer, token_back(back), index, load_window_row<RowT>(params, index, lane), lane);
   }
+  if (params.entries.compressor.tail.data == nullptr) return;
+  const int64_t layer = *params.kind_layer;
   if (!has_layer(params.entries.pool, layer)) return;
   const bool has_keys = params.keys.compressor.tail.data != nullptr;
   for (int i = 0; i < kAppendTokens; ++i) {
@@ -273,25 +328,35 @@ __global__ void __launch_bounds__(kAppendTokens * kWarp) append_last_tokens_kern
 }
 
 template <class RowT, class T>
-void launch_update(CUstream_st* stream, const UpdateParams& params) {
-  const Plan& plan = params.window.plan;
-  const unsigned tokens = static_cast<unsigned>(plan.tokens), requests = static_cast<unsigned>(plan.requests);
-  const TailGeometry& geometry = params.entries.compressor.tail.geometry;
-  const bool csa = geometry.overlaps();
-  if (tokens == requests) {
-    if (csa) {
-      update_csa_kernel<RowT, T><<<requests, kCsaThreads, 0, stream>>>(params);
-    } else {
-      update_hca_kernel<RowT, T><<<requests * kClusterBlocks, kClusterThreads, 0, stream>>>(params);
-    }
-    return;
+void launch_decode(CUstream_st* stream, const UpdateParams& params) {
+  const unsigned requests = static_cast<unsigned>(params.window.plan.requests);
+  const Tail& tail = params.entries.compressor.tail;
+  if (tail.data == nullptr) {
+    update_swa_kernel<RowT><<<blocks_for(requests, kRowWarps), kRowWarps * kWarp, 0, stream>>>(params);
+  } else if (tail.geometry.overlaps()) {
+    update_csa_kernel<RowT, T><<<requests, kCsaThreads, 0, stream>>>(params);
+  } else {
+    update_hca_kernel<RowT, T><<<requests * kClusterBlocks, kHcaThreads, 0, stream>>>(params);
   }
-  const unsigned closing = static_cast<unsigned>(closing_capacity(plan.tokens, plan.requests, geometry.ratio));
-  if (closing > 0 && csa) close_csa_kernel<T><<<closing, kRowThreads + kWarp, 0, stream>>>(params);
-  if (closing > 0 && !csa) close_hca_kernel<T><<<closing * kClusterBlocks, kClusterThreads, 0, stream>>>(params);
-  const int rows = std::min(plan.tokens, std::max(params.window.window.rows, geometry.rows()));
+}
+
+template <class RowT, class T>
+void launch_prefill(CUstream_st* stream, const UpdateParams& params) {
+  const Plan& plan = params.window.plan;
+  const Tail& tail = params.entries.compressor.tail;
+  int rows = params.window.window.rows;
+  if (tail.data != nullptr) {
+    const TailGeometry& geometry = tail.geometry;
+    const unsigned closing = static_cast<unsigned>(closing_capacity(plan.tokens, plan.requests, geometry.ratio));
+    if (closing > 0 && geometry.overlaps()) close_csa_kernel<T><<<closing, kRowThreads + kWarp, 0, stream>>>(params);
+    if (closing > 0 && !geometry.overlaps()) {
+      close_hca_kernel<T><<<closing * kClusterBlocks, kHcaThreads, 0, stream>>>(params);
+    }
+    rows = std::max(rows, geometry.rows());
+  }
   append_last_tokens_kernel<RowT, T>
-      <<<dim3(requests, blocks_for(rows, kAppendTokens)), kAppendTokens * kWarp, 0, stream>>>(params);
+      <<<dim3(plan.requests, blocks_for(std::min(plan.tokens, rows), kAppendTokens)), kAppendTokens * kWarp, 0, stream>>>(
+          params);
 }
 
 }  // namespace
@@ -300,13 +365,11 @@ const char* update(CUstream_st* stream, const UpdateParams& params) {
   const Plan& plan = params.window.plan;
   if (plan.tokens == 0 || plan.requests == 0) return nullptr;
   with_element(params.window.element, [&](auto row_element) {
-    using RowT = decltype(row_element);
-    if (params.entries.compressor.tail.data == nullptr) {
-      update_swa_kernel<RowT><<<blocks_for(plan.tokens, kRowWarps), kRowWarps * kWarp, 0, stream>>>(params);
-      return;
-    }
-    with_element(params.entries.compressor.projections.element,
-                 [&](auto element) { launch_update<RowT, decltype(element)>(stream, params); });
+    with_element(params.entries.compressor.projections.element, [&](auto element) {
+      using RowT = decltype(row_element);
+      using T = decltype(element);
+      plan.tokens == plan.requests ? launch_decode<RowT, T>(stream, params) : launch_prefill<RowT, T>(stream, params);
+    });
   });
   return launch_error();
 }

@@ -112,10 +112,4 @@ __device__ __forceinline__ void load_row(StoredRow stored, T* to, int lane, floa
   for (int q = 0; q < kQuads; ++q) store_four(to + channel_of(q, lane), row.x[q]);
 }
 
-template <class T>
-__device__ __forceinline__ void clear_row(T* to, int width, int lane) {
-  const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  for (int channel = 4 * lane; channel < width; channel += kQuadChannels) store_four(to + channel, zeros);
-}
-
 }  // namespace dsv4::cuda

@@ -10,8 +10,6 @@
 
 namespace dsv4::cuda {
 
-constexpr int kMaxBarrier = 16;
-
 // Waits for `threads` threads of the block that name the same barrier (1 to 15; 0 is __syncthreads).
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
@@ -59,45 +57,83 @@ struct RowThreads {
   }
 };
 
+// The compressor as this kernel knows it: width and ratio as constants, so that no address needs a division.
+template <int W, int kRatio>
+__device__ __forceinline__ Compressor with_constants(Compressor compressor) {
+  compressor.tail.width = W;
+  compressor.tail.geometry.ratio = kRatio;
+  compressor.projections.columns = kRatio == kCsaRatio ? 2 * W : W;
+  return compressor;
+}
+
 // Four channels of a partly pooled window.
-struct Partial4 {
-  SoftmaxPartial channel[4];
+struct alignas(16) Partial4 {
+  float max[4];
+  float denominator[4];
+  float sum[4];
 };
 
 __device__ __forceinline__ Partial4 merge4(const Partial4& a, const Partial4& b) {
   Partial4 merged;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) merged.channel[i] = merge(a.channel[i], b.channel[i]);
+  for (int i = 0; i < 4; ++i) {
+    const SoftmaxPartial one =
+        merge({a.max[i], a.denominator[i], a.sum[i]}, {b.max[i], b.denominator[i], b.sum[i]});
+    merged.max[i] = one.max, merged.denominator[i] = one.denominator, merged.sum[i] = one.sum;
+  }
   return merged;
 }
 
 // Rows 8 group .. 8 group + 7 of the window that token `index` closes, pooled.
+//
+// All loads of a group are independent and free of branches, so that they are in flight together: a row that comes from
+// elsewhere loads some row that is there, and is replaced.
 template <class T>
 __device__ __forceinline__ Partial4 pool_rows(const Tail& tail, const Projections& in, int64_t layer, const Token& closing,
                                               int index, int group, int channel) {
   float kv[kGroupRows][4], score[kGroupRows][4];
-#pragma unroll
-  for (int i = 0; i < kGroupRows; ++i) {
-    const WindowRow from = window_row(tail, in.columns, closing, index, group * kGroupRows + i);
-    if (from.source == WindowRow::kStep) {
-      load_four(static_cast<const T*>(in.kv) + from.projection + channel, kv[i]);
-      load_four(static_cast<const T*>(in.gate) + from.projection + channel, score[i]);
-    } else if (from.source == WindowRow::kTail) {
-      load_four(tail_row(tail, layer, closing.slot, 0, from.tail_row) + channel, kv[i]);
-      load_four(tail_row(tail, layer, closing.slot, 1, from.tail_row) + channel, score[i]);
-    } else {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) kv[i][c] = 0.0f, score[i][c] = kClearedScore;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kGroupRows; ++i) {
-    const WindowRow from = window_row(tail, in.columns, closing, index, group * kGroupRows + i);
-    if (from.source != WindowRow::kStep) continue;
+  const int first = closing.position - (pooled_rows(tail.geometry) - 1) + group * kGroupRows;
+  const auto row = [&](int i) { return window_row(tail, in.columns, closing, index, group * kGroupRows + i); };
+  const auto load_projection = [&](const WindowRow& from, float(&kv)[4], float(&score)[4]) {
+    load_four(static_cast<const T*>(in.kv) + from.projection + channel, kv);
+    load_four(static_cast<const T*>(in.gate) + from.projection + channel, score);
+  };
+  const auto add_bias = [&](const WindowRow& from, float(&score)[4]) {
     float ape[4];
     load_four(in.ape + from.ape + channel, ape);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) score[i][c] += ape[c];
+    for (int c = 0; c < 4; ++c) score[c] += ape[c];
+  };
+
+  if (first >= closing.start || (first < 0 && closing.start == 0)) {
+    // The whole group came with this step. Rows before the first token have offset 0.
+#pragma unroll
+    for (int i = 0; i < kGroupRows; ++i) load_projection(row(i), kv[i], score[i]);
+#pragma unroll
+    for (int i = 0; i < kGroupRows; ++i) add_bias(row(i), score[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kGroupRows; ++i) {
+      load_four(tail_row(tail, layer, closing.slot, 0, row(i).tail_row) + channel, kv[i]);
+      load_four(tail_row(tail, layer, closing.slot, 1, row(i).tail_row) + channel, score[i]);
+    }
+    if (first + kGroupRows > closing.start) {
+#pragma unroll
+      for (int i = 0; i < kGroupRows; ++i) {
+        const WindowRow from = row(i);
+        if (from.source != WindowRow::kStep) continue;
+        load_projection(from, kv[i], score[i]);
+        add_bias(from, score[i]);
+      }
+    }
+  }
+  if (first < 0) {
+#pragma unroll
+    for (int i = 0; i < kGroupRows; ++i) {
+      if (first + i >= 0) continue;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) kv[i][c] = 0.0f, score[i][c] = kClearedScore;
+    }
   }
   Partial4 partial;
 #pragma unroll
@@ -105,7 +141,8 @@ __device__ __forceinline__ Partial4 pool_rows(const Tail& tail, const Projection
     float kv_of[kGroupRows], score_of[kGroupRows];
 #pragma unroll
     for (int i = 0; i < kGroupRows; ++i) kv_of[i] = kv[i][c], score_of[i] = score[i][c];
-    partial.channel[c] = pool_group(kv_of, score_of);
+    const SoftmaxPartial one = pool_group(kv_of, score_of);
+    partial.max[c] = one.max, partial.denominator[c] = one.denominator, partial.sum[c] = one.sum;
   }
   return partial;
 }
@@ -126,63 +163,104 @@ __device__ __forceinline__ void hadamard_transform(float (&x)[4], int lane) {
   for (int i = 0; i < 4; ++i) x[i] *= kHadamardScale;
 }
 
-// RMSNorm and RoPE of a row; `cos` and `sin` are those of its position.
-template <int W>
-__device__ __forceinline__ void normalize(float (&x)[4], const RowThreads<W>& row, const float* norm_weight, const float* cos,
-                                          const float* sin, float eps) {
+// What finishes four channels of a row: norm weights, and the angles of its two pairs where RoPE applies. Loaded early, to
+// be there when the row is pooled.
+struct Finish {
   float weight[4];
-  load_four(norm_weight + row.channel(), weight);
-  const float inverse = inverse_rms(row.sum(square_sum(x)), W, eps);
+  float cos[2];
+  float sin[2];
+
+  template <int W>
+  __device__ __forceinline__ static Finish load(const float* norm_weight, const float* cos, const float* sin, int channel) {
+    Finish finish{{}, {1.0f, 1.0f}, {0.0f, 0.0f}};
+    load_four(norm_weight + channel, finish.weight);
+    if (channel >= W - kRopeDim) {
+      const int pair = (channel - (W - kRopeDim)) / 2;
+      finish.cos[0] = cos[pair], finish.cos[1] = cos[pair + 1];
+      finish.sin[0] = sin[pair], finish.sin[1] = sin[pair + 1];
+    }
+    return finish;
+  }
+
+  // RMSNorm and RoPE, the row's sum of squares being known.
+  template <int W>
+  __device__ __forceinline__ void apply(float (&x)[4], float sum_of_squares, float eps, int channel) const {
+    const float inverse = inverse_rms(sum_of_squares, W, eps);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) x[i] = x[i] * inverse * weight[i];
-  if (row.channel() >= W - kRopeDim) rotate_pairs(x, cos, sin, (row.channel() - (W - kRopeDim)) / 2);
+    for (int i = 0; i < 4; ++i) x[i] = x[i] * inverse * weight[i];
+    if (channel >= W - kRopeDim) rotate_pairs(x, cos, sin, 0);
+  }
+};
+
+__device__ __forceinline__ void pooled4(const Partial4& partial, float (&x)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = pooled({partial.max[i], partial.denominator[i], partial.sum[i]});
 }
 
-// The finished entry of a pooled window.
-template <int W>
-__device__ __forceinline__ void finish(float (&x)[4], const Partial4& partial, const RowThreads<W>& row,
-                                       const float* norm_weight, const float* cos, const float* sin, float eps,
-                                       bool hadamard) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) x[i] = pooled(partial.channel[i]);
-  normalize(x, row, norm_weight, cos, sin, eps);
+// The CSA entry that token `index` closes, entry `row` of the step.
+template <int W, class T>
+__device__ __forceinline__ void csa_entry(const Compressor& compressor, int64_t layer, const Token& closing, int index, int row,
+                                          const RowThreads<W>& threads, float (&x)[4]) {
+  const int64_t angles = static_cast<int64_t>(row) * (kRopeDim / 2);
+  const Finish finish =
+      Finish::load<W>(compressor.norm_weight, compressor.cos + angles, compressor.sin + angles, threads.channel());
+  pooled4(pool_rows<T>(compressor.tail, compressor.projections, layer, closing, index, 0, threads.channel()), x);
+  finish.apply<W>(x, threads.sum(square_sum(x)), compressor.eps, threads.channel());
   if constexpr (W == kKeyDim) {
-    if (hadamard) hadamard_transform(x, row.thread);
+    if (compressor.hadamard) hadamard_transform(x, threads.thread);
   }
 }
 
-// Keeps the halves of token `index` that later entries will pool, four channels of each.
+// Four channels of what a token brings to a compressor: overlap half and current half, kv and gate.
+struct TokenHalves {
+  float kv[2][4];
+  float gate[2][4];
+};
+
+template <class T>
+__device__ __forceinline__ TokenHalves load_halves(const Tail& tail, const Projections& in, int index, int channel) {
+  TokenHalves halves;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int first_column = half == 0 ? 0 : in.columns - tail.width;  // one and the same without overlap
+    const int64_t projection = static_cast<int64_t>(index) * in.columns + first_column + channel;
+    load_four(static_cast<const T*>(in.kv) + projection, halves.kv[half]);
+    load_four(static_cast<const T*>(in.gate) + projection, halves.gate[half]);
+  }
+  return halves;
+}
+
+// Keeps the halves of a token that later entries will pool.
+__device__ __forceinline__ void store_halves(const Tail& tail, const Projections& in, int64_t layer, const Token& token,
+                                             const TokenHalves& halves, int channel) {
+  const TailGeometry& geometry = tail.geometry;
+  const auto write = [&](int half, int row, int first_column) {
+    float ape[4], score[4];
+    load_four(in.ape + static_cast<int64_t>(token.position % geometry.ratio) * in.columns + first_column + channel, ape);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) score[i] = halves.gate[half][i] + ape[i];
+    store_four(tail_row(tail, layer, token.slot, 0, row) + channel, halves.kv[half]);
+    store_four(tail_row(tail, layer, token.slot, 1, row) + channel, score);
+  };
+  if (geometry.overlap_survives(token.position, token.next)) write(0, geometry.overlap_row(token.position), 0);
+  if (geometry.current_survives(token.position, token.next)) {
+    write(1, geometry.current_row(token.position), in.columns - tail.width);
+  }
+}
+
 template <class T>
 __device__ __forceinline__ void append_token(const Tail& tail, const Projections& in, int64_t layer, const Token& token,
                                              int index, int channel) {
-  const TailGeometry& geometry = tail.geometry;
-  const auto write = [&](int row, int first_column) {
-    const int64_t projection = static_cast<int64_t>(index) * in.columns + first_column + channel;
-    float kv[4], score[4], ape[4];
-    load_four(static_cast<const T*>(in.kv) + projection, kv);
-    load_four(static_cast<const T*>(in.gate) + projection, score);
-    load_four(in.ape + static_cast<int64_t>(token.position % geometry.ratio) * in.columns + first_column + channel, ape);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) score[i] += ape[i];
-    store_four(tail_row(tail, layer, token.slot, 0, row) + channel, kv);
-    store_four(tail_row(tail, layer, token.slot, 1, row) + channel, score);
-  };
-  if (geometry.overlap_survives(token.position, token.next)) write(geometry.overlap_row(token.position), 0);
-  if (geometry.current_survives(token.position, token.next)) {
-    write(geometry.current_row(token.position), in.columns - tail.width);
-  }
+  store_halves(tail, in, layer, token, load_halves<T>(tail, in, index, channel), channel);
 }
 
-// Stores a row spread over its threads.
+// Stores four channels of a row whose threads call this together, the amax of all its quantized channels being known.
 template <class Codec, int kAlignment>
-__device__ __forceinline__ void store_spread_row(StoredRow stored, const float (&x)[4], const RowThreads<Codec::kWidth>& row,
-                                                 float global_scale) {
-  const float amax = quad_amax<Codec>(x, row.channel());
-  float row_amax = 0.0f;
-  if constexpr (Codec::kNeedsRowAmax) row_amax = row.max(amax);
+__device__ __forceinline__ void store_part(StoredRow stored, const float (&x)[4], int channel, float row_amax,
+                                           float global_scale) {
   const float row_scale = Codec::row_scale(row_amax, global_scale);
-  if (row.thread == 0) store_row_scale<Codec>(stored.scales, row_scale);
-  store_quad<Codec, kAlignment>(stored, x, row.channel(), amax, row_scale);
+  if (channel == 0) store_row_scale<Codec>(stored.scales, row_scale);
+  store_quad<Codec, kAlignment>(stored, x, channel, quad_amax<Codec>(x, channel), row_scale);
 }
 
 }  // namespace dsv4::cuda

@@ -1,5 +1,5 @@
-// Checks operands of an FFI call and turns them into parameters. The first mistake becomes the call's error, which names the
-// op, the operand, what came and what was expected.
+// Checks operands of an FFI call and turns them into parameters. The first mistake becomes the call's error, which
+// names the op, the operand, what came and what was expected.
 #pragma once
 
 #include <initializer_list>
@@ -101,19 +101,21 @@ class Checker {
   // The axes from `first` on are one page; completes the pool.
   void page(const char* operand, const ffi::AnyBuffer& buffer, size_t first, std::string_view codec, Pool& pool) {
     pool.codec = find_codec(codec.data(), codec.size(), pool.width);
-    that(pool.codec >= 0, operand, "cannot be stored: no codec " + std::string(codec) + " for width " + std::to_string(pool.width));
+    that(pool.codec >= 0, operand,
+         "cannot be stored: no codec " + std::string(codec) + " for width " + std::to_string(pool.width));
     if (pool.codec < 0) return;
     visit_codec(pool.width, pool.codec,
                 [&](auto found) { pool.page_bytes = Layout<decltype(found)>::page_bytes(pool.rows); });
     const bool plain = codec == "fp32" || codec == "bf16";
     type(operand, buffer, codec == "fp32" ? ffi::F32 : codec == "bf16" ? ffi::BF16 : ffi::U8);
     const auto dimensions = buffer.dimensions();
-    const bool fits = plain ? dimensions.size() == first + 2 && dimensions[first] == pool.rows &&
-                                  dimensions[first + 1] == pool.width
-                            : dimensions.size() == first + 1 && dimensions[first] == pool.page_bytes;
+    const bool fits =
+        plain ? dimensions.size() == first + 2 && dimensions[first] == pool.rows && dimensions[first + 1] == pool.width
+              : dimensions.size() == first + 1 && dimensions[first] == pool.page_bytes;
     that(fits, operand,
          "has shape " + text(dimensions) + "; a page of " + std::to_string(pool.rows) + " rows of " +
-             std::to_string(pool.width) + " in " + std::string(codec) + " has " + std::to_string(pool.page_bytes) + " bytes");
+             std::to_string(pool.width) + " in " + std::string(codec) + " has " + std::to_string(pool.page_bytes) +
+             " bytes");
   }
 
   Tail tail(const char* operand, const ffi::AnyBuffer& input, const ffi::AnyBuffer& output, int64_t ratio) {
@@ -138,9 +140,9 @@ class Checker {
   }
 
   // How a compressor with this tail finishes its entries; `closing` of them.
-  Compressor compressor(const Tail& tail, const ffi::AnyBuffer& kv, const ffi::AnyBuffer& gate, const ffi::AnyBuffer& ape,
-                        const ffi::AnyBuffer& norm_weight, const ffi::AnyBuffer& cos, const ffi::AnyBuffer& sin,
-                        const Plan& plan, float eps, bool hadamard) {
+  Compressor compressor(const Tail& tail, const ffi::AnyBuffer& kv, const ffi::AnyBuffer& gate,
+                        const ffi::AnyBuffer& ape, const ffi::AnyBuffer& norm_weight, const ffi::AnyBuffer& cos,
+                        const ffi::AnyBuffer& sin, const Plan& plan, float eps, bool hadamard) {
     const int closing = closing_capacity(plan.tokens, plan.requests, tail.geometry.ratio);
     that(!hadamard || tail.width == kKeyDim, "hadamard", "is for rows of width 128 only");
     return {tail,
@@ -164,7 +166,8 @@ class Checker {
     indices("positions", positions, {queries, count});
     shape("valid", valid, {queries, count});
     type("valid", valid, ffi::PRED);
-    return {values.untyped_data(), floating("values", values), data<int32_t>(positions), data<bool>(valid), queries, count};
+    return {
+        values.untyped_data(), floating("values", values), data<int32_t>(positions), data<bool>(valid), queries, count};
   }
 
   template <class T>
@@ -211,7 +214,7 @@ struct CudaHandler {
 }  // namespace dsv4
 
 // Defines the symbols Dsv4<Name>Cpu and, in a CUDA build, Dsv4<Name>Cuda: one check, one binding, two ways to run.
-#define DSV4_CPU_HANDLER(Name, name, BINDING)                                                              \
+#define DSV4_CPU_HANDLER(Name, name, BINDING)                                                               \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4##Name##Cpu, (dsv4::CpuHandler<dsv4::check_##name, dsv4::cpu::name>{}), \
                                 xla::ffi::Ffi::Bind() BINDING, {xla::ffi::Traits::kCmdBufferCompatible})
 #ifdef DSV4_WITH_CUDA

@@ -1,4 +1,5 @@
-// FFI handlers of the ops that make, store and read rows of pools: compress, flush, the gathers, quantize and dequantize.
+// FFI handlers of the ops that make, store and read rows of pools: compress, flush, the gathers, quantize and
+// dequantize.
 
 #include "check.h"
 
@@ -69,8 +70,8 @@ ffi::ErrorOr<GatherEntriesParams> check_gather_entries(AnyBuffer pool, AnyBuffer
                                                        AnyBuffer counts, AnyBuffer indices, AnyBuffer layer,
                                                        Out pool_out, Out values, Out positions, Out valid,
                                                        int64_t ratio, std::string_view codec, float global_scale) {
-  auto params = check_gather("gather_entries", pool, block_table, slots, counts, layer, pool_out, values, positions, valid,
-                             ratio, codec, global_scale);
+  auto params = check_gather("gather_entries", pool, block_table, slots, counts, layer, pool_out, values, positions,
+                             valid, ratio, codec, global_scale);
   if (params.has_error()) return params;
   Checker check("gather_entries");
   params->indices = check.indices("indices", indices, {params->rows.queries, params->rows.count});
@@ -129,15 +130,16 @@ ffi::ErrorOr<QuantizeParams> check_dequantize(AnyBuffer page, Out rows, std::str
   return check_rows_and_page("dequantize", *rows, page, codec, global_scale);
 }
 
-ffi::ErrorOr<NormalizeParams> check_normalize(AnyBuffer rows, AnyBuffer norm_weight, AnyBuffer cos, AnyBuffer sin, Out out,
-                                              float eps) {
+ffi::ErrorOr<NormalizeParams> check_normalize(AnyBuffer rows, AnyBuffer norm_weight, AnyBuffer cos, AnyBuffer sin,
+                                              Out out, float eps) {
   Checker check("normalize");
   NormalizeParams params{};
   params.count = Checker::size(rows, 0);
   check.shape("rows", rows, {kAny, kHeadDim});
   params.element = check.floating("rows", rows);
   params.rows = rows.untyped_data();
-  params.norm = {check.floats("norm_weight", norm_weight, {kHeadDim}), check.floats("cos", cos, {params.count, kRopeDim / 2}),
+  params.norm = {check.floats("norm_weight", norm_weight, {kHeadDim}),
+                 check.floats("cos", cos, {params.count, kRopeDim / 2}),
                  check.floats("sin", sin, {params.count, kRopeDim / 2}), eps};
   check.floats("out", *out, {params.count, kHeadDim});
   params.out = Checker::data<float>(*out);

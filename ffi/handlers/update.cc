@@ -31,7 +31,8 @@ void check_window(Checker& check, UpdateParams& params, const AnyBuffer& window,
   out.plan = check.plan(plan, tokens, requests);
   out.layer = check.layer(layer);
   if (Checker::size(norm_weight, 0) == 0) return;
-  params.norm = {check.floats("row_norm_weight", norm_weight, {kHeadDim}), check.floats("row_cos", cos, {tokens, kRopeDim / 2}),
+  params.norm = {check.floats("row_norm_weight", norm_weight, {kHeadDim}),
+                 check.floats("row_cos", cos, {tokens, kRopeDim / 2}),
                  check.floats("row_sin", sin, {tokens, kRopeDim / 2}), eps};
 }
 
@@ -42,15 +43,17 @@ Compression check_compression(Checker& check, const UpdateParams& params, const 
   const Tail checked = check.tail(tail_name, tail, tail_out, ratio);
   check.that(checked.width == width, tail_name, "has the wrong width");
   if (check.failed()) return {};
-  return {check.compressor(checked, in.kv, in.gate, in.ape, in.norm_weight, in.cos, in.sin, params.window.plan, eps, hadamard),
+  return {check.compressor(checked, in.kv, in.gate, in.ape, in.norm_weight, in.cos, in.sin, params.window.plan, eps,
+                           hadamard),
           check.pool(pool_name, pool, pool_out, kBlockTokens / static_cast<int>(ratio), width, codec, global_scale)};
 }
 
 }  // namespace
 
-ffi::ErrorOr<UpdateParams> check_update_swa(AnyBuffer window, AnyBuffer positions, AnyBuffer rows, AnyBuffer row_norm_weight,
-                                            AnyBuffer row_cos, AnyBuffer row_sin, AnyBuffer plan, AnyBuffer layer,
-                                            Out window_out, Out positions_out, int64_t tokens, int64_t requests, float eps,
+ffi::ErrorOr<UpdateParams> check_update_swa(AnyBuffer window, AnyBuffer positions, AnyBuffer rows,
+                                            AnyBuffer row_norm_weight, AnyBuffer row_cos, AnyBuffer row_sin,
+                                            AnyBuffer plan, AnyBuffer layer, Out window_out, Out positions_out,
+                                            int64_t tokens, int64_t requests, float eps,
                                             std::string_view window_codec) {
   Checker check("update_swa");
   UpdateParams params{};
@@ -73,8 +76,8 @@ ffi::ErrorOr<UpdateParams> check_update_hca(AnyBuffer window, AnyBuffer position
   check_window(check, params, window, positions, rows, row_norm_weight, row_cos, row_sin, plan, layer, *window_out,
                *positions_out, tokens, requests, eps, window_codec);
   params.entries = check_compression(check, params, "tail", tail, *tail_out, "entries", entries, *entries_out,
-                                     {kv, gate, ape, norm_weight, cos, sin}, kHcaRatio, kHeadDim, entry_codec, global_scale,
-                                     eps, false);
+                                     {kv, gate, ape, norm_weight, cos, sin}, kHcaRatio, kHeadDim, entry_codec,
+                                     global_scale, eps, false);
   params.table = check.block_table(block_table);
   params.kind_layer = check.layer(kind_layer);
   if (check.failed()) return check.error();
@@ -85,17 +88,18 @@ ffi::ErrorOr<UpdateParams> check_update_csa(
     AnyBuffer window, AnyBuffer positions, AnyBuffer entries, AnyBuffer tail, AnyBuffer keys, AnyBuffer key_tail,
     AnyBuffer rows, AnyBuffer row_norm_weight, AnyBuffer row_cos, AnyBuffer row_sin, AnyBuffer plan, AnyBuffer layer,
     AnyBuffer kind_layer, AnyBuffer block_table, AnyBuffer kv, AnyBuffer gate, AnyBuffer ape, AnyBuffer norm_weight,
-    AnyBuffer cos, AnyBuffer sin, AnyBuffer index_kv, AnyBuffer index_gate, AnyBuffer index_ape, AnyBuffer index_norm_weight,
-    AnyBuffer index_cos, AnyBuffer index_sin, Out window_out, Out positions_out, Out entries_out, Out tail_out, Out keys_out,
-    Out key_tail_out, int64_t tokens, int64_t requests, float eps, std::string_view window_codec,
-    std::string_view entry_codec, std::string_view key_codec, float global_scale, bool hadamard) {
+    AnyBuffer cos, AnyBuffer sin, AnyBuffer index_kv, AnyBuffer index_gate, AnyBuffer index_ape,
+    AnyBuffer index_norm_weight, AnyBuffer index_cos, AnyBuffer index_sin, Out window_out, Out positions_out,
+    Out entries_out, Out tail_out, Out keys_out, Out key_tail_out, int64_t tokens, int64_t requests, float eps,
+    std::string_view window_codec, std::string_view entry_codec, std::string_view key_codec, float global_scale,
+    bool hadamard) {
   Checker check("update_csa");
   UpdateParams params{};
   check_window(check, params, window, positions, rows, row_norm_weight, row_cos, row_sin, plan, layer, *window_out,
                *positions_out, tokens, requests, eps, window_codec);
   params.entries = check_compression(check, params, "tail", tail, *tail_out, "entries", entries, *entries_out,
-                                     {kv, gate, ape, norm_weight, cos, sin}, kCsaRatio, kHeadDim, entry_codec, global_scale,
-                                     eps, false);
+                                     {kv, gate, ape, norm_weight, cos, sin}, kCsaRatio, kHeadDim, entry_codec,
+                                     global_scale, eps, false);
   params.keys = check_compression(check, params, "key_tail", key_tail, *key_tail_out, "keys", keys, *keys_out,
                                   {index_kv, index_gate, index_ape, index_norm_weight, index_cos, index_sin}, kCsaRatio,
                                   kKeyDim, key_codec, global_scale, eps, hadamard);
