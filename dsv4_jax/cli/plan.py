@@ -110,7 +110,7 @@ def draw(planned: CapacityPlan, ladder: list[tuple[CapacityPlan, int | None]], p
             "drawing needs matplotlib: pip install 'dsv4-jax[plot]'.", param_hint="--plot"
         ) from None
     contexts = [one.context for one, _ in ladder]
-    counts = [fit for _, fit in ladder if fit is not None]
+    counts = [(one.context, fit) for one, fit in ladder if fit]
     figure = Figure(figsize=(11 if counts else 6, 4.5), layout="constrained")
     axes = figure.subplots(1, 2 if counts else 1, squeeze=False)[0]
     components = [name for name, size in planned.request_bytes.items() if size]
@@ -118,12 +118,12 @@ def draw(planned: CapacityPlan, ladder: list[tuple[CapacityPlan, int | None]], p
         axes[0].plot(contexts, [one.request_bytes[name] for one, _ in ladder], label=name)
     axes[0].plot(contexts, [one.bytes_per_request for one, _ in ladder], "k--", label="together")
     axes[0].set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="bytes", title="A request")
-    axes[0].legend(fontsize="small")
     if counts:
-        axes[1].plot(contexts, counts, "o-")
-        axes[1].set(xscale="log", yscale="symlog", xlabel="context (tokens)", title="Requests that fit")
+        axes[1].plot(*zip(*counts, strict=True), "o-")
+        axes[1].set(xscale="log", yscale="log", xlabel="context (tokens)", title="Requests that fit")
     for one in axes:
         one.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
     formats = planned.schema.formats
     figure.suptitle(
         f"{planned.schema.spec.name}: entries {formats.entries}, window {formats.window}, indexer {formats.indexer}"

@@ -32,7 +32,13 @@ DSV4_HOST_DEVICE float float_of(uint32_t bits) {
 }
 
 // The larger value; a NaN in `value` is ignored, which keeps an amax finite.
-DSV4_HOST_DEVICE float max_ignoring_nan(float largest, float value) { return value > largest ? value : largest; }
+DSV4_HOST_DEVICE float max_ignoring_nan(float largest, float value) {
+#if defined(__CUDA_ARCH__)
+  return fmaxf(largest, value);
+#else
+  return value > largest ? value : largest;
+#endif
+}
 
 DSV4_HOST_DEVICE float magnitude(float value) { return float_of(bits_of(value) & 0x7FFFFFFFu); }
 

@@ -12,8 +12,8 @@ namespace dsv4 {
 
 constexpr int kGroupRows = 8;  // rows of a softmax group: a CSA entry is one group, an HCA entry 16
 
-// e^x for x <= 0, within 2 ulp near 0; 0 below -87. The GPU takes its own exponential, an order of magnitude faster than
-// arithmetic that a CPU could follow to the bit: pooled values of the two agree within rounding.
+// e^x for x <= 0, within 2 ulp near 0; 0 below -87. The GPU takes its own exponential, an order of magnitude faster
+// than arithmetic that a CPU could follow to the bit: pooled values of the two agree within rounding.
 DSV4_HOST_DEVICE float exp_nonpositive(float x) {
 #if defined(__CUDA_ARCH__)
   float result;

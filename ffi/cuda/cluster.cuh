@@ -1,8 +1,8 @@
-// An HCA entry on the GPU, by a cluster of two thread blocks: each owns half of the channels and pools all 128 rows of them,
-// so that the blocks exchange no more than the row's sum of squares and its amax.
+// An HCA entry on the GPU, by a cluster of two thread blocks: each owns half of the channels and pools all 128 rows of
+// them, so that the blocks exchange no more than the row's sum of squares and its amax.
 //
-// A block has eight rows of 64 threads. A thread owns four channels and pools two neighbouring groups of rows; the eight
-// results merge pairwise through shared memory, in the order of ffi/common/pooling.h.
+// A block has eight rows of 64 threads. A thread owns four channels and pools two neighbouring groups of rows; the
+// eight results merge pairwise through shared memory, in the order of ffi/common/pooling.h.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -26,11 +26,11 @@ struct HcaThread {
   __device__ __forceinline__ int channel() const { return (rank * kHalfThreads + thread) * 4; }
 };
 
-// Makes the entry that token `index` closes, entry `row` of the step. All threads of the cluster call it. Those of split 0
-// have `amax(x, channel)` asked, then `store(x, channel, row_amax)` called, each for its four channels.
+// Makes the entry that token `index` closes, entry `row` of the step. All threads of the cluster call it. Those of
+// split 0 have `amax(x, channel)` asked, then `store(x, channel, row_amax)` called, each for its four channels.
 template <class T, class Amax, class Store>
-__device__ __forceinline__ void hca_entry(const Compressor& compressor, int64_t layer, const Token& closing, int index, int row,
-                                          const HcaThread& at, Amax&& amax, Store&& store) {
+__device__ __forceinline__ void hca_entry(const Compressor& compressor, int64_t layer, const Token& closing, int index,
+                                          int row, const HcaThread& at, Amax&& amax, Store&& store) {
   constexpr int kWarps = kHalfThreads / kWarp;
   __shared__ Partial4 partials[kHcaSplits][kHalfThreads];
   __shared__ float sums[kWarps], amaxes[kWarps];
@@ -42,8 +42,8 @@ __device__ __forceinline__ void hca_entry(const Compressor& compressor, int64_t 
   Partial4 partial;
 #pragma unroll 1
   for (int group = 0; group < 2; ++group) {  // registers hold the rows of one group at a time
-    const Partial4 one =
-        pool_rows<T>(compressor.tail, compressor.projections, layer, closing, index, 2 * at.split + group, channel);
+    const Partial4 one = pool_rows<kHeadDim, kHcaRatio, T>(compressor.tail, compressor.projections, layer, closing, index,
+                                                           2 * at.split + group, channel);
     partial = group == 0 ? one : merge4(partial, one);
   }
 #pragma unroll

@@ -45,8 +45,8 @@ __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kHcaThr
     return;
   }
   hca_entry<T>(
-      compressor, layer, closing, index, row, at, [](const float(&)[4], int) { return 0.0f; },
-      [&](const float(&x)[4], int channel, float) { store_four(entry + channel, x); });
+      compressor, layer, closing, index, row, at, [](const float (&)[4], int) { return 0.0f; },
+      [&](const float (&x)[4], int channel, float) { store_four(entry + channel, x); });
 }
 
 template <class T>

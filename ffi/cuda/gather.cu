@@ -1,8 +1,8 @@
 // The gathers on the GPU: chosen entries, all entries, the window; dequantized to dense rows.
 //
-// Reading is all there is to do, so it is arranged for bytes in flight: a warp takes several rows at once, its lanes look up
-// where they lie, all lanes load all of them, eight channels a lane and load, and only then is anything decoded. Writes are
-// 16 bytes a lane, neighbouring lanes side by side.
+// Reading is all there is to do, so it is arranged for bytes in flight: a warp takes several rows at once, its lanes
+// look up where they lie, all lanes load all of them, eight channels a lane and load, and only then is anything
+// decoded. Writes are 16 bytes a lane, neighbouring lanes side by side.
 
 #include "../common/entries.h"
 #include "../common/kernels.h"
@@ -42,7 +42,8 @@ struct EntrySources {
 
   __device__ __forceinline__ Source operator()(int64_t out) const {
     const int64_t query = out / params.rows.count;
-    const int entry = params.indices == nullptr ? static_cast<int>(out - query * params.rows.count) : params.indices[out];
+    const int entry =
+        params.indices == nullptr ? static_cast<int>(out - query * params.rows.count) : params.indices[out];
     if (entry < 0 || entry >= params.counts[query]) return {nullptr, nullptr, -1};
     const EntryPlace place = place_of_entry(params.pool, params.table, *params.layer, params.slots[query], entry);
     return source_of<Codec>(place.page, params.pool.rows, place.row, entry * params.ratio);
@@ -94,7 +95,8 @@ struct StoredChannels {
   __device__ __forceinline__ void load(const Source& from, int channel, float global_scale) {
     if (channel >= Codec::kQuantized) {
       if constexpr (Codec::kQuantized < Codec::kWidth) {
-        const int offset = L::kCodeBytes + (channel - Codec::kQuantized) * static_cast<int>(sizeof(typename Codec::Plain));
+        const int offset =
+            L::kCodeBytes + (channel - Codec::kQuantized) * static_cast<int>(sizeof(typename Codec::Plain));
         copy_words<kPlainBytes, kAlignment>(bytes, from.data + offset);
       }
     } else if constexpr (Codec::kQuantized > 0) {
@@ -143,7 +145,7 @@ __device__ __forceinline__ void store_eight(bfloat16* to, const float (&x)[kLane
 }
 
 template <class Codec, int kAlignment, class T, class Sources>
-__global__ void __launch_bounds__(kGatherWarps * kWarp) gather_kernel(Rows rows, float global_scale, Sources sources) {
+__global__ void __launch_bounds__(kGatherWarps* kWarp) gather_kernel(Rows rows, float global_scale, Sources sources) {
   constexpr int kRows = rows_in_flight<Codec>();
   constexpr int kParts = (Codec::kWidth + kWarp * kLaneChannels - 1) / (kWarp * kLaneChannels);
   const int lane = threadIdx.x % kWarp;

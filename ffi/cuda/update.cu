@@ -26,9 +26,8 @@ using CodecsOf = std::conditional_t<W == kHeadDim, HeadCodecs, KeyCodecs>;
 
 // Pages that need not be a multiple of 16 bytes are aligned to 4.
 template <class Codec>
-constexpr int kAlignmentOf = (Layout<Codec>::kDataBytes + Layout<Codec>::kScaleBytes) % 16 == 0 || Codec::kPageMultiple % 16 == 0
-                                 ? 16
-                                 : 4;
+constexpr int kAlignmentOf =
+    (Layout<Codec>::kDataBytes + Layout<Codec>::kScaleBytes) % 16 == 0 || Codec::kPageMultiple % 16 == 0 ? 16 : 4;
 
 // The pool with its rows to a page as a constant.
 template <int kRows>
@@ -47,7 +46,9 @@ struct StepRequest {
   int end;
   int start;
 
-  __device__ __forceinline__ Token token(int index) const { return {valid, slot, start + index - first, start, start + end - first}; }
+  __device__ __forceinline__ Token token(int index) const {
+    return {valid, slot, start + index - first, start, start + end - first};
+  }
 };
 
 __device__ __forceinline__ StepRequest step_request(const Plan& plan, int index, int slots) {
@@ -85,9 +86,9 @@ __device__ __forceinline__ void store_entry(const Pool& pool, int64_t layer, int
 
 // Closes the CSA window of token `index`, entry `row` of the step.
 template <int W, class T>
-__device__ __forceinline__ void close_csa_window(const Compressor& compressor, const Pool& pool, const BlockTable& table,
-                                                 int64_t layer, const Token& closing, int index, int row,
-                                                 const RowThreads<W>& threads) {
+__device__ __forceinline__ void close_csa_window(const Compressor& compressor, const Pool& pool,
+                                                 const BlockTable& table, int64_t layer, const Token& closing,
+                                                 int index, int row, const RowThreads<W>& threads) {
   const int entry = closing.position / kCsaRatio;
   const int block = block_of_entry(pool, table, closing.slot, entry);
   float x[4];
@@ -98,15 +99,15 @@ __device__ __forceinline__ void close_csa_window(const Compressor& compressor, c
 
 // Closes the HCA window of token `index`, entry `row` of the step.
 template <class T>
-__device__ __forceinline__ void close_hca_window(const Compressor& compressor, const Pool& pool, const BlockTable& table,
-                                                 int64_t layer, const Token& closing, int index, int row,
-                                                 const HcaThread& at) {
+__device__ __forceinline__ void close_hca_window(const Compressor& compressor, const Pool& pool,
+                                                 const BlockTable& table, int64_t layer, const Token& closing,
+                                                 int index, int row, const HcaThread& at) {
   const int entry = closing.position / kHcaRatio;
   const int block = at.split == 0 ? block_of_entry(pool, table, closing.slot, entry) : -1;
   hca_entry<T>(
       compressor, layer, closing, index, row, at,
-      [&](const float(&x)[4], int channel) { return amax_for<kHeadDim>(pool, x, channel); },
-      [&](const float(&x)[4], int channel, float row_amax) {
+      [&](const float (&x)[4], int channel) { return amax_for<kHeadDim>(pool, x, channel); },
+      [&](const float (&x)[4], int channel, float row_amax) {
         store_entry<kHeadDim>(pool, layer, block, entry, x, channel, row_amax);
       });
 }
@@ -131,8 +132,7 @@ __device__ __forceinline__ void compress_request(const UpdateParams& params, con
     threads.sync();  // before the next window reuses the scratch
   }
   for (int index = request.first; index < request.end; ++index) {
-    const TokenHalves halves =
-        index == blockIdx.x ? own : load_halves<T>(tail, in, index, threads.channel());
+    const TokenHalves halves = index == blockIdx.x ? own : load_halves<T>(tail, in, index, threads.channel());
     store_halves(tail, in, layer, request.token(index), halves, threads.channel());
   }
 }
@@ -147,8 +147,8 @@ __device__ __forceinline__ WarpRow<kHeadDim> load_window_row(const UpdateParams&
 }
 
 // One warp stores the window row of a token, normalizing and rotating it first where it comes raw.
-__device__ __forceinline__ void store_window_row(const UpdateParams& params, int64_t layer, const Token& token, int index,
-                                                 WarpRow<kHeadDim> row, int lane) {
+__device__ __forceinline__ void store_window_row(const UpdateParams& params, int64_t layer, const Token& token,
+                                                 int index, WarpRow<kHeadDim> row, int lane) {
   const Pool& window = params.window.window;
   if (params.norm.weight != nullptr) {
     float sums[row.kQuads];
@@ -174,7 +174,8 @@ __device__ __forceinline__ void store_window_row(const UpdateParams& params, int
     using Codec = decltype(codec);
     if constexpr (!std::is_base_of_v<Nvfp4Static<kHeadDim>, Codec>) {  // not a window format
       store_row<Codec, kAlignmentOf<Codec>>(
-          stored_row<Codec>(window.data + page * window.page_bytes, window.rows, ring_row), row, lane, window.global_scale);
+          stored_row<Codec>(window.data + page * window.page_bytes, window.rows, ring_row), row, lane,
+          window.global_scale);
     }
   });
   if (lane == 0) params.window.positions[page * window.rows + ring_row] = token.position;
@@ -211,10 +212,11 @@ __global__ void __launch_bounds__(kCsaThreads) update_csa_kernel(UpdateParams pa
   }
 }
 
-// Decode, HCA: a cluster a request. The first threads of each block also move the tail on, a warp of the last ones stores the
-// window row.
+// Decode, HCA: a cluster a request. The first threads of each block also move the tail on, a warp of the last ones
+// stores the window row.
 template <class RowT, class T>
-__global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kHcaThreads) update_hca_kernel(UpdateParams params) {
+__global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kHcaThreads)
+    update_hca_kernel(UpdateParams params) {
   const HcaThread at;
   const int place = blockIdx.x / kClusterBlocks, channel = at.channel();
   const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
@@ -268,17 +270,19 @@ __global__ void __launch_bounds__(kRowThreads + kWarp) close_csa_kernel(UpdatePa
   constexpr int kRows = kBlockTokens / kCsaRatio;
   if (thread < kRowThreads) {
     close_csa_window<kHeadDim, T>(with_constants<kHeadDim, kCsaRatio>(params.entries.compressor),
-                              with_rows<kRows>(params.entries.pool), params.table, layer, closing, index, row,
-                              {thread, 1, scratch});
+                                  with_rows<kRows>(params.entries.pool), params.table, layer, closing, index, row,
+                                  {thread, 1, scratch});
   } else {
-    close_csa_window<kKeyDim, T>(with_constants<kKeyDim, kCsaRatio>(params.keys.compressor), with_rows<kRows>(params.keys.pool),
-                             params.table, layer, closing, index, row, {thread % kWarp, 0, nullptr});
+    close_csa_window<kKeyDim, T>(with_constants<kKeyDim, kCsaRatio>(params.keys.compressor),
+                                 with_rows<kRows>(params.keys.pool), params.table, layer, closing, index, row,
+                                 {thread % kWarp, 0, nullptr});
   }
 }
 
 // Prefill, HCA: one cluster a closing window.
 template <class T>
-__global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kHcaThreads) close_hca_kernel(UpdateParams params) {
+__global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kHcaThreads)
+    close_hca_kernel(UpdateParams params) {
   const int row = blockIdx.x / kClusterBlocks;
   const Plan& plan = params.window.plan;
   const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
@@ -286,15 +290,15 @@ __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kHcaThr
   const int index = plan.closing(kHcaRatio)[row];
   const Token closing = token_at(plan, index, params.table.slots);
   if (!closing.valid || !has_layer(pool, layer)) return;
-  close_hca_window<T>(with_constants<kHeadDim, kHcaRatio>(params.entries.compressor), pool, params.table, layer, closing, index,
-                      row, HcaThread{});
+  close_hca_window<T>(with_constants<kHeadDim, kHcaRatio>(params.entries.compressor), pool, params.table, layer,
+                      closing, index, row, HcaThread{});
 }
 
 constexpr int kAppendTokens = 8;  // tokens of a block, a warp each for their window rows
 
 // Prefill: the last tokens of each request, newest first; blockIdx.y walks back by eight.
 template <class RowT, class T>
-__global__ void __launch_bounds__(kAppendTokens * kWarp) append_last_tokens_kernel(UpdateParams params) {
+__global__ void __launch_bounds__(kAppendTokens* kWarp) append_last_tokens_kernel(UpdateParams params) {
   const Plan& plan = params.window.plan;
   const Request request = request_at(plan, blockIdx.x, static_cast<int>(params.window.window.pages));
   if (!request.valid) return;
@@ -354,9 +358,8 @@ void launch_prefill(CUstream_st* stream, const UpdateParams& params) {
     }
     rows = std::max(rows, geometry.rows());
   }
-  append_last_tokens_kernel<RowT, T>
-      <<<dim3(plan.requests, blocks_for(std::min(plan.tokens, rows), kAppendTokens)), kAppendTokens * kWarp, 0, stream>>>(
-          params);
+  append_last_tokens_kernel<RowT, T><<<dim3(plan.requests, blocks_for(std::min(plan.tokens, rows), kAppendTokens)),
+                                       kAppendTokens * kWarp, 0, stream>>>(params);
 }
 
 }  // namespace

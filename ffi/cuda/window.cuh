@@ -1,7 +1,7 @@
 // A closing window on the GPU: reading its rows, pooling them, and finishing the entry, four channels a thread.
 //
-// A row is spread over W / 4 neighbouring threads: one warp for indexer keys, four for entries. Reductions over a row follow
-// the balanced tree of ffi/common/pooling.h.
+// A row is spread over W / 4 neighbouring threads: one warp for indexer keys, four for entries. Reductions over a row
+// follow the balanced tree of ffi/common/pooling.h.
 #pragma once
 
 #include "../common/pooling.h"
@@ -77,60 +77,68 @@ __device__ __forceinline__ Partial4 merge4(const Partial4& a, const Partial4& b)
   Partial4 merged;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const SoftmaxPartial one =
-        merge({a.max[i], a.denominator[i], a.sum[i]}, {b.max[i], b.denominator[i], b.sum[i]});
+    const SoftmaxPartial one = merge({a.max[i], a.denominator[i], a.sum[i]}, {b.max[i], b.denominator[i], b.sum[i]});
     merged.max[i] = one.max, merged.denominator[i] = one.denominator, merged.sum[i] = one.sum;
   }
   return merged;
 }
 
-// Rows 8 group .. 8 group + 7 of the window that token `index` closes, pooled.
-//
-// All loads of a group are independent and free of branches, so that they are in flight together: a row that comes from
-// elsewhere loads some row that is there, and is replaced.
-template <class T>
+// Rows 8 group .. 8 group + 7 of the window that token `index` closes, pooled. The same rows as window_row's, at addresses
+// that differ by constants, and loaded without branches between, so that all of a group's loads are in flight together.
+template <int W, int kRatio, class T>
 __device__ __forceinline__ Partial4 pool_rows(const Tail& tail, const Projections& in, int64_t layer, const Token& closing,
                                               int index, int group, int channel) {
+  constexpr bool kOverlaps = kRatio == kCsaRatio;
+  constexpr int kRows = kOverlaps ? 2 * kRatio : kRatio, kColumns = kOverlaps ? 2 * W : W;
+  const int back = kRows - 1 - group * kGroupRows, first = closing.position - back;
+  const auto column = [&](int i) { return (kOverlaps && i >= kRatio ? W : 0) + channel; };
+
   float kv[kGroupRows][4], score[kGroupRows][4];
-  const int first = closing.position - (pooled_rows(tail.geometry) - 1) + group * kGroupRows;
-  const auto row = [&](int i) { return window_row(tail, in.columns, closing, index, group * kGroupRows + i); };
-  const auto load_projection = [&](const WindowRow& from, float(&kv)[4], float(&score)[4]) {
-    load_four(static_cast<const T*>(in.kv) + from.projection + channel, kv);
-    load_four(static_cast<const T*>(in.gate) + from.projection + channel, score);
+  const auto load_projection = [&](int i, int from) {
+    const int64_t offset = static_cast<int64_t>(index - back) * kColumns + from * kColumns + column(from);
+    load_four(static_cast<const T*>(in.kv) + offset, kv[i]);
+    load_four(static_cast<const T*>(in.gate) + offset, score[i]);
   };
-  const auto add_bias = [&](const WindowRow& from, float(&score)[4]) {
+  const auto add_bias = [&](int i) {
     float ape[4];
-    load_four(in.ape + from.ape + channel, ape);
+    load_four(in.ape + (kOverlaps ? i % kRatio : group * kGroupRows + i) * kColumns + column(i), ape);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) score[c] += ape[c];
+    for (int c = 0; c < 4; ++c) score[i][c] += ape[c];
   };
 
   if (first >= closing.start || (first < 0 && closing.start == 0)) {
-    // The whole group came with this step. Rows before the first token have offset 0.
-#pragma unroll
-    for (int i = 0; i < kGroupRows; ++i) load_projection(row(i), kv[i], score[i]);
-#pragma unroll
-    for (int i = 0; i < kGroupRows; ++i) add_bias(row(i), score[i]);
-  } else {
+    // The whole group came with this step; in place of rows before the first token, its last row.
 #pragma unroll
     for (int i = 0; i < kGroupRows; ++i) {
-      load_four(tail_row(tail, layer, closing.slot, 0, row(i).tail_row) + channel, kv[i]);
-      load_four(tail_row(tail, layer, closing.slot, 1, row(i).tail_row) + channel, score[i]);
+      if (kOverlaps && first < 0 && i < kRatio) {
+        load_projection(i, kGroupRows - 1);
+      } else {
+        load_projection(i, i);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kGroupRows; ++i) add_bias(i);
+  } else {
+    const float* rows = tail_row(tail, layer, closing.slot, 0, 0) + channel;
+    const int previous = (closing.position + 1) % (2 * kRatio);  // where the ring of overlap halves has the window before
+#pragma unroll
+    for (int i = 0; i < kGroupRows; ++i) {
+      const int row = !kOverlaps ? group * kGroupRows + i : i < kRatio ? previous + i : kRatio + i;
+      load_four(rows + row * W, kv[i]);
+      load_four(rows + (tail.geometry.rows() + row) * W, score[i]);
     }
     if (first + kGroupRows > closing.start) {
 #pragma unroll
       for (int i = 0; i < kGroupRows; ++i) {
-        const WindowRow from = row(i);
-        if (from.source != WindowRow::kStep) continue;
-        load_projection(from, kv[i], score[i]);
-        add_bias(from, score[i]);
+        if (first + i < closing.start) continue;
+        load_projection(i, i);
+        add_bias(i);
       }
     }
   }
-  if (first < 0) {
+  if (kOverlaps && first < 0) {
 #pragma unroll
-    for (int i = 0; i < kGroupRows; ++i) {
-      if (first + i >= 0) continue;
+    for (int i = 0; i < kRatio; ++i) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) kv[i][c] = 0.0f, score[i][c] = kClearedScore;
     }
@@ -163,15 +171,16 @@ __device__ __forceinline__ void hadamard_transform(float (&x)[4], int lane) {
   for (int i = 0; i < 4; ++i) x[i] *= kHadamardScale;
 }
 
-// What finishes four channels of a row: norm weights, and the angles of its two pairs where RoPE applies. Loaded early, to
-// be there when the row is pooled.
+// What finishes four channels of a row: norm weights, and the angles of its two pairs where RoPE applies. Loaded early,
+// to be there when the row is pooled.
 struct Finish {
   float weight[4];
   float cos[2];
   float sin[2];
 
   template <int W>
-  __device__ __forceinline__ static Finish load(const float* norm_weight, const float* cos, const float* sin, int channel) {
+  __device__ __forceinline__ static Finish load(const float* norm_weight, const float* cos, const float* sin,
+                                                int channel) {
     Finish finish{{}, {1.0f, 1.0f}, {0.0f, 0.0f}};
     load_four(norm_weight + channel, finish.weight);
     if (channel >= W - kRopeDim) {
@@ -199,12 +208,12 @@ __device__ __forceinline__ void pooled4(const Partial4& partial, float (&x)[4]) 
 
 // The CSA entry that token `index` closes, entry `row` of the step.
 template <int W, class T>
-__device__ __forceinline__ void csa_entry(const Compressor& compressor, int64_t layer, const Token& closing, int index, int row,
-                                          const RowThreads<W>& threads, float (&x)[4]) {
+__device__ __forceinline__ void csa_entry(const Compressor& compressor, int64_t layer, const Token& closing, int index,
+                                          int row, const RowThreads<W>& threads, float (&x)[4]) {
   const int64_t angles = static_cast<int64_t>(row) * (kRopeDim / 2);
   const Finish finish =
       Finish::load<W>(compressor.norm_weight, compressor.cos + angles, compressor.sin + angles, threads.channel());
-  pooled4(pool_rows<T>(compressor.tail, compressor.projections, layer, closing, index, 0, threads.channel()), x);
+  pooled4(pool_rows<W, kCsaRatio, T>(compressor.tail, compressor.projections, layer, closing, index, 0, threads.channel()), x);
   finish.apply<W>(x, threads.sum(square_sum(x)), compressor.eps, threads.channel());
   if constexpr (W == kKeyDim) {
     if (compressor.hadamard) hadamard_transform(x, threads.thread);
@@ -236,7 +245,8 @@ __device__ __forceinline__ void store_halves(const Tail& tail, const Projections
   const TailGeometry& geometry = tail.geometry;
   const auto write = [&](int half, int row, int first_column) {
     float ape[4], score[4];
-    load_four(in.ape + static_cast<int64_t>(token.position % geometry.ratio) * in.columns + first_column + channel, ape);
+    load_four(in.ape + static_cast<int64_t>(token.position % geometry.ratio) * in.columns + first_column + channel,
+              ape);
 #pragma unroll
     for (int i = 0; i < 4; ++i) score[i] = halves.gate[half][i] + ape[i];
     store_four(tail_row(tail, layer, token.slot, 0, row) + channel, halves.kv[half]);

@@ -1,0 +1,258 @@
+"""`dsv4-jax bench` and `dsv4-jax trace` as a user runs them, and the bytes they count; no time is looked at."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from dsv4_jax import LayerKind
+from dsv4_jax.bench import decode, formats, measure, reads, traffic
+from dsv4_jax.bench.cases import TARGETS, all_cases
+from dsv4_jax.bench.runner import run_cases
+from dsv4_jax.bench.traffic import StepShape
+from dsv4_jax.bench.workload import FULL, TINY, noise
+from dsv4_jax.cli.bench import bench
+from dsv4_jax.cli.trace import trace
+from dsv4_jax.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
+
+SWA, CSA, HCA = LayerKind
+
+
+@pytest.fixture
+def run():
+    def invoke(command, *arguments):
+        application = typer.Typer()
+        application.command()(command)
+        return CliRunner().invoke(application, arguments)
+
+    return invoke
+
+
+# Bytes, counted row by row: a set of (position, half) for everything that is read or written.
+
+
+def halves(position, ratio):
+    return [(position, half) for half in (("overlap", "current") if ratio == 4 else ("current",))]
+
+
+def pooled(entry, ratio):
+    """What an entry pools: the overlap halves of the window before (CSA) and the current halves of its own."""
+    rows = {(position, "current") for position in range(ratio * entry, ratio * (entry + 1))}
+    if ratio == 4 and entry > 0:
+        rows |= {(position, "overlap") for position in range(ratio * (entry - 1), ratio * entry)}
+    return rows
+
+
+def count(start, tokens, ratio):
+    """(halves brought, halves kept in the tail, halves read from it, halves of the step pooled, entries closed)."""
+    end = start + tokens
+    brought = {half for position in range(start, end) for half in halves(position, ratio)}
+    closed = [entry for entry in range(end // ratio + 1) if start < ratio * (entry + 1) <= end]
+    read = set().union(*(pooled(entry, ratio) for entry in closed))
+    later = pooled(end // ratio, ratio) | pooled(end // ratio + 1, ratio)
+    return len(brought), len(brought & later), len(read - brought), len(read & brought), len(closed)
+
+
+def random_shape(rng, ratio):
+    starts = rng.integers(0, 3 * ratio + 2, 5)
+    starts[0] = 0
+    return StepShape(starts, rng.integers(1, 3 * ratio, 5))
+
+
+@pytest.mark.parametrize("ratio", [4, 128])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_bytes_of_writes(ratio, itemsize, rng):
+    shape, format = random_shape(rng, ratio), ENTRY_FORMATS["fp8"]
+    counted = [count(*pair, ratio) for pair in zip(shape.starts.tolist(), shape.counts.tolist(), strict=True)]
+    brought, kept, read, pooled_now, closed = map(sum, zip(*counted, strict=True))
+    stored = 448 + 2 * 64 + 4
+    # Two values, kv and gate, of 512 channels in every half.
+    assert traffic.projections(shape, ratio, 512, itemsize) == 2 * brought * 512 * itemsize
+    assert traffic.append_tail(shape, ratio, 512, itemsize) == 2 * kept * 512 * (itemsize + 4)
+    expected = 2 * 512 * (read * 4 + pooled_now * itemsize) + closed * 512 * 4
+    assert traffic.compress(shape, ratio, 512, itemsize) == expected
+    assert traffic.flush(shape, ratio, format) == closed * (512 * 4 + stored)
+    expected = 2 * 512 * (brought * itemsize + (kept + read) * 4) + closed * stored
+    assert traffic.compressor(shape, ratio, format, itemsize) == expected
+
+
+@pytest.mark.parametrize("ratio", [4, 128])
+def test_bytes_of_rotate(ratio, rng):
+    shape, rows = random_shape(rng, ratio), 12 if ratio == 4 else 128
+    cleared = 0
+    for start, end in zip(shape.starts.tolist(), shape.ends.tolist(), strict=True):
+        if start // ratio < end // ratio:
+            later = pooled(end // ratio, ratio) | pooled(end // ratio + 1, ratio)
+            cleared += rows - sum(position < end for position, _ in later)
+    assert traffic.rotate(shape, ratio, 512) == 2 * cleared * 512 * 4
+
+
+def test_bytes_of_an_update_in_words():
+    """One CSA token at position 7, which closes entry 1: everything counted by hand."""
+    shape = StepShape(np.array([7]), np.array([1]))
+    window = 512 * 2 + (448 + 128 + 4) + 4
+    projections = 2 * 1024 * 4 + 2 * 256 * 4
+    # Read: overlap of 0..3 and current of 4..6. Written: the overlap half of 7; its current half is spent.
+    tails = (7 + 1) * 2 * (512 + 128) * 4
+    entry_and_key = (448 + 128 + 4) + (64 + 8 + 4)
+    assert decode.update_bytes(CSA, shape, 128, 4) == window + projections + tails + entry_and_key
+
+
+def test_bytes_of_a_running_tail():
+    """Three requests: one in mid-window, one that opens a window, one that closes one."""
+    shape = StepShape(np.array([5, 128, 255]), np.ones(3, np.int64))
+    states = (2 + 1 + 1) * 3 * 512 * 4
+    assert traffic.running_compressor(shape, ENTRY_FORMATS["bf16"], 4) == 3 * 2 * 512 * 4 + states + 1024
+
+
+def test_bytes_of_window_rows_that_outlive_a_prefill():
+    shape = StepShape(np.array([0, 10]), np.array([1000, 20]))
+    assert traffic.window_rows(shape, 128, WINDOW_FORMATS["bf16"], 4) == (128 + 20) * (512 * 4 + 512 * 2 + 4)
+
+
+def test_bytes_of_reads():
+    made = reads.entries(2, TINY, "native")
+    assert made.bytes_moved == 2 * 16 * (4 + (448 + 128 + 4) + 512 * 2 + 4 + 1)
+    made = formats.gather("keys", KEY_FORMATS["mxfp4"], TINY, "native")
+    assert made.bytes_moved == 2 * 64 * ((64 + 4) + 128 * 2 + 4 + 1)
+    made = formats.dequantize("keys", KEY_FORMATS["bf16"], TINY, "native")
+    assert made.bytes_moved == 8 * 4 * (256 + 256)
+
+
+@pytest.mark.parametrize("case", all_cases(FULL), ids=lambda case: case.name)
+def test_targets_belong_to_cases(case):
+    if case.target is not None:
+        assert case.target.try_for <= case.target.at_most
+
+
+def test_every_target_has_its_case():
+    names = {case.name for case in all_cases(FULL)}
+    missing = {name for name in TARGETS if name not in names}
+    assert all("hca_running" in name for name in missing)
+    assert len(names) == len(all_cases(FULL))
+
+
+@pytest.mark.parametrize(("kind", "share"), [(CSA, 1 / 4), (HCA, 1 / 128)])
+def test_mixed_boundaries_close_as_many_windows_as_a_long_decode(kind, share):
+    for batch in (64, 256):
+        shapes = decode.decode_shapes(kind, "mixed", batch, FULL)
+        assert np.mean([shape.closing(kind.ratio) for shape in shapes]) == batch * share
+    for boundary, expected in (("none", 0), ("all", 64)):
+        assert {shape.closing(kind.ratio) for shape in decode.decode_shapes(kind, boundary, 64, FULL)} == {expected}
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32, jnp.bfloat16])
+def test_noise_is_finite_in_every_format(dtype):
+    values = np.asarray(noise((3, 5, 1000), dtype).astype(jnp.float32))
+    limit = 63 if dtype == jnp.uint8 else 1
+    assert np.abs(values).max() <= limit
+    assert len(np.unique(values)) > (32 if dtype == jnp.uint8 else 200)
+    assert not np.array_equal(values, np.asarray(noise((3, 5, 1000), dtype, 1).astype(jnp.float32)))
+
+
+def test_a_program_makes_the_calls_it_says():
+    """Every call of a program is one on other slots: all their window rows end up changed."""
+    made = decode.update(CSA, "mixed", 4, None, TINY, "native")
+    before = made.state()
+    kept = np.asarray(before.window)
+    calls = 2 * made.calls
+    jitted = jax.jit(measure.program(made, calls), donate_argnums=(0, 1))
+    lowered = jitted.lower(measure.make_scratch(TINY), before, made.gates, made.operands)
+    assert measure.native_calls(lowered.compile()) == calls
+    _, after, _ = jitted(measure.make_scratch(TINY), before, made.gates, made.operands)
+    changed = (np.asarray(after.window) != kept).any(axis=-1)
+    assert changed.sum() == calls * 4
+
+
+def test_calls_that_the_compiler_merges_are_an_error():
+    merged = formats.quantize("keys", KEY_FORMATS["fp8"], TINY, "native")
+    merged = dataclasses.replace(merged, operands=merged.operands[:1], calls=2)
+    with pytest.raises(RuntimeError, match="calls"):
+        measure.measure(merged, None, measure.make_scratch(TINY), TINY)
+
+
+def test_a_failing_case_does_not_stop_the_others():
+    def broken(scale, implementation):
+        raise ValueError("out of luck\nand more")
+
+    floor, other, *_ = all_cases(TINY)
+    results = run_cases([floor, dataclasses.replace(other, build=broken), other], TINY).results
+    assert [result.error for result in results] == [None, "ValueError: out of luck", None]
+
+
+CHOSEN = r"^(floor|update/(csa|hca)/.*/b4|prefill/hca/bf16/1x256|gather/entries/.*|format/\w+/entries/nvfp4|step/.*)$"
+
+
+def test_bench_writes_json_and_a_picture(run, tmp_path):
+    figures, picture = tmp_path / "new" / "bench.json", tmp_path / "bench.png"
+    result = run(bench, "--tiny", "--only", CHOSEN, "--json", str(figures), "--plot", str(picture))
+    assert result.exit_code == 0, result.output
+    found = json.loads(figures.read_text())
+    assert found["device"] == jax.devices()[0].device_kind
+    assert found["versions"]["jax"] == jax.__version__
+    assert found["scale"]["name"] == "tiny"
+    assert found["copy"]["bytes"] == 2 * TINY.copy_bytes
+    assert {"command", "date", "driver", "driver_cuda"} <= found.keys()
+    names = [case["name"] for case in found["cases"]]
+    assert names == [case.name for case in all_cases(TINY) if re.search(CHOSEN, case.name)]
+    assert len(names) >= 12
+    for case in found["cases"]:
+        assert {"microseconds", "spread", "bytes", "gigabytes_per_second", "percent_of_copy"} <= case.keys()
+        assert "error" not in case
+        assert case["name"] in result.output
+    step = next(case for case in found["cases"] if case["name"] == "step/pro/b2")
+    assert step["native_calls"] == 1 + 4
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_times_the_reference_too(run, tmp_path):
+    figures = tmp_path / "bench.json"
+    only = "gather/window/b4|op/compress/csa/b4"
+    result = run(bench, "--tiny", "--reference", "--only", only, "--json", str(figures))
+    assert result.exit_code == 0, result.output
+    assert all("reference_microseconds" in case for case in json.loads(figures.read_text())["cases"])
+
+
+def test_the_reference_is_computed_in_full():
+    """A read that nothing uses is removed from the jnp definition; the program must use all of it."""
+    made = dataclasses.replace(reads.window(4, TINY, "reference"), calls=1)
+    lowered = jax.jit(measure.program(made, 1)).lower(
+        measure.make_scratch(TINY), made.state(), made.gates, made.operands
+    )
+    assert "bf16[4,128,512]" in lowered.compile().as_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"), [(["--only", "("], "regular expression"), (["--only", "no such case"], "--list")]
+)
+def test_bad_options_are_refused(run, arguments, named):
+    result = run(bench, "--tiny", *arguments)
+    assert result.exit_code == 2
+    assert named in " ".join(result.output.replace("│", " ").split())
+
+
+def test_list_shows_the_names(run):
+    result = run(bench, "--tiny", "--list", "--quick")
+    assert result.exit_code == 0
+    assert result.output.split() == [case.name for case in all_cases(TINY) if case.quick]
+
+
+def test_trace_names_every_op(run, tmp_path):
+    result = run(trace, "--steps", "2", "--requests", "2", "--context", "256", "--logdir", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    cells = [[cell.strip() for cell in re.split("[│┃]", line)] for line in result.output.splitlines()]
+    calls = {tuple(row[1:4]): float(row[4]) for row in cells if len(row) > 5 and row[4].replace(".", "").isdigit()}
+    # Calls a step: a layer of each kind, and a second CSA layer.
+    expected = {("step", "begin", "begin_step"): 1}
+    expected |= {(kind, "update", f"update_{kind}"): n for kind, n in (("swa", 1), ("csa", 2), ("hca", 1))}
+    expected |= {(kind, "window", "gather_window"): n for kind, n in (("swa", 1), ("csa", 2), ("hca", 1))}
+    expected |= {("csa", "entries", "gather_entries"): 2, ("csa", "all_keys", "gather_all_entries"): 2}
+    expected |= {("hca", "all_entries", "gather_all_entries"): 1}
+    assert {op: calls.get(op) for op in expected} == expected
+    assert list(tmp_path.glob("**/*.xplane.pb"))
