@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Build and test on a machine with an NVIDIA GPU, offline: jax with its CUDA plugin, nvcc, cmake, ninja and what
 # [build-system] requires in pyproject.toml lists are installed there already.
-#   bash scripts/device.sh [sanitize] [decode]
+#   [BENCH_OPTIONS="--quick --reference"] bash scripts/device.sh [sanitize] [decode] [bench] [trace]
+# bench writes bench.json and bench.png, trace the profile, beside the logs.
 # Logs go to ${OUT:-build/device} as well as to stdout. Every step runs; the exit status is 1 if any failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -24,20 +25,27 @@ step() {
 
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 sanitize() {
-  # Graphs off: a report then names the kernel that was launched.
+  # Graphs off: a report then names the kernel that was launched. Only this project's kernels are checked, XLA's are not.
   XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=" "$sanitizer" --tool "$1" --error-exitcode 9 \
-    --target-processes all --report-api-errors no python -m pytest -m "gpu and sanitize" -p no:cacheprovider
+    --target-processes application-only --kernel-name kns=dsv4 --report-api-errors no \
+    python -m pytest -q -m "gpu and sanitize" -p no:cacheprovider
 }
 
 step build env DSV4_CUDA=ON python -m pip install --quiet --no-build-isolation --no-deps -Cbuild-dir=build/device-build -e . ||
   exit 1
 step doctor dsv4-jax doctor
-step gpu python -m pytest -m gpu --durations=10
+parallel=$(python -c "import xdist" 2>/dev/null && echo "-n 8")
+step gpu python -m pytest -m gpu --durations=10 $parallel
 for wanted in "$@"; do
   case $wanted in
     sanitize) step memcheck sanitize memcheck; step racecheck sanitize racecheck ;;
     decode) step decode dsv4-jax decode --verify ;;
-    *) echo "unknown step '$wanted': sanitize or decode"; failed+=("$wanted") ;;
+    bench)
+      read -ra options <<<"${BENCH_OPTIONS:-}"
+      step bench env -u XLA_PYTHON_CLIENT_PREALLOCATE dsv4-jax bench --json "$logs/bench.json" --plot "$logs/bench.png" "${options[@]}"
+      ;;
+    trace) step trace dsv4-jax trace --logdir "$logs/trace" ;;
+    *) echo "unknown step '$wanted': sanitize, decode, bench or trace"; failed+=("$wanted") ;;
   esac
 done
 

@@ -1,4 +1,4 @@
-"""The `dsv4-jax` program: `decode`, `plan` and `doctor`."""
+"""The `dsv4-jax` program: `decode`, `plan`, `bench`, `trace` and `doctor`."""
 
 import sys
 
@@ -19,10 +19,12 @@ def application(*, only_doctor: bool = False) -> typer.Typer:
         from dsv4_jax.cli.bench import bench
         from dsv4_jax.cli.decode import decode
         from dsv4_jax.cli.plan import plan
+        from dsv4_jax.cli.trace import trace
 
         app.command()(decode)
         app.command()(plan)
         app.command()(bench)
+        app.command()(trace)
     app.command()(doctor)
     return app
 

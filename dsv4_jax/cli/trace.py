@@ -69,5 +69,5 @@ def _table(spent: dict[Op, Spent], steps: int) -> Table:
 
 def _short(kernel: str) -> str:
     """A kernel's name without its parameters and template arguments."""
-    name = kernel.split("(")[0].split("<")[0]
+    name = kernel.replace("(anonymous namespace)::", "").split("(")[0].split("<")[0]
     return name.split("::")[-1].removeprefix("void ")

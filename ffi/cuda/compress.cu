@@ -1,7 +1,7 @@
 // compress and normalize on the GPU.
 
 #include "../common/kernels.h"
-#include "cluster.cuh"
+#include "hca.cuh"
 #include "launch.cuh"
 #include "window.cuh"
 
@@ -29,13 +29,12 @@ __global__ void __launch_bounds__(W / 4) compress_csa_kernel(CompressParams para
   store_four(params.entries + static_cast<int64_t>(blockIdx.x) * W + threads.channel(), x);
 }
 
-// HCA: one cluster an entry.
+// HCA: one block an entry.
 template <class T>
-__global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kHcaThreads)
-    compress_hca_kernel(CompressParams params) {
-  const HcaThread at;
+__global__ void __launch_bounds__(kHcaThreads) compress_hca_kernel(CompressParams params) {
+  const HcaThread<1> at;
   const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.compressor);
-  const int row = blockIdx.x / kClusterBlocks;
+  const int row = blockIdx.x;
   float* entry = params.entries + static_cast<int64_t>(row) * kHeadDim;
   const int64_t layer = *params.layer;
   int index;
@@ -73,7 +72,7 @@ const char* compress(CUstream_st* stream, const CompressParams& params) {
   with_element(params.compressor.projections.element, [&](auto element) {
     using T = decltype(element);
     if (!tail.geometry.overlaps()) {
-      compress_hca_kernel<T><<<closing * kClusterBlocks, kHcaThreads, 0, stream>>>(params);
+      compress_hca_kernel<T><<<closing, kHcaThreads, 0, stream>>>(params);
     } else if (tail.width == kHeadDim) {
       compress_csa_kernel<kHeadDim, T><<<closing, kHeadDim / 4, 0, stream>>>(params);
     } else {

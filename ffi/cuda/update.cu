@@ -7,7 +7,7 @@
 
 #include "../common/entries.h"
 #include "../common/kernels.h"
-#include "cluster.cuh"
+#include "hca.cuh"
 #include "launch.cuh"
 #include "window.cuh"
 
@@ -98,10 +98,10 @@ __device__ __forceinline__ void close_csa_window(const Compressor& compressor, c
 }
 
 // Closes the HCA window of token `index`, entry `row` of the step.
-template <class T>
+template <class T, int kBlocks>
 __device__ __forceinline__ void close_hca_window(const Compressor& compressor, const Pool& pool,
                                                  const BlockTable& table, int64_t layer, const Token& closing,
-                                                 int index, int row, const HcaThread& at) {
+                                                 int index, int row, const HcaThread<kBlocks>& at) {
   const int entry = closing.position / kHcaRatio;
   const int block = at.split == 0 ? block_of_entry(pool, table, closing.slot, entry) : -1;
   hca_entry<T>(
@@ -212,20 +212,19 @@ __global__ void __launch_bounds__(kCsaThreads) update_csa_kernel(UpdateParams pa
   }
 }
 
-// Decode, HCA: a cluster a request. The first threads of each block also move the tail on, a warp of the last ones
-// stores the window row.
+// Decode, HCA: one block a request. The first threads also move the tail on, a warp of the others stores the window
+// row.
 template <class RowT, class T>
-__global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kHcaThreads)
-    update_hca_kernel(UpdateParams params) {
-  const HcaThread at;
-  const int place = blockIdx.x / kClusterBlocks, channel = at.channel();
+__global__ void __launch_bounds__(kHcaThreads) update_hca_kernel(UpdateParams params) {
+  const HcaThread<1> at;
+  const int place = blockIdx.x, channel = at.channel();
   const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
   const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
   const Tail& tail = compressor.tail;
   const Projections& in = compressor.projections;
   TokenHalves own;
   if (at.split == 0) own = load_halves<T>(tail, in, place, channel);
-  if (at.rank == 1 && at.split == 1 && at.thread < kWarp) append_window_rows<RowT>(params, place, at.thread);
+  if (at.split == 1 && at.thread < kWarp) append_window_rows<RowT>(params, place, at.thread);
   const int64_t layer = *params.kind_layer;
   const StepRequest request = step_request(params.window.plan, place, params.table.slots);
   if (!request.valid || !has_layer(pool, layer)) return;
@@ -279,11 +278,13 @@ __global__ void __launch_bounds__(kRowThreads + kWarp) close_csa_kernel(UpdatePa
   }
 }
 
+constexpr int kPrefillBlocks = 2;
+
 // Prefill, HCA: one cluster a closing window.
 template <class T>
-__global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kHcaThreads)
+__global__ void __cluster_dims__(kPrefillBlocks, 1, 1) __launch_bounds__(kHcaThreads)
     close_hca_kernel(UpdateParams params) {
-  const int row = blockIdx.x / kClusterBlocks;
+  const int row = blockIdx.x / kPrefillBlocks;
   const Plan& plan = params.window.plan;
   const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
   const int64_t layer = *params.kind_layer;
@@ -291,7 +292,7 @@ __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kHcaThr
   const Token closing = token_at(plan, index, params.table.slots);
   if (!closing.valid || !has_layer(pool, layer)) return;
   close_hca_window<T>(with_constants<kHeadDim, kHcaRatio>(params.entries.compressor), pool, params.table, layer,
-                      closing, index, row, HcaThread{});
+                      closing, index, row, HcaThread<kPrefillBlocks>{});
 }
 
 constexpr int kAppendTokens = 8;  // tokens of a block, a warp each for their window rows
@@ -340,7 +341,7 @@ void launch_decode(CUstream_st* stream, const UpdateParams& params) {
   } else if (tail.geometry.overlaps()) {
     update_csa_kernel<RowT, T><<<requests, kCsaThreads, 0, stream>>>(params);
   } else {
-    update_hca_kernel<RowT, T><<<requests * kClusterBlocks, kHcaThreads, 0, stream>>>(params);
+    update_hca_kernel<RowT, T><<<requests, kHcaThreads, 0, stream>>>(params);
   }
 }
 
@@ -354,7 +355,7 @@ void launch_prefill(CUstream_st* stream, const UpdateParams& params) {
     const unsigned closing = static_cast<unsigned>(closing_capacity(plan.tokens, plan.requests, geometry.ratio));
     if (closing > 0 && geometry.overlaps()) close_csa_kernel<T><<<closing, kRowThreads + kWarp, 0, stream>>>(params);
     if (closing > 0 && !geometry.overlaps()) {
-      close_hca_kernel<T><<<closing * kClusterBlocks, kHcaThreads, 0, stream>>>(params);
+      close_hca_kernel<T><<<closing * kPrefillBlocks, kHcaThreads, 0, stream>>>(params);
     }
     rows = std::max(rows, geometry.rows());
   }

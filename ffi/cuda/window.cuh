@@ -83,11 +83,12 @@ __device__ __forceinline__ Partial4 merge4(const Partial4& a, const Partial4& b)
   return merged;
 }
 
-// Rows 8 group .. 8 group + 7 of the window that token `index` closes, pooled. The same rows as window_row's, at addresses
-// that differ by constants, and loaded without branches between, so that all of a group's loads are in flight together.
+// Rows 8 group .. 8 group + 7 of the window that token `index` closes, pooled. The same rows as window_row's, at
+// addresses that differ by constants, and loaded without branches between, so that all of a group's loads are in flight
+// together.
 template <int W, int kRatio, class T>
-__device__ __forceinline__ Partial4 pool_rows(const Tail& tail, const Projections& in, int64_t layer, const Token& closing,
-                                              int index, int group, int channel) {
+__device__ __forceinline__ Partial4 pool_rows(const Tail& tail, const Projections& in, int64_t layer,
+                                              const Token& closing, int index, int group, int channel) {
   constexpr bool kOverlaps = kRatio == kCsaRatio;
   constexpr int kRows = kOverlaps ? 2 * kRatio : kRatio, kColumns = kOverlaps ? 2 * W : W;
   const int back = kRows - 1 - group * kGroupRows, first = closing.position - back;
@@ -120,7 +121,8 @@ __device__ __forceinline__ Partial4 pool_rows(const Tail& tail, const Projection
     for (int i = 0; i < kGroupRows; ++i) add_bias(i);
   } else {
     const float* rows = tail_row(tail, layer, closing.slot, 0, 0) + channel;
-    const int previous = (closing.position + 1) % (2 * kRatio);  // where the ring of overlap halves has the window before
+    const int previous =
+        (closing.position + 1) % (2 * kRatio);  // where the ring of overlap halves has the window before
 #pragma unroll
     for (int i = 0; i < kGroupRows; ++i) {
       const int row = !kOverlaps ? group * kGroupRows + i : i < kRatio ? previous + i : kRatio + i;
@@ -213,7 +215,9 @@ __device__ __forceinline__ void csa_entry(const Compressor& compressor, int64_t 
   const int64_t angles = static_cast<int64_t>(row) * (kRopeDim / 2);
   const Finish finish =
       Finish::load<W>(compressor.norm_weight, compressor.cos + angles, compressor.sin + angles, threads.channel());
-  pooled4(pool_rows<W, kCsaRatio, T>(compressor.tail, compressor.projections, layer, closing, index, 0, threads.channel()), x);
+  pooled4(
+      pool_rows<W, kCsaRatio, T>(compressor.tail, compressor.projections, layer, closing, index, 0, threads.channel()),
+      x);
   finish.apply<W>(x, threads.sum(square_sum(x)), compressor.eps, threads.channel());
   if constexpr (W == kKeyDim) {
     if (compressor.hadamard) hadamard_transform(x, threads.thread);
