@@ -19,33 +19,42 @@ __device__ void fill_kv_and_score(const Tail& tail, int64_t layer, int slot, int
   }
 }
 
-// blockIdx.x walks over what a slot owns (its table row, then each layer of each pool), blockIdx.y splits it.
+// What a slot owns, item by item: its table row, then each layer of each pool. blockIdx.x is the item, blockIdx.y
+// splits it.
+__device__ void reset_item(const BeginStepParams& params, int slot, int64_t item, int split, int stride) {
+  if (item == 0) {
+    for (int i = split; i < params.max_blocks; i += stride) {
+      params.block_table[static_cast<int64_t>(slot) * params.max_blocks + i] = -1;
+    }
+    return;
+  }
+  item -= 1;
+  if (item < params.window_layers) {
+    int32_t* positions = params.window_positions + (item * params.slots + slot) * params.ring;
+    for (int i = split; i < params.ring; i += stride) positions[i] = -1;
+    return;
+  }
+  item -= params.window_layers;
+  for (const Tail& tail : params.tails) {
+    if (item >= 0 && item < tail.layers) {
+      fill_kv_and_score(tail, item, slot, 0, static_cast<int64_t>(tail.geometry.rows()) * tail.width / 4, split,
+                        stride);
+    }
+    item -= tail.layers;
+  }
+}
+
 __global__ void begin_step_kernel(BeginStepParams params) {
   const int split = blockIdx.y * blockDim.x + threadIdx.x, stride = gridDim.y * blockDim.x;
-  for (int index = 0; index < params.plan.requests; ++index) {
-    const int slot = params.plan.request_slot()[index];
-    if (slot < 0 || slot >= params.slots || params.plan.request_reset()[index] == 0) continue;
-    int64_t item = blockIdx.x;
-    if (item == 0) {
-      for (int i = split; i < params.max_blocks; i += stride) {
-        params.block_table[static_cast<int64_t>(slot) * params.max_blocks + i] = -1;
-      }
-      continue;
-    }
-    item -= 1;
-    if (item < params.window_layers) {
-      int32_t* positions = params.window_positions + (item * params.slots + slot) * params.ring;
-      for (int i = split; i < params.ring; i += stride) positions[i] = -1;
-      continue;
-    }
-    item -= params.window_layers;
-    for (int i = 0; i < 3; ++i) {
-      const Tail& tail = params.tails[i];
-      if (item >= 0 && item < tail.layers) {
-        fill_kv_and_score(tail, item, slot, 0, static_cast<int64_t>(tail.geometry.rows()) * tail.width / 4, split,
-                          stride);
-      }
-      item -= tail.layers;
+  for (int first = 0; first < params.plan.requests; first += blockDim.x) {
+    const int mine = first + threadIdx.x;
+    // Most steps reset nothing: see that at one glance.
+    if (!__syncthreads_or(mine < params.plan.requests && params.plan.request_reset()[mine] != 0)) continue;
+    const int end = min(first + static_cast<int>(blockDim.x), params.plan.requests);
+    for (int index = first; index < end; ++index) {
+      const int slot = params.plan.request_slot()[index];
+      if (slot < 0 || slot >= params.slots || params.plan.request_reset()[index] == 0) continue;
+      reset_item(params, slot, blockIdx.x, split, stride);
     }
   }
 }

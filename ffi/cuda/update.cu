@@ -295,40 +295,44 @@ __global__ void __cluster_dims__(kPrefillBlocks, 1, 1) __launch_bounds__(kHcaThr
                       closing, index, row, HcaThread<kPrefillBlocks>{});
 }
 
-constexpr int kAppendTokens = 8;  // tokens of a block, a warp each for their window rows
+constexpr int kAppendTokens = 8;  // tokens of a block, a warp each for their window rows and indexer halves
+constexpr int kAppendThreads = kAppendTokens * kWarp;
 
 // Prefill: the last tokens of each request, newest first; blockIdx.y walks back by eight.
 template <class RowT, class T>
-__global__ void __launch_bounds__(kAppendTokens* kWarp) append_last_tokens_kernel(UpdateParams params) {
+__global__ void __launch_bounds__(kAppendThreads) append_last_tokens_kernel(UpdateParams params) {
   const Plan& plan = params.window.plan;
   const Request request = request_at(plan, blockIdx.x, static_cast<int>(params.window.window.pages));
   if (!request.valid) return;
   const int end = plan.query_start()[blockIdx.x + 1], count = request.next - request.start;
+  const int first = blockIdx.y * kAppendTokens, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const auto token_back = [&](int back) {
     return Token{back < count, request.slot, request.next - 1 - back, request.start, request.next};
   };
-  const int back = blockIdx.y * kAppendTokens + threadIdx.x / kWarp;
+
   const int64_t window_layer = *params.window.layer;
-  if (back < params.window.window.rows && back < count && has_layer(params.window.window, window_layer)) {
-    const int index = end - 1 - back, lane = threadIdx.x % kWarp;
-    store_window_row(params, window_layer, token_back(back), index, load_window_row<RowT>(params, index, lane), lane);
+  const Token mine = token_back(first + warp);
+  if (mine.valid && first + warp < params.window.window.rows && has_layer(params.window.window, window_layer)) {
+    const int index = end - 1 - (first + warp);
+    store_window_row(params, window_layer, mine, index, load_window_row<RowT>(params, index, lane), lane);
   }
+
   if (params.entries.compressor.tail.data == nullptr) return;
   const int64_t layer = *params.kind_layer;
   if (!has_layer(params.entries.pool, layer)) return;
-  const bool has_keys = params.keys.compressor.tail.data != nullptr;
-  for (int i = 0; i < kAppendTokens; ++i) {
-    const Token token = token_back(blockIdx.y * kAppendTokens + i);
-    const int index = end - 1 - (blockIdx.y * kAppendTokens + i);
-    if (!token.valid) return;
-    const auto append = [&](const Compression& part, int channel) {
-      append_token<T>(part.compressor.tail, part.compressor.projections, layer, token, index, channel);
-    };
-    if (threadIdx.x < kRowThreads) {
-      append(params.entries, 4 * threadIdx.x);
-    } else if (has_keys && threadIdx.x < kRowThreads + kWarp) {
-      append(params.keys, 4 * (threadIdx.x - kRowThreads));
+  const auto append = [&](const Compressor& compressor, int back, int channel) {
+    const Token token = token_back(back);
+    const TailGeometry& geometry = compressor.tail.geometry;
+    if (!token.valid || !(geometry.overlap_survives(token.position, token.next) ||
+                          geometry.current_survives(token.position, token.next))) {
+      return;
     }
+    append_token<T>(compressor.tail, compressor.projections, layer, token, end - 1 - back, channel);
+  };
+  if (params.keys.compressor.tail.data != nullptr) append(params.keys.compressor, first + warp, 4 * lane);
+  constexpr int kAtOnce = kAppendThreads / kRowThreads;
+  for (int i = threadIdx.x / kRowThreads; i < kAppendTokens; i += kAtOnce) {
+    append(params.entries.compressor, first + i, 4 * (threadIdx.x % kRowThreads));
   }
 }
 
@@ -359,8 +363,9 @@ void launch_prefill(CUstream_st* stream, const UpdateParams& params) {
     }
     rows = std::max(rows, geometry.rows());
   }
-  append_last_tokens_kernel<RowT, T><<<dim3(plan.requests, blocks_for(std::min(plan.tokens, rows), kAppendTokens)),
-                                       kAppendTokens * kWarp, 0, stream>>>(params);
+  append_last_tokens_kernel<RowT, T>
+      <<<dim3(plan.requests, blocks_for(std::min(plan.tokens, rows), kAppendTokens)), kAppendThreads, 0, stream>>>(
+          params);
 }
 
 }  // namespace
