@@ -10,3 +10,6 @@ def ffi_api_version() -> tuple[int, int]:
 
 def cuda_version() -> int:
     """CUDA runtime linked in, as CUDART_VERSION (13000 = 13.0); 0 when built without CUDA."""
+
+def plan_offsets(tokens: int, requests: int) -> dict[str, int]:
+    """Where the kernels look for each field of a packed plan: field name -> index of its first element."""

@@ -2,6 +2,7 @@
 
 #include <nanobind/nanobind.h>
 
+#include "common/geometry.h"
 #include "targets.h"
 #include "xla/ffi/api/c_api.h"
 
@@ -41,10 +42,35 @@ nb::dict Registrations() {
   return platforms;
 }
 
+// Where the kernels look for each field of a packed plan, to be held against PlanLayout in dsv4_jax/plan.py.
+nb::dict PlanOffsets(int tokens, int requests) {
+  static const int32_t start = 0;
+  const dsv4::Plan plan{&start, tokens, requests};
+  nb::dict offsets;
+  const auto put = [&](const char* name, const int32_t* field) {
+    offsets[name] = (reinterpret_cast<intptr_t>(field) - reinterpret_cast<intptr_t>(&start)) /
+                    static_cast<intptr_t>(sizeof(int32_t));
+  };
+  put("token_slot", plan.token_slot());
+  put("token_position", plan.token_position());
+  put("token_request", plan.token_request());
+  put("request_slot", plan.request_slot());
+  put("request_reset", plan.request_reset());
+  put("query_start", plan.query_start());
+  put("table_slot", plan.table_slot());
+  put("table_index", plan.table_index());
+  put("table_block", plan.table_block());
+  put("closing_4", plan.closing(dsv4::kCsaRatio));
+  put("closing_128", plan.closing(dsv4::kHcaRatio));
+  put("longest", plan.longest());
+  return offsets;
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
   m.def("registrations", &Registrations);
+  m.def("plan_offsets", &PlanOffsets, nb::arg("tokens"), nb::arg("requests"));
   m.def("ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
   m.def("cuda_version", [] {
 #ifdef DSV4_WITH_CUDA

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv4_jax import _native
 from dsv4_jax.plan import PlanLayout, StepPlan, build_plan, build_plans
 
 FIELDS = ("token_slot", "token_position", "token_request", "request_slot", "request_reset", "query_start", "longest")
@@ -339,3 +340,9 @@ def test_pack_tokens_refuses_stacked_plans():
     plan = build_plan(PlanLayout(8, 4), [3], [0], [3])
     with pytest.raises(ValueError, match="one step"):
         StepPlan(np.stack([plan.packed] * 2), plan.layout).pack_tokens([[1, 2, 3]])
+
+
+@pytest.mark.parametrize(("tokens", "requests"), [(1, 1), (64, 64), (8192, 7), (300, 5)])
+def test_kernels_look_for_every_field_where_the_layout_has_it(tokens, requests):
+    layout = PlanLayout(tokens, requests)
+    assert _native.plan_offsets(tokens, requests) == {name: where.start for name, where in layout.fields.items()}
