@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dsv4_jax.bench import decode, formats, reads
 from dsv4_jax.bench.measure import Outcome
 from dsv4_jax.bench.step import floor, prepare_forward, reset_slots, whole_step
-from dsv4_jax.bench.workload import RUNNING, Scale, Workload
+from dsv4_jax.bench.workload import Scale, Workload
 from dsv4_jax.config import LayerKind
 from dsv4_jax.formats import ENTRY_FORMATS, KEY_FORMATS
 
@@ -30,10 +30,6 @@ TARGETS = {
     "update/csa/mixed/b8": Target(3.0, 2.6),
     "update/csa/mixed/b64": Target(3.4, 3.0),
     "update/csa/mixed/b256": Target(4.5, 4.0),
-    "update/hca_running/mixed/b1": Target(2.3, 1.8),
-    "update/hca_running/mixed/b8": Target(2.3, 1.8),
-    "update/hca_running/mixed/b64": Target(2.6, 2.0),
-    "update/hca_running/mixed/b256": Target(3.2, 2.5),
     "update/hca/none/b64": Target(2.6, 1.9),
     "update/hca/all/b64": Target(10.0, 9.0),
     "gather/entries/64x1024": Target(28.8, 27.2),
@@ -88,16 +84,11 @@ def all_cases(scale: Scale) -> list[Case]:
 
 
 def _updates(scale: Scale) -> Iterator[Case]:
-    variants = [("csa", CSA, "mixed", None), ("hca", HCA, "none", None), ("hca", HCA, "all", None)]
-    variants += [("hca", HCA, "mixed", None), ("swa", SWA, "mixed", None)]
-    if RUNNING:
-        variants += [("hca_running", HCA, boundary, "running") for boundary in ("mixed", "all")]
-    for label, kind, boundary, tail in variants:
+    for kind, boundary in [(CSA, "mixed"), (HCA, "none"), (HCA, "all"), (HCA, "mixed"), (SWA, "mixed")]:
         for batch in scale.batches:
-            build = functools.partial(decode.update, kind, boundary, batch, tail)
-            only_one = (label, boundary) in [("hca", "mixed"), ("hca_running", "all")]
-            if not only_one or batch == _step_batch(scale):
-                yield Case(f"update/{label}/{boundary}/b{batch}", build, quick=True)
+            if (kind, boundary) != (HCA, "mixed") or batch == _step_batch(scale):
+                build = functools.partial(decode.update, kind, boundary, batch)
+                yield Case(f"update/{kind.value}/{boundary}/b{batch}", build, quick=True)
 
 
 def _step_batch(scale: Scale) -> int:
@@ -146,16 +137,12 @@ def _formats() -> Iterator[Case]:
 
 
 def _steps(scale: Scale) -> Iterator[Case]:
-    for tail in (None, "running") if RUNNING else (None,):
-        label = "pro" if tail is None else f"pro_{tail}"
-        for way in ("device", "host", "scan"):
-            run = functools.partial(whole_step, way, tail)
-            suffix = {"device": "", "host": "/with_prepare_forward", "scan": "/8_per_dispatch"}[way]
-            yield Case(
-                f"step/{label}/b{scale.step_requests}{suffix}",
-                run=run,
-                quick=way == "device",
-                has_reference=way == "device",
-            )
+    for way, suffix in (("device", ""), ("host", "/with_prepare_forward"), ("scan", "/8_per_dispatch")):
+        yield Case(
+            f"step/pro/b{scale.step_requests}{suffix}",
+            run=functools.partial(whole_step, way),
+            quick=way == "device",
+            has_reference=way == "device",
+        )
     name = f"host/prepare_forward/{scale.host_requests}"
     yield Case(name, run=prepare_forward, quick=True, has_reference=False)

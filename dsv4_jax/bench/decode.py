@@ -66,22 +66,20 @@ def layer_update(implementation: str) -> Any:
     return call
 
 
-def update_bytes(kind: LayerKind, shape: StepShape, ring: int, itemsize: int, tail: str | None = None) -> int:
+def update_bytes(kind: LayerKind, shape: StepShape, ring: int, itemsize: int) -> int:
     """The fewest bytes of a layer's update."""
     total = traffic.window_rows(shape, ring, FORMATS.window_format, ROW_ITEMSIZE)
     if kind is LayerKind.CSA:
         total += traffic.compressor(shape, 4, FORMATS.entry_format, itemsize)
         total += traffic.compressor(shape, 4, FORMATS.key_format, itemsize)
-    elif kind is LayerKind.HCA and tail == "running":
-        total += traffic.running_compressor(shape, FORMATS.entry_format, itemsize)
     elif kind is LayerKind.HCA:
         total += traffic.compressor(shape, 128, FORMATS.entry_format, itemsize)
     return total
 
 
-def update(kind: LayerKind, boundary: str, batch: int, tail: str | None, scale: Scale, implementation: str) -> Workload:
+def update(kind: LayerKind, boundary: str, batch: int, scale: Scale, implementation: str) -> Workload:
     """One layer's update in a decode step."""
-    schema = schema_of(model_of(kind, scale.layers), scale.plans * max(scale.batches), scale.context, hca_tail=tail)
+    schema = schema_of(model_of(kind, scale.layers), scale.plans * max(scale.batches), scale.context)
     shapes = decode_shapes(kind, boundary, batch, scale)
     plans = [plan_of(*pair) for pair in zip(shapes, slot_sets(schema.slots, batch, scale.plans), strict=True)]
     return Workload(
@@ -92,7 +90,7 @@ def update(kind: LayerKind, boundary: str, batch: int, tail: str | None, scale: 
         operands=[update_inputs(plan, schema.spec.layers[0], jnp.float32, 16 * i) for i, plan in enumerate(plans)],
         layers=scale.layers,
         calls=scale.calls,
-        bytes_moved=_mean(update_bytes(kind, shape, schema.ring, 4, tail) for shape in shapes),
+        bytes_moved=_mean(update_bytes(kind, shape, schema.ring, 4) for shape in shapes),
     )
 
 

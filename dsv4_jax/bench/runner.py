@@ -131,9 +131,8 @@ def _with_sums(results: list[Result]) -> list[Result]:
     times = {result.name: result.timing.microseconds for result in results if result.timing}
     summed = []
     for result in results:
-        label, _, batch = result.name.removeprefix("step/").partition("/")
-        hca = {"pro": "hca", "pro_running": "hca_running"}.get(label)
-        parts = {30: f"update/csa/mixed/{batch}", 31: f"update/{hca}/mixed/{batch}"}
+        batch = result.name.removeprefix("step/pro/")
+        parts = {30: f"update/csa/mixed/{batch}", 31: f"update/hca/mixed/{batch}"}
         if result.remarks.get("layers") == 61 and all(name in times for name in parts.values()):
             total = sum(layers * times[name] for layers, name in parts.items())
             result = dataclasses.replace(

@@ -81,13 +81,11 @@ def decode_step(cache: Cache, plan: StepPlan, inputs: dict[str, Any], implementa
     return cache
 
 
-def _make(
-    scale: Scale, spec: ModelSpec, tail: str | None, steps: int
-) -> tuple[CacheSchema, CacheManager, tuple[np.ndarray, np.ndarray]]:
+def _make(scale: Scale, spec: ModelSpec, steps: int) -> tuple[CacheSchema, CacheManager, tuple[np.ndarray, np.ndarray]]:
     """A manager whose requests are in the middle of their contexts, evenly spread over the windows' phases."""
     requests = scale.step_requests
     context = scale.context + 128 * (1 + -(-steps // 128))
-    schema = schema_of(spec, requests, context, hca_tail=tail)
+    schema = schema_of(spec, requests, context)
     chunk = max(128 * requests, scale.context)
     manager = CacheManager(schema, token_buckets=(requests, chunk))
     handles = np.array([manager.admit() for _ in range(requests)])
@@ -97,13 +95,12 @@ def _make(
     return schema, manager, (handles, np.ones(requests, np.int64))
 
 
-def whole_step(way: str, tail: str | None, scale: Scale, implementation: str) -> Outcome:
+def whole_step(way: str, scale: Scale, implementation: str) -> Outcome:
     """Microseconds of one decode step's cache updates, steps dispatched back to back.
 
     Args:
       way: "device": a few plans are on the device before, and used in turn. "host": each step is planned by
         `prepare_forward` and sent, as in a server. "scan": 8 steps in one dispatch.
-      tail: of HCA layers, None for the schema's default.
       scale: sizes.
       implementation: "native", or "reference" for an estimate from its first layers, see ``model``.
     """
@@ -114,7 +111,7 @@ def whole_step(way: str, tail: str | None, scale: Scale, implementation: str) ->
     per_dispatch = STEPS_PER_DISPATCH if way == "scan" else 1
     steps = replays * per_dispatch
     planned = steps * (trials + 1) if way == "host" else steps
-    schema, manager, (handles, counts) = _make(scale, spec, tail, planned)
+    schema, manager, (handles, counts) = _make(scale, spec, planned)
     cache = noisy_cache(schema)
 
     if way == "scan":

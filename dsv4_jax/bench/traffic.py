@@ -115,17 +115,6 @@ def compressor(shape: StepShape, ratio: int, format: VectorFormat, itemsize: int
     )
 
 
-def running_compressor(shape: StepShape, format: VectorFormat, itemsize: int) -> int:
-    """As `compressor`, for an HCA tail that is a running softmax: maximum, denominator and accumulator."""
-    ratio = LayerKind.HCA.ratio
-    states = int(np.count_nonzero(shape.starts % ratio) + np.count_nonzero(shape.ends % ratio))
-    return (
-        projections(shape, ratio, format.width, itemsize)
-        + states * 3 * format.width * FLOAT32
-        + shape.closing(ratio) * format.row_bytes
-    )
-
-
 def gather(rows: int, format: VectorFormat, itemsize: int, *, index_bytes: int = 0) -> int:
     """Stored rows read, and written dense with position and validity; `index_bytes` are read for each row."""
     return rows * (index_bytes + format.row_bytes + format.width * itemsize + POSITION + VALID)

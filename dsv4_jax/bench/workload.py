@@ -24,8 +24,6 @@ from dsv4_jax.schema import CacheSchema
 
 FORMATS = CacheFormats(entries="fp8", window="fp8", indexer="nvfp4")
 MODULES: dict[str, ModuleType] = {"native": ops, "reference": reference}
-RUNNING = "hca_tail" in {field.name for field in dataclasses.fields(CacheSchema)}
-"""Whether caches can keep a running softmax instead of the rows of an open HCA window."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,10 +173,9 @@ def model_of(kind: LayerKind, layers: int) -> ModelSpec:
     )
 
 
-def schema_of(spec: ModelSpec, slots: int, context: int, *, hca_tail: str | None = None) -> CacheSchema:
+def schema_of(spec: ModelSpec, slots: int, context: int) -> CacheSchema:
     """A schema in which every slot has blocks for its whole context."""
-    options = {} if hca_tail is None else {"hca_tail": hca_tail}
-    return CacheSchema(spec, FORMATS, slots, slots * -(-context // BLOCK_TOKENS), context, **options)
+    return CacheSchema(spec, FORMATS, slots, slots * -(-context // BLOCK_TOKENS), context)
 
 
 def block_table(slots: int, blocks_per_slot: int) -> np.ndarray:
