@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.formats import VectorFormat
+from dsv4_jax.formats import ROPE_DIM, VectorFormat
 from dsv4_jax.plan import StepPlan
 
 FLOATING = (jnp.float32, jnp.bfloat16)
@@ -55,6 +55,13 @@ def check_projections(op: str, tail: Any, kv: Any, gate: Any, ape: Any, plan: St
     check(op, "kv", kv, (plan.layout.tokens, columns), *FLOATING)
     check(op, "gate", gate, (plan.layout.tokens, columns), jnp.result_type(kv))
     check(op, "ape", ape, (ratio, columns), jnp.float32)
+
+
+def check_finish(op: str, norm_weight: Any, cos: Any, sin: Any, width: int, rows: int) -> None:
+    """Raises OperandError unless these normalize and rotate `rows` rows of that width."""
+    check(op, "norm_weight", norm_weight, (width,), jnp.float32)
+    check(op, "cos", cos, (rows, ROPE_DIM // 2), jnp.float32)
+    check(op, "sin", sin, (rows, ROPE_DIM // 2), jnp.float32)
 
 
 def format_attributes(vector_format: VectorFormat) -> dict[str, Any]:

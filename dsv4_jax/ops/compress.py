@@ -5,11 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.formats import KEY_DIM, ROPE_DIM
+from dsv4_jax.formats import KEY_DIM
 from dsv4_jax.ops._call import (
     OperandError,
     call,
-    check,
+    check_finish,
     check_plan,
     check_projections,
     check_tail,
@@ -63,9 +63,7 @@ def compress(
     check_tail(op, "tail", tail, ratio)
     check_projections(op, tail, kv, gate, ape, plan, ratio)
     width, closing = tail.shape[4], plan.layout.closing_size(ratio)
-    check(op, "norm_weight", norm_weight, (width,), jnp.float32)
-    check(op, "cos", cos, (closing, ROPE_DIM // 2), jnp.float32)
-    check(op, "sin", sin, (closing, ROPE_DIM // 2), jnp.float32)
+    check_finish(op, norm_weight, cos, sin, width, closing)
     check_plan(op, plan)
     if hadamard and width != KEY_DIM:
         raise OperandError(f"{op}: the Hadamard transform is for indexer keys of width {KEY_DIM}, not {width}.")

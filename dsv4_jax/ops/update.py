@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.formats import HEAD_DIM, ROPE_DIM, VectorFormat
+from dsv4_jax.formats import HEAD_DIM, VectorFormat
 from dsv4_jax.ops._call import (
     FLOATING,
     call,
     check,
+    check_finish,
     check_plan,
     check_pool,
     check_projections,
@@ -29,7 +30,7 @@ def normalize(raw: RawRows, *, eps: float) -> jax.Array:
     rows, weight, (cos, sin) = raw
     op = "normalize"
     check(op, "rows", rows, (None, HEAD_DIM), *FLOATING)
-    _check_norm(op, raw)
+    check_finish(op, weight, cos, sin, HEAD_DIM, jnp.shape(rows)[0])
     (finished,) = call(
         op, (rows, weight, cos, sin), in_place=0, results=[struct(rows.shape, jnp.float32)], eps=float(eps)
     )
@@ -159,19 +160,12 @@ def _row_operands(op: str, window: Window, rows: Any, plan: StepPlan, format: Ve
     none = jnp.zeros(0, jnp.float32)
     norm = (none, none, none)
     if isinstance(rows, RawRows):
-        _check_norm(op, rows)
         norm = (rows.norm_weight, *rows.rotary)
+        check_finish(op, *norm, HEAD_DIM, jnp.shape(rows.rows)[0])
         rows = rows.rows
     check(op, "rows", rows, (plan.layout.tokens, HEAD_DIM), *FLOATING)
     check_plan(op, plan)
     return (rows, *norm, plan.packed)
-
-
-def _check_norm(op: str, raw: RawRows) -> None:
-    angles = (jnp.shape(raw.rows)[0], ROPE_DIM // 2)
-    check(op, "norm_weight", raw.norm_weight, (HEAD_DIM,), jnp.float32)
-    check(op, "cos", raw.rotary.cos, angles, jnp.float32)
-    check(op, "sin", raw.rotary.sin, angles, jnp.float32)
 
 
 def _table(op: str, block_table: jax.Array) -> jax.Array:
@@ -185,8 +179,5 @@ def _compressor_operands(
     check_pool(op, "pool", compressed.pool, BLOCK_TOKENS // ratio, format)
     check_tail(op, "tail", compressed.tail, ratio)
     check_projections(op, compressed.tail, inputs.kv, inputs.gate, inputs.ape, plan, ratio)
-    check(op, "norm_weight", inputs.norm_weight, (format.width,), jnp.float32)
-    angles = (plan.layout.closing_size(ratio), ROPE_DIM // 2)
-    check(op, "cos", inputs.rotary.cos, angles, jnp.float32)
-    check(op, "sin", inputs.rotary.sin, angles, jnp.float32)
+    check_finish(op, inputs.norm_weight, *inputs.rotary, format.width, plan.layout.closing_size(ratio))
     return (inputs.kv, inputs.gate, inputs.ape, inputs.norm_weight, *inputs.rotary)

@@ -139,6 +139,26 @@ class Checker {
             static_cast<int>(columns)};
   }
 
+  // The window of a step: its ring, the rows that go there, and the plan.
+  AppendWindowParams append_window(const ffi::AnyBuffer& window, const ffi::AnyBuffer& positions,
+                                   const ffi::AnyBuffer& rows, const ffi::AnyBuffer& packed,
+                                   const ffi::AnyBuffer& layer_index, const ffi::AnyBuffer& window_out,
+                                   const ffi::AnyBuffer& positions_out, int64_t tokens, int64_t requests,
+                                   std::string_view codec, float global_scale) {
+    AppendWindowParams params{};
+    const int ring = static_cast<int>(size(positions, 2));
+    params.window = pool("window", window, window_out, ring, kHeadDim, codec, global_scale);
+    indices("positions", positions, {params.window.layers, params.window.pages, ring});
+    in_place("positions", positions, positions_out);
+    params.positions = data<int32_t>(positions);
+    shape("rows", rows, {tokens, kHeadDim});
+    params.element = floating("rows", rows);
+    params.rows = rows.untyped_data();
+    params.plan = plan(packed, tokens, requests);
+    params.layer = layer(layer_index);
+    return params;
+  }
+
   // How a compressor with this tail finishes its entries; `closing` of them.
   Compressor compressor(const Tail& tail, const ffi::AnyBuffer& kv, const ffi::AnyBuffer& gate,
                         const ffi::AnyBuffer& ape, const ffi::AnyBuffer& norm_weight, const ffi::AnyBuffer& cos,

@@ -38,17 +38,8 @@ ffi::ErrorOr<AppendWindowParams> check_append_window(AnyBuffer window, AnyBuffer
                                                      int64_t tokens, int64_t requests, std::string_view codec,
                                                      float global_scale) {
   Checker check("append_window");
-  AppendWindowParams params{};
-  const int ring = static_cast<int>(Checker::size(positions, 2));
-  params.window = check.pool("window", window, *window_out, ring, kHeadDim, codec, global_scale);
-  check.indices("positions", positions, {params.window.layers, params.window.pages, ring});
-  check.in_place("positions", positions, *positions_out);
-  params.positions = Checker::data<int32_t>(positions);
-  check.shape("rows", rows, {tokens, kHeadDim});
-  params.element = check.floating("rows", rows);
-  params.rows = rows.untyped_data();
-  params.plan = check.plan(plan, tokens, requests);
-  params.layer = check.layer(layer);
+  const AppendWindowParams params = check.append_window(window, positions, rows, plan, layer, *window_out,
+                                                        *positions_out, tokens, requests, codec, global_scale);
   if (check.failed()) return check.error();
   return params;
 }

@@ -19,17 +19,8 @@ void check_window(Checker& check, UpdateParams& params, const AnyBuffer& window,
                   const AnyBuffer& rows, const AnyBuffer& norm_weight, const AnyBuffer& cos, const AnyBuffer& sin,
                   const AnyBuffer& plan, const AnyBuffer& layer, const AnyBuffer& window_out,
                   const AnyBuffer& positions_out, int64_t tokens, int64_t requests, float eps, std::string_view codec) {
-  const int ring = static_cast<int>(Checker::size(positions, 2));
-  AppendWindowParams& out = params.window;
-  out.window = check.pool("window", window, window_out, ring, kHeadDim, codec, 1.0f);
-  check.indices("positions", positions, {out.window.layers, out.window.pages, ring});
-  check.in_place("positions", positions, positions_out);
-  out.positions = Checker::data<int32_t>(positions);
-  check.shape("rows", rows, {tokens, kHeadDim});
-  out.element = check.floating("rows", rows);
-  out.rows = rows.untyped_data();
-  out.plan = check.plan(plan, tokens, requests);
-  out.layer = check.layer(layer);
+  params.window = check.append_window(window, positions, rows, plan, layer, window_out, positions_out, tokens, requests,
+                                      codec, 1.0f);
   if (Checker::size(norm_weight, 0) == 0) return;
   params.norm = {check.floats("row_norm_weight", norm_weight, {kHeadDim}),
                  check.floats("row_cos", cos, {tokens, kRopeDim / 2}),
