@@ -145,6 +145,10 @@ KEY_FORMATS = _table(
 """Formats of indexer keys by name."""
 
 
+HCA_TAILS = ("rows", "running")
+"""Ways to keep an open HCA window."""
+
+
 @dataclasses.dataclass(frozen=True)
 class CacheFormats:
     """The storage format of every component of a cache, chosen by name.
@@ -157,6 +161,9 @@ class CacheFormats:
         not); queries must then be transformed too, see ``LayerCache.transform_query``.
       global_scale: the constant fp32 scale of ``nvfp4_static``, from 2^-100 to 2^100. What is stored saturates at
         2688 times this.
+      hca_tail: how an HCA layer keeps its open window. "rows": all of its rows so far, 512 KiB per request and layer.
+        "running": the softmax of those rows so far (max, denominator, sum), 6 KiB. Entries agree within fp32 rounding;
+        from a running tail no single token can be taken back, see ``CacheManager.truncate``.
 
     Raises:
       FormatError: a name is unknown, or names a format that cannot hold the component; or ``global_scale`` is out of
@@ -168,9 +175,12 @@ class CacheFormats:
     indexer: str = "nvfp4"
     indexer_hadamard: bool = False
     global_scale: float = 1.0
+    hca_tail: str = "rows"
 
     def __post_init__(self) -> None:
         _ = (self.entry_format, self.window_format, self.key_format)
+        if self.hca_tail not in HCA_TAILS:
+            raise FormatError(f"hca_tail={self.hca_tail!r} is not a tail; choose one of {', '.join(HCA_TAILS)}.")
         smallest, largest = GLOBAL_SCALES
         if not smallest <= self.global_scale <= largest:
             raise FormatError(

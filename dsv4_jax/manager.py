@@ -65,6 +65,7 @@ class CacheManager:
         self._layouts = [PlanLayout(bucket, min(schema.slots, bucket)) for bucket in buckets]
         self._has_csa = schema.spec.count(LayerKind.CSA) > 0
         self._has_hca = schema.spec.count(LayerKind.HCA) > 0
+        self._running = schema.formats.hca_tail == "running"
         # A request needs block i once it has this many tokens more than i blocks hold.
         self._tokens_of_first_entry = LayerKind.CSA.ratio if self._has_csa else LayerKind.HCA.ratio
 
@@ -182,7 +183,7 @@ class CacheManager:
         - The open windows. A tail keeps the rows of the open window (for CSA also the overlap rows of the window before
           it); what a closed window leaves behind is cleared. With CSA layers the same window must be open before and
           after: the same ``length // 4``. With HCA layers only, the same ``length // 128``, or ``length`` a multiple of
-          128, where the open window has no row yet.
+          128, where the open window has no row yet. A running HCA tail has no rows to drop: only that multiple.
         - The sliding window. Positions ``length - window + 1 … length - 1`` must not have been overwritten by positions
           one ring later: ``length >= peak - slack - 1``, where ``peak`` is the longest the request has been since it
           was admitted or truncated to 0. While ``peak`` is at most the ring, nothing has been overwritten.
@@ -207,18 +208,24 @@ class CacheManager:
             return
         peak, ring, window = max(int(self._peaks[slot]), current), self._schema.ring, self._schema.spec.window
         window_lowest = peak - ring + window - 1 if peak > ring else 1
-        ratio = LayerKind.CSA.ratio if self._has_csa else LayerKind.HCA.ratio if self._has_hca else 1
-        tail_lowest = current // ratio * ratio if ratio > 1 else 1
-        needs_no_tail = not self._has_csa and length % ratio == 0
+        csa, hca = LayerKind.CSA.ratio, LayerKind.HCA.ratio
+        csa_lowest = current // csa * csa if self._has_csa else 1
+        hca_lowest = 1
+        if self._has_hca:
+            hca_lowest = current - ((current - 1) % hca == 0) if self._running else current // hca * hca
         reason = None
         if not 0 < length < current:
             reason = "it never had that length" if length > current else "a length is at least 0"
         elif length < window_lowest:
             reason = f"the sliding window there was overwritten when the request grew to {peak}"
-        elif length < tail_lowest and not needs_no_tail:
-            reason = f"the window of {ratio} tokens that was open there is closed and its rows are gone"
+        elif length < csa_lowest:
+            reason = f"the window of {csa} tokens that was open there is closed and its rows are gone"
+        elif length < hca_lowest and length % hca:
+            reason = f"the window of {hca} tokens that was open there is closed and its rows are gone"
+            if self._running:
+                reason = f"a running tail keeps no rows of the window of {hca} tokens that was open there"
         if reason is not None:
-            raise CannotTruncate(request, current, length, max(window_lowest, tail_lowest, 1), reason)
+            raise CannotTruncate(request, current, length, max(window_lowest, csa_lowest, hca_lowest, 1), reason)
         self._keep(slot, length)
         self._peaks[slot] = peak
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.schema import EMPTY_SCORE, CacheSchema
+from dsv4_jax.schema import EMPTY_SCORE, EMPTY_STATE, CacheSchema
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +28,8 @@ class Cache:
       hca_entries: [HCA layers, blocks, *P], one entry a block.
       csa_tail: fp32 [CSA layers, slots, 2 (kv, score), 12, 512], rows waiting to be compressed.
       key_tail: fp32 [CSA layers, slots, 2 (kv, score), 12, 128], the same for the indexer.
-      hca_tail: fp32 [HCA layers, slots, 2 (kv, score), 128, 512], the same for HCA.
+      hca_tail: fp32 [HCA layers, slots, 2 (kv, score), 128, 512], the same for HCA; or, with
+        ``CacheFormats(hca_tail="running")``, fp32 [HCA layers, slots, 3 (max, denominator, sum), 512].
       schema: what the arrays look like; static under ``jax.jit``.
     """
 
@@ -50,7 +51,7 @@ class Cache:
 
 
 def init_cache(schema: CacheSchema, *, device: Any = None) -> Cache:
-    """Make an empty cache: no blocks, no positions, pools of zeros, tails of kv 0 and score -1e9.
+    """Make an empty cache: no blocks, no positions, pools of zeros, tails of kv 0 and score -1e9 or max -1e9.
 
     The arrays are written on the device by a compiled program, not copied from the host, so that they can be donated.
 
@@ -70,8 +71,9 @@ def _empty(schema: CacheSchema) -> Cache:
     values = {"block_table": -1, "window_positions": -1}
     arrays = {name: jnp.full(array.shape, values.get(name, 0), array.dtype) for name, array in schema.arrays.items()}
     for name in ("csa_tail", "key_tail", "hca_tail"):
-        kv_and_score = jnp.array([0, EMPTY_SCORE], jnp.float32)[:, None, None]
-        arrays[name] = jnp.broadcast_to(kv_and_score, schema.arrays[name].shape)
+        shape = schema.arrays[name].shape
+        empty = jnp.array(EMPTY_STATE if len(shape) == 4 else (0, EMPTY_SCORE), jnp.float32)
+        arrays[name] = jnp.broadcast_to(empty.reshape(-1, *[1] * (len(shape) - 3)), shape)
     return Cache(**arrays, schema=schema)
 
 

@@ -64,7 +64,12 @@ class Window(NamedTuple):
 
 
 class Compressed(NamedTuple):
-    """A pool and the tail that feeds it: pool [layers, blocks, *page], tail float32 [layers, slots, 2, rows, width]."""
+    """A pool and the tail that feeds it.
+
+    Attributes:
+      pool: [layers, blocks, *page].
+      tail: float32 [layers, slots, 2 (kv, score), rows, width], or running [layers, slots, 3, 512].
+    """
 
     pool: jax.Array
     tail: jax.Array

@@ -21,6 +21,9 @@ from dsv4_jax.plan import BLOCK_TOKENS
 EMPTY_SCORE = -1e9
 """The score of a tail row that holds nothing: beside a real score it weighs 0, and being finite it makes no NaN."""
 
+EMPTY_STATE = (EMPTY_SCORE, 0.0, 0.0)
+"""A running tail without rows: max, denominator and sum."""
+
 LARGEST_INDEX = 2**31 - 1
 """Slots, block ids and positions are int32."""
 
@@ -56,20 +59,25 @@ class LayerCacheSchema:
 
     @property
     def tail_rows(self) -> int:
-        """Uncompressed rows kept per slot, kv and score each: 12 (CSA), 128 (HCA), 0 (SWA).
+        """Uncompressed rows kept per slot, kv and score each: 12 (CSA), 128 (HCA; running: 0), 0 (SWA).
 
         A row is as wide as an entry. CSA's compressor makes two halves of each token: the overlap halves of the open
         window and of the one before it (2 x 4 rows), and the current halves of the open window (4 rows). That is an
         open window of 4 rows of twice the width and a previous window of 4 rows of the width.
         """
-        return {LayerKind.SWA: 0, LayerKind.CSA: 3 * LayerKind.CSA.ratio, LayerKind.HCA: LayerKind.HCA.ratio}[self.kind]
+        hca = 0 if self._running else LayerKind.HCA.ratio
+        return {LayerKind.SWA: 0, LayerKind.CSA: 3 * LayerKind.CSA.ratio, LayerKind.HCA: hca}[self.kind]
+
+    @property
+    def _running(self) -> bool:
+        return self.kind is LayerKind.HCA and self.formats.hca_tail == "running"
 
     @property
     def slot_arrays(self) -> Arrays:
         """The arrays of one slot by component.
 
         ``window`` page of ``ring`` rows; ``window_positions`` int32 [ring]; ``tail`` fp32 [2 (kv, score), tail_rows,
-        512] (CSA, HCA); ``key_tail`` fp32 [2, 12, 128] (CSA).
+        512] (CSA, HCA), running fp32 [3 (max, denominator, sum), 512]; ``key_tail`` fp32 [2, 12, 128] (CSA).
         """
         window = self.formats.window_format
         arrays = {
@@ -77,7 +85,8 @@ class LayerCacheSchema:
             "window_positions": jax.ShapeDtypeStruct((self.ring,), jnp.int32),
         }
         if self.kind is not LayerKind.SWA:
-            arrays["tail"] = jax.ShapeDtypeStruct((2, self.tail_rows, HEAD_DIM), jnp.float32)
+            shape = (3, HEAD_DIM) if self._running else (2, self.tail_rows, HEAD_DIM)
+            arrays["tail"] = jax.ShapeDtypeStruct(shape, jnp.float32)
         if self.kind is LayerKind.CSA:
             arrays["key_tail"] = jax.ShapeDtypeStruct((2, self.tail_rows, KEY_DIM), jnp.float32)
         return arrays
@@ -182,7 +191,8 @@ class CacheSchema:
         hca_entries        [HCA layers, blocks, *page of 1 row]
         csa_tail           fp32 [CSA layers, slots, 2 (kv, score), 12, 512]
         key_tail           fp32 [CSA layers, slots, 2 (kv, score), 12, 128]
-        hca_tail           fp32 [HCA layers, slots, 2 (kv, score), 128, 512]
+        hca_tail           fp32 [HCA layers, slots, 2 (kv, score), 128, 512], or, running,
+                           fp32 [HCA layers, slots, 3 (max, denominator, sum), 512]
         =================  ==========================================================================
         """
         swa, csa, hca = (self._of_kind(kind) for kind in (LayerKind.SWA, LayerKind.CSA, LayerKind.HCA))

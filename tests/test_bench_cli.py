@@ -16,7 +16,7 @@ from dsv4_jax.bench import decode, formats, measure, reads, traffic
 from dsv4_jax.bench.cases import TARGETS, all_cases
 from dsv4_jax.bench.runner import run_cases
 from dsv4_jax.bench.traffic import StepShape
-from dsv4_jax.bench.workload import FULL, TINY, noise
+from dsv4_jax.bench.workload import FULL, TINY, model_of, noise, schema_of
 from dsv4_jax.cli.bench import bench
 from dsv4_jax.cli.trace import trace
 from dsv4_jax.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
@@ -101,7 +101,17 @@ def test_bytes_of_an_update_in_words():
     # Read: overlap of 0..3 and current of 4..6. Written: the overlap half of 7; its current half is spent.
     tails = (7 + 1) * 2 * (512 + 128) * 4
     entry_and_key = (448 + 128 + 4) + (64 + 8 + 4)
-    assert decode.update_bytes(CSA, shape, 128, 4) == window + projections + tails + entry_and_key
+    schema = schema_of(model_of(CSA, 1), 1, 128)
+    assert decode.update_bytes(CSA, shape, schema, 4) == window + projections + tails + entry_and_key
+
+
+def test_bytes_of_an_update_with_a_running_tail_in_words():
+    """Three HCA tokens: one begins a window, one goes on with one, one closes one."""
+    shape = StepShape(np.array([0, 5, 127]), np.array([1, 1, 1]))
+    windows = 3 * (512 * 2 + (448 + 128 + 4) + 4)
+    projections, state, entry = 3 * 2 * 512 * 4, 3 * 512 * 4, 448 + 128 + 4
+    schema = schema_of(model_of(HCA, 1), 3, 128, "running")
+    assert decode.update_bytes(HCA, shape, schema, 4) == windows + projections + (2 + 2) * state + entry
 
 
 def test_bytes_of_window_rows_that_outlive_a_prefill():
@@ -145,7 +155,7 @@ def test_noise_is_finite_in_every_format(dtype):
 
 def test_a_program_makes_the_calls_it_says():
     """Every call of a program is one on other slots: all their window rows end up changed."""
-    made = decode.update(CSA, "mixed", 4, TINY, "native")
+    made = decode.update(CSA, "rows", "mixed", 4, TINY, "native")
     before = made.state()
     kept = np.asarray(before.window)
     calls = 2 * made.calls

@@ -1,5 +1,7 @@
 """How a prompt is cut into steps must not show: equal bytes for every chunking, order of ops and neighbour."""
 
+import dataclasses
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -16,6 +18,7 @@ from harness import (
 )
 
 from dsv4_jax import PROFILES, CacheFormats
+from dsv4_jax.formats import HCA_TAILS
 
 TOKENS = 300  # more than two rings and two HCA windows
 FORMATS = {
@@ -23,7 +26,9 @@ FORMATS = {
     "default": CacheFormats(),
     "compact": PROFILES["compact"],
     "flashmla": PROFILES["flashmla"],
+    "running": CacheFormats(hca_tail="running"),
 }
+TAILS = pytest.mark.parametrize("hca_tail", HCA_TAILS)
 
 
 @pytest.fixture(params=[np.float32, ml_dtypes.bfloat16], ids=["fp32", "bf16"])
@@ -59,28 +64,34 @@ def test_every_chunking_stores_the_same_bytes(device, rng, dtype, name):
         driver.release(request)  # the next one starts in a used slot and used blocks
 
 
+@TAILS
 @pytest.mark.parametrize("step", [update_append_first, update_op_by_op])
-def test_separate_ops_in_either_order_store_the_same_bytes_and_clear_the_rest(device, rng, step):
-    weights, sequence = random_weights(rng), random_tokens(rng, TOKENS)
-    expected = _one_shot(weights, CacheFormats(), sequence)
-    driver = Driver(weights, CacheFormats(), step=step)
+def test_separate_ops_in_either_order_store_the_same_bytes_and_clear_the_rest(device, rng, step, hca_tail):
+    weights, sequence, formats = random_weights(rng), random_tokens(rng, TOKENS), CacheFormats(hca_tail=hca_tail)
+    expected = _one_shot(weights, formats, sequence)
+    driver = Driver(weights, formats, step=step)
     request = driver.admit(sequence)
-    for _ in range(TOKENS):
+    for length in range(1, TOKENS + 1):
         driver.feed({request: 1})
+        if hca_tail == "running" and length % 128 == 0:
+            state = np.asarray(driver.cache.hca_tail)[0, driver.manager.slot(request)]
+            assert (state == np.array([-1e9, 0, 0])[:, None]).all()
     assert_same_bytes(expected, driver.stored(request), step.__name__)
-    for name, ratio in (("csa_tail", 4), ("key_tail", 4), ("hca_tail", 128)):
+    tails = [("csa_tail", 4), ("key_tail", 4)] + [("hca_tail", 128)] * (hca_tail == "rows")
+    for name, ratio in tails:
         tail = np.asarray(getattr(driver.cache, name))[0, driver.manager.slot(request)]
         cleared = np.setdiff1d(np.arange(tail.shape[1]), tail_rows_in_use(TOKENS, ratio))
         assert (tail[0, cleared] == 0).all()
         assert (tail[1, cleared] == -1e9).all()
 
 
-def test_a_step_with_as_many_requests_as_tokens_may_still_bring_several_of_one(device, rng):
+@TAILS
+def test_a_step_with_as_many_requests_as_tokens_may_still_bring_several_of_one(device, rng, hca_tail):
     """Buckets no larger than the number of slots: decode's kernel sees requests of many tokens and of none."""
-    weights = random_weights(rng)
+    weights, formats = random_weights(rng), dataclasses.replace(PROFILES["flashmla"], hca_tail=hca_tail)
     sequences = [random_tokens(rng, TOKENS) for _ in range(2)]
-    expected = [_one_shot(weights, PROFILES["flashmla"], sequence) for sequence in sequences]
-    driver = Driver(weights, PROFILES["flashmla"], slots=16, blocks=64, buckets=[16])
+    expected = [_one_shot(weights, formats, sequence) for sequence in sequences]
+    driver = Driver(weights, formats, slots=16, blocks=64, buckets=[16])
     requests = [driver.admit(sequence) for sequence in sequences]
     while any(driver.manager.length(request) < TOKENS for request in requests):
         counts = {}
@@ -94,11 +105,12 @@ def test_a_step_with_as_many_requests_as_tokens_may_still_bring_several_of_one(d
         assert_same_bytes(expected[index], driver.stored(request), f"request {index}")
 
 
-def test_requests_are_kept_apart(device, rng):
-    weights = random_weights(rng)
+@TAILS
+def test_requests_are_kept_apart(device, rng, hca_tail):
+    weights, formats = random_weights(rng), CacheFormats(hca_tail=hca_tail)
     sequences = [random_tokens(rng, TOKENS) for _ in range(3)]
-    expected = [_one_shot(weights, CacheFormats(), sequence) for sequence in sequences]
-    driver = Driver(weights, CacheFormats(), slots=3)
+    expected = [_one_shot(weights, formats, sequence) for sequence in sequences]
+    driver = Driver(weights, formats, slots=3)
     requests = [driver.admit(sequence) for sequence in sequences]
     while any(driver.manager.length(request) < TOKENS for request in requests):
         counts = {}
@@ -112,11 +124,12 @@ def test_requests_are_kept_apart(device, rng):
         assert_same_bytes(expected[index], driver.stored(request), f"request {index}")
 
 
-def test_a_reused_slot_and_block_show_nothing_of_their_former_owner(device, rng):
-    weights, sequence = random_weights(rng), random_tokens(rng, TOKENS)
+@TAILS
+def test_a_reused_slot_and_block_show_nothing_of_their_former_owner(device, rng, hca_tail):
+    weights, sequence, formats = random_weights(rng), random_tokens(rng, TOKENS), CacheFormats(hca_tail=hca_tail)
     short = [{name: array[:6] for name, array in layer.items()} for layer in sequence]
-    expected = _one_shot(weights, CacheFormats(), short)
-    driver = Driver(weights, CacheFormats(), slots=1, blocks=3)
+    expected = _one_shot(weights, formats, short)
+    driver = Driver(weights, formats, slots=1, blocks=3)
     first = driver.admit(random_tokens(rng, TOKENS))
     driver.feed({first: TOKENS})
     # Whatever is left in blocks is poison; slots are reset when the next owner's first step begins.

@@ -7,6 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from dsv4_jax.cli.decode import decode
+from dsv4_jax.formats import HCA_TAILS
 
 # 132 to 256 tokens a request, whatever the seed: two blocks.
 SMALL = ["--requests", "3", "--slots", "2", "--prompt-tokens", "216", "--new-tokens", "40", "--chunk", "64"]
@@ -20,10 +21,11 @@ def run():
     return lambda *arguments: runner.invoke(application, [*SMALL, *arguments])
 
 
-def test_serves_a_file_and_verifies(run, tmp_path, seed):
+@pytest.mark.parametrize("hca_tail", HCA_TAILS)
+def test_serves_a_file_and_verifies(run, tmp_path, seed, hca_tail):
     text = tmp_path / "text.txt"
     text.write_text("A window, a tail and a table. " * 30)
-    result = run("--text", str(text), "--verify", "--seed", str(seed))
+    result = run("--text", str(text), "--verify", "--seed", str(seed), "--hca-tail", hca_tail)
     assert result.exit_code == 0, result.output
 
     cells = [re.split("[│┃]", line) for line in result.output.splitlines()]

@@ -16,6 +16,7 @@ from harness import SPEC, columns, inputs_of, random_weights, update, update_app
 from dsv4_jax import (
     PROFILES,
     Cache,
+    CacheFormats,
     CacheManager,
     CacheSchema,
     LayerCache,
@@ -32,8 +33,8 @@ STEPS = 6
 LAYOUTS = {"decode": PlanLayout(8, 8), "prefill": PlanLayout(200, 8)}
 
 
-def schema_of(spec, formats="default"):
-    return CacheSchema(spec, PROFILES[formats], slots=512, blocks=1 << 16, max_context=4096, slack=3)
+def schema_of(spec, formats=PROFILES["default"]):
+    return CacheSchema(spec, formats, slots=512, blocks=1 << 16, max_context=4096, slack=3)
 
 
 def shapes_of(schema: CacheSchema, layout: PlanLayout):
@@ -148,7 +149,11 @@ def test_in_place_on_an_h200(program, layout, tmp_path):
 
 
 @pytest.mark.parametrize("program", [every_layer, update_op_by_op, update_append_first])
-@pytest.mark.parametrize("formats", ["exact", "compact"])
+@pytest.mark.parametrize(
+    "formats",
+    [PROFILES["exact"], PROFILES["compact"], CacheFormats(hca_tail="running")],
+    ids=["exact", "compact", "running"],
+)
 def test_in_place_whatever_is_stored_in_whatever_order(program, formats, tmp_path):
     """Pools of plain arrays and of bytes, one op for all writes of a layer and single ones."""
     given = arguments(program, schema_of(tiny_spec(), formats), LAYOUTS["decode"])

@@ -27,13 +27,13 @@ from dsv4_jax.schema import CacheSchema
 SWA, CSA, HCA = LayerKind.SWA, LayerKind.CSA, LayerKind.HCA
 
 
-def make_manager(*kinds, slots=4, blocks=40, max_context=1024, slack=0, token_buckets=(8, 64, 512)) -> CacheManager:
+def make_manager(*kinds, hca_tail="rows", token_buckets=(8, 64, 512), **sizes) -> CacheManager:
     """A manager for a model of one layer of each kind given; CSA and HCA without any."""
     spec, kinds = tiny_spec(), kinds or (CSA, HCA)
     layers = [next(layer for layer in spec.layers if layer.kind == kind) for kind in kinds]
     spec = dataclasses.replace(spec, layers=tuple(layers))
-    schema = CacheSchema(spec, CacheFormats(), slots=slots, blocks=blocks, max_context=max_context, slack=slack)
-    return CacheManager(schema, token_buckets=token_buckets)
+    sizes = {"slots": 4, "blocks": 40, "max_context": 1024} | sizes
+    return CacheManager(CacheSchema(spec, CacheFormats(hca_tail=hca_tail), **sizes), token_buckets=token_buckets)
 
 
 def state(thing) -> dict:
@@ -453,6 +453,35 @@ def test_what_can_be_truncated(kinds, slack, length, target, lowest):
         manager.truncate(request, target)
     assert raised.value.lowest == lowest
     assert state(manager) == before
+
+
+@pytest.mark.parametrize(
+    ("kinds", "length", "target", "lowest"),
+    [
+        ((HCA,), 127, 126, 127),
+        ((HCA,), 129, 128, None),
+        ((HCA,), 130, 128, None),
+        ((HCA,), 130, 129, 130),
+        ((HCA,), 129, 127, 128),
+        ((HCA,), 300, 128, None),
+        ((HCA,), 300, 255, 300),
+        ((CSA, HCA), 131, 128, None),
+        ((CSA, HCA), 131, 129, 131),
+        ((CSA, HCA), 132, 128, 132),
+        ((CSA,), 7, 5, None),
+    ],
+)
+def test_from_a_running_tail_only_whole_windows_can_be_dropped(kinds, length, target, lowest):
+    manager = make_manager(*kinds, hca_tail="running", slack=200)
+    request = manager.admit()
+    grow(manager, request, length)
+    if lowest is None:
+        manager.truncate(request, target)
+        assert manager.length(request) == target
+        return
+    with pytest.raises(CannotTruncate, match=f"possible are 0 and {lowest} to {length}"):
+        manager.truncate(request, target)
+    assert manager.length(request) == length
 
 
 def test_rows_overwritten_by_dropped_tokens_stay_lost():

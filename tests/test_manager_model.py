@@ -25,6 +25,7 @@ from dsv4_jax.errors import (
     StepTooLarge,
     UnknownRequest,
 )
+from dsv4_jax.formats import HCA_TAILS
 from dsv4_jax.plan import PlanLayout, StepPlan
 
 SWA, CSA, HCA = LayerKind.SWA, LayerKind.CSA, LayerKind.HCA
@@ -34,8 +35,8 @@ WINDOW = 128
 class Request:
     """A request as the device would hold it: which token lies in which ring and tail row."""
 
-    def __init__(self, kinds, ring):
-        self.kinds, self.ring_rows = kinds, ring
+    def __init__(self, kinds, ring, hca_tail):
+        self.kinds, self.ring_rows, self.hca_tail = kinds, ring, hca_tail
         self.tokens = []
         self.ring = {}
         self.overlap, self.current, self.hca = {}, {}, {}
@@ -87,6 +88,8 @@ class Request:
         needs = [(self.ring, self.ring_rows, range(max(n - WINDOW + 1, 0), n))]
         if CSA in self.kinds:
             needs += [(self.overlap, 8, self.overlap_positions(n)), (self.current, 4, self.current_positions(n))]
+        if HCA in self.kinds and self.hca_tail == "running" and self.hca_positions(n):
+            return False  # the tokens to drop are folded in
         if HCA in self.kinds:
             needs += [(self.hca, 128, self.hca_positions(n))]
         return all(
@@ -134,13 +137,13 @@ class ManagerMachine(RuleBasedStateMachine):
         blocks=st.integers(1, 14),
         slack=st.sampled_from((0, 0, 3, 150)),
         max_context=st.sampled_from((130, 517, 900)),
+        hca_tail=st.sampled_from(HCA_TAILS),
     )
-    def start(self, kinds, slots, blocks, slack, max_context):
+    def start(self, kinds, slots, blocks, slack, max_context, hca_tail):
         self.kinds, self.slots, self.blocks, self.max_context, self.slack = kinds, slots, blocks, max_context, slack
-        self.buckets = (8, 50, 400)
-        self.manager = make_manager(
-            *kinds, slots=slots, blocks=blocks, max_context=max_context, slack=slack, token_buckets=self.buckets
-        )
+        self.buckets, self.hca_tail = (8, 50, 400), hca_tail
+        sizes = {"slots": slots, "blocks": blocks, "max_context": max_context, "slack": slack}
+        self.manager = make_manager(*kinds, hca_tail=hca_tail, token_buckets=self.buckets, **sizes)
         self.requests = {}
         self.slot = {}
         self.released = []
@@ -171,7 +174,7 @@ class ManagerMachine(RuleBasedStateMachine):
         assert handle not in self.requests
         assert handle not in self.released
         self.slot[handle] = self.manager.slot(handle)
-        self.requests[handle] = Request(self.kinds, WINDOW + self.slack)
+        self.requests[handle] = Request(self.kinds, WINDOW + self.slack, self.hca_tail)
 
     @rule()
     def admit(self):

@@ -23,7 +23,7 @@ from dsv4_jax import (
     ops,
     reference,
 )
-from dsv4_jax.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
+from dsv4_jax.formats import ENTRY_FORMATS, HCA_TAILS, KEY_FORMATS, WINDOW_FORMATS
 from dsv4_jax.plan import PlanLayout, build_plan
 from dsv4_jax.rotary import inverse_frequencies
 from dsv4_jax.rows import Compressed, Window
@@ -124,8 +124,21 @@ def random_table(rng):
     return table
 
 
-def random_tail(rng, ratio, width):
-    return rng.normal(size=(LAYERS, SLOTS, 2, 12 if ratio == 4 else 128, width)).astype(np.float32)
+def random_tail(rng, ratio, width, hca_tail="rows", slots=SLOTS):
+    if ratio == 128 and hca_tail == "running":
+        tail = rng.normal(size=(LAYERS, slots, 3, width)).astype(np.float32)
+        tail[:, :, 1] = 1 + np.abs(tail[:, :, 1])  # a denominator: the heaviest row weighs 1
+        return tail
+    return rng.normal(size=(LAYERS, slots, 2, 12 if ratio == 4 else 128, width)).astype(np.float32)
+
+
+def assert_same_tail(left, right):
+    """A running tail agrees within rounding, one of rows to the bit."""
+    if left.ndim == 4:
+        np.testing.assert_array_equal(left[:, :, 0], right[:, :, 0])
+        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
+    else:
+        assert_same(left, right)
 
 
 def projections(rng, ratio, width, dtype):
@@ -136,7 +149,9 @@ def projections(rng, ratio, width, dtype):
 
 
 COMPRESSORS = pytest.mark.parametrize(
-    ("ratio", "width"), [(4, 512), (4, 128), (128, 512)], ids=["csa", "indexer", "hca"]
+    ("ratio", "width", "hca_tail"),
+    [(4, 512, None), (4, 128, None), (128, 512, "rows"), (128, 512, "running")],
+    ids=["csa", "indexer", "hca", "hca-running"],
 )
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["fp32", "bf16"])
 POOLS = [
@@ -146,10 +161,11 @@ POOLS = [
 ]
 
 
-def test_begin_step(other, rng):
+@pytest.mark.parametrize("hca_tail", HCA_TAILS)
+def test_begin_step(other, rng, hca_tail):
     table = random_table(rng)
     positions = rng.integers(-1, 500, (LAYERS, SLOTS, RING)).astype(np.int32)
-    tails = [random_tail(rng, 4, 512), random_tail(rng, 4, 128), random_tail(rng, 128, 512)]
+    tails = [random_tail(rng, 4, 512), random_tail(rng, 4, 128), random_tail(rng, 128, 512, hca_tail)]
     plan = random_plan(rng)
     operands = (table, positions, *tails, plan)
     results = native("begin_step", *operands)
@@ -158,8 +174,9 @@ def test_begin_step(other, rng):
         if reset and 0 <= slot < SLOTS:
             assert (np.asarray(results[1])[:, slot] == -1).all()
             for tail in results[2:]:
-                assert (np.asarray(tail)[:, slot, 0] == 0).all()
-                assert (np.asarray(tail)[:, slot, 1] == -1e9).all()
+                empty = [-1e9, 0, 0] if tail.ndim == 4 else [0, -1e9]
+                for part, value in enumerate(empty):
+                    assert (np.asarray(tail)[:, slot, part] == value).all()
 
 
 @DTYPES
@@ -178,28 +195,28 @@ def test_append_window(other, rng, name, dtype, ring):
 
 @DTYPES
 @COMPRESSORS
-def test_append_tail(other, rng, ratio, width, dtype):
-    operands = (random_tail(rng, ratio, width), *projections(rng, ratio, width, dtype), random_plan(rng), 2)
-    assert_same(native("append_tail", *operands, ratio=ratio), other("append_tail", *operands, ratio=ratio))
+def test_append_tail(other, rng, ratio, width, hca_tail, dtype):
+    operands = (random_tail(rng, ratio, width, hca_tail), *projections(rng, ratio, width, dtype), random_plan(rng), 2)
+    assert_same_tail(native("append_tail", *operands, ratio=ratio), other("append_tail", *operands, ratio=ratio))
 
 
 @COMPRESSORS
-def test_rotate(other, rng, ratio, width):
-    operands = (random_tail(rng, ratio, width), random_plan(rng), 0)
+def test_rotate(other, rng, ratio, width, hca_tail):
+    operands = (random_tail(rng, ratio, width, hca_tail), random_plan(rng), 0)
     assert_same(native("rotate", *operands, ratio=ratio), other("rotate", *operands, ratio=ratio))
 
 
 @DTYPES
 @COMPRESSORS
 @pytest.mark.parametrize("hadamard", [False, True])
-def test_compress(other, rng, ratio, width, dtype, hadamard):
+def test_compress(other, rng, ratio, width, hca_tail, dtype, hadamard):
     if hadamard and width != 128:
         pytest.skip("the Hadamard transform is for indexer keys")
     closing = LAYOUT.closing_size(ratio)
     angles = rng.integers(0, 10**6, (closing, 1)).astype(np.float32) * inverse_frequencies(ROPE)
     weight = (1 + 0.2 * rng.normal(size=width)).astype(np.float32)
     operands = (
-        random_tail(rng, ratio, width),
+        random_tail(rng, ratio, width, hca_tail),
         *projections(rng, ratio, width, dtype),
         weight,
         np.cos(angles),
@@ -241,9 +258,9 @@ STEPS = {
 @DTYPES
 @pytest.mark.parametrize("raw", [False, True], ids=["finished", "raw"])
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("kind", ["swa", "csa", "hca"])
+@pytest.mark.parametrize(("kind", "hca_tail"), [("swa", None), ("csa", None), ("hca", "rows"), ("hca", "running")])
 @pytest.mark.parametrize("profile", ["exact", "default", "flashmla", "compact"])
-def test_update(other, rng, kind, step, raw, dtype, profile):
+def test_update(other, rng, kind, hca_tail, step, raw, dtype, profile):
     """One op for all writes of a layer, window rows to the bit; test_chunking.py compares it with separate ops."""
     if profile != "exact" and (kind != "swa" or (raw and other.kind == "reference")):
         pytest.skip("a value that differs in its last bit may fall on the other side of a rounding boundary")
@@ -273,8 +290,7 @@ def test_update(other, rng, kind, step, raw, dtype, profile):
 
         def compressed(width, vector_format):
             pool = random_pool(rng, vector_format, 128 // ratio, slots * table_width)
-            tail = rng.normal(size=(LAYERS, slots, 2, 12 if ratio == 4 else 128, width)).astype(np.float32)
-            return Compressed(pool, tail)
+            return Compressed(pool, random_tail(rng, ratio, width, hca_tail, slots))
 
         def inputs(width):
             columns = 2 * width if ratio == 4 else width

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from dsv4_jax import CacheFormats, capacity_plan, deepseek_v4_pro, init_cache, tiny_spec
 from dsv4_jax.cli.main import application
 from dsv4_jax.cli.plan import parse_bytes
-from dsv4_jax.formats import PROFILES
+from dsv4_jax.formats import HCA_TAILS, PROFILES
 
 
 @pytest.fixture
@@ -30,13 +30,15 @@ def number(text):
     return float(text.replace(",", ""))
 
 
-def test_numbers_are_those_of_a_real_cache(run):
+@pytest.mark.parametrize("hca_tail", HCA_TAILS)
+def test_numbers_are_those_of_a_real_cache(run, hca_tail):
     result = run(
-        "--model", "tiny", "--context", "5000", "--requests", "3", "--formats", "flashmla", "--indexer", "mxfp4"
+        *("--model", "tiny", "--context", "5000", "--requests", "3", "--formats", "flashmla", "--indexer", "mxfp4"),
+        *("--hca-tail", hca_tail),
     )
     assert result.exit_code == 0, result.output
     rows = cells(result.output)
-    formats = CacheFormats("fp8_ds_mla", "fp8_ds_mla", "mxfp4")
+    formats = CacheFormats("fp8_ds_mla", "fp8_ds_mla", "mxfp4", hca_tail=hca_tail)
     cache = init_cache(capacity_plan(tiny_spec(), formats, context=5000, requests=3).schema)
     for name, size in cache.memory_bytes().items():
         assert number(rows[name][3]) == size

@@ -67,6 +67,9 @@ def test_tail_keeps_an_open_window_and_for_csa_the_previous_one():
     hca = LayerCacheSchema(HCA, BF16, 128).slot_bytes
     assert hca["tail"] == 512 * KIB
     assert hca.keys() == {"window", "window_positions", "tail"}
+    running = LayerCacheSchema(HCA, CacheFormats("bf16", "bf16", "bf16", hca_tail="running"), 128)
+    assert running.slot_bytes["tail"] == 6 * KIB
+    assert running.tail_rows == 0
     assert LayerCacheSchema(SWA, BF16, 128).slot_bytes == {"window": 128 * 1024, "window_positions": 512}
 
 

@@ -30,6 +30,10 @@ TARGETS = {
     "update/csa/mixed/b8": Target(3.0, 2.6),
     "update/csa/mixed/b64": Target(3.4, 3.0),
     "update/csa/mixed/b256": Target(4.5, 4.0),
+    "update/hca_running/mixed/b1": Target(2.3, 1.8),
+    "update/hca_running/mixed/b8": Target(2.3, 1.8),
+    "update/hca_running/mixed/b64": Target(2.6, 2.0),
+    "update/hca_running/mixed/b256": Target(3.2, 2.5),
     "update/hca/none/b64": Target(2.6, 1.9),
     "update/hca/all/b64": Target(10.0, 9.0),
     "gather/entries/64x1024": Target(28.8, 27.2),
@@ -84,11 +88,23 @@ def all_cases(scale: Scale) -> list[Case]:
 
 
 def _updates(scale: Scale) -> Iterator[Case]:
-    for kind, boundary in [(CSA, "mixed"), (HCA, "none"), (HCA, "all"), (HCA, "mixed"), (SWA, "mixed")]:
-        for batch in scale.batches:
-            if (kind, boundary) != (HCA, "mixed") or batch == _step_batch(scale):
-                build = functools.partial(decode.update, kind, boundary, batch)
-                yield Case(f"update/{kind.value}/{boundary}/b{batch}", build, quick=True)
+    everywhere, in_a_step = scale.batches, [_step_batch(scale)]
+    for kind, hca_tail, boundary, batches in [
+        (CSA, "rows", "mixed", everywhere),
+        (HCA, "rows", "none", everywhere),
+        (HCA, "rows", "all", everywhere),
+        (HCA, "rows", "mixed", in_a_step),
+        (HCA, "running", "mixed", everywhere),
+        (HCA, "running", "all", in_a_step),
+        (SWA, "rows", "mixed", everywhere),
+    ]:
+        for batch in batches:
+            build = functools.partial(decode.update, kind, hca_tail, boundary, batch)
+            yield Case(f"update/{_label(kind, hca_tail)}/{boundary}/b{batch}", build, quick=True)
+
+
+def _label(kind: LayerKind, hca_tail: str) -> str:
+    return f"{kind.value}_running" if hca_tail == "running" else kind.value
 
 
 def _step_batch(scale: Scale) -> int:
@@ -109,11 +125,11 @@ def _ops(scale: Scale) -> Iterator[Case]:
 
 
 def _prefills(scale: Scale) -> Iterator[Case]:
-    for kind in (CSA, HCA):
+    for kind, hca_tail in ((CSA, "rows"), (HCA, "rows"), (HCA, "running")):
         for requests in (1, scale.prefill_requests):
             for dtype in ("fp32", "bf16"):
-                name = f"prefill/{kind.value}/{dtype}/{requests}x{scale.prefill // requests}"
-                build = functools.partial(decode.prefill, kind, requests, dtype)
+                name = f"prefill/{_label(kind, hca_tail)}/{dtype}/{requests}x{scale.prefill // requests}"
+                build = functools.partial(decode.prefill, kind, hca_tail, requests, dtype)
                 yield Case(name, build, quick=requests == 1)
 
 

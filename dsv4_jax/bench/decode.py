@@ -26,6 +26,7 @@ from dsv4_jax.bench.workload import (
 from dsv4_jax.config import LayerKind
 from dsv4_jax.formats import HEAD_DIM
 from dsv4_jax.handle import LayerCache
+from dsv4_jax.schema import CacheSchema
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 ROW_ITEMSIZE = 2  # raw window rows are bfloat16
@@ -66,10 +67,12 @@ def layer_update(implementation: str) -> Any:
     return call
 
 
-def update_bytes(kind: LayerKind, shape: StepShape, ring: int, itemsize: int) -> int:
+def update_bytes(kind: LayerKind, shape: StepShape, schema: CacheSchema, itemsize: int) -> int:
     """The fewest bytes of a layer's update."""
-    total = traffic.window_rows(shape, ring, FORMATS.window_format, ROW_ITEMSIZE)
-    if kind is LayerKind.CSA:
+    total = traffic.window_rows(shape, schema.ring, FORMATS.window_format, ROW_ITEMSIZE)
+    if kind is LayerKind.HCA and schema.formats.hca_tail == "running":
+        total += traffic.running_compressor(shape, FORMATS.entry_format, itemsize)
+    elif kind is LayerKind.CSA:
         total += traffic.compressor(shape, 4, FORMATS.entry_format, itemsize)
         total += traffic.compressor(shape, 4, FORMATS.key_format, itemsize)
     elif kind is LayerKind.HCA:
@@ -77,9 +80,9 @@ def update_bytes(kind: LayerKind, shape: StepShape, ring: int, itemsize: int) ->
     return total
 
 
-def update(kind: LayerKind, boundary: str, batch: int, scale: Scale, implementation: str) -> Workload:
+def update(kind: LayerKind, hca_tail: str, boundary: str, batch: int, scale: Scale, implementation: str) -> Workload:
     """One layer's update in a decode step."""
-    schema = schema_of(model_of(kind, scale.layers), scale.plans * max(scale.batches), scale.context)
+    schema = schema_of(model_of(kind, scale.layers), scale.plans * max(scale.batches), scale.context, hca_tail)
     shapes = decode_shapes(kind, boundary, batch, scale)
     plans = [plan_of(*pair) for pair in zip(shapes, slot_sets(schema.slots, batch, scale.plans), strict=True)]
     return Workload(
@@ -90,14 +93,14 @@ def update(kind: LayerKind, boundary: str, batch: int, scale: Scale, implementat
         operands=[update_inputs(plan, schema.spec.layers[0], jnp.float32, 16 * i) for i, plan in enumerate(plans)],
         layers=scale.layers,
         calls=scale.calls,
-        bytes_moved=_mean(update_bytes(kind, shape, schema.ring, 4) for shape in shapes),
+        bytes_moved=_mean(update_bytes(kind, shape, schema, 4) for shape in shapes),
     )
 
 
-def prefill(kind: LayerKind, requests: int, dtype: str, scale: Scale, implementation: str) -> Workload:
+def prefill(kind: LayerKind, hca_tail: str, requests: int, dtype: str, scale: Scale, implementation: str) -> Workload:
     """One layer's update in a prefill step from position 0; other projections in every call."""
     calls = max(scale.calls // 4, 1)
-    schema = schema_of(model_of(kind, 2), calls * scale.prefill_requests, scale.prefill)
+    schema = schema_of(model_of(kind, 2), calls * scale.prefill_requests, scale.prefill, hca_tail)
     shape = StepShape(np.zeros(requests, np.int64), np.full(requests, scale.prefill // requests))
     plans = [plan_of(shape, slots) for slots in slot_sets(schema.slots, requests, calls)]
     made = DTYPES[dtype]
@@ -109,7 +112,7 @@ def prefill(kind: LayerKind, requests: int, dtype: str, scale: Scale, implementa
         operands=[update_inputs(plan, schema.spec.layers[0], made, 16 * i) for i, plan in enumerate(plans)],
         layers=2,
         calls=calls,
-        bytes_moved=update_bytes(kind, shape, schema.ring, jnp.dtype(made).itemsize),
+        bytes_moved=update_bytes(kind, shape, schema, jnp.dtype(made).itemsize),
     )
 
 

@@ -115,6 +115,17 @@ def compressor(shape: StepShape, ratio: int, format: VectorFormat, itemsize: int
     )
 
 
+def running_compressor(shape: StepShape, format: VectorFormat, itemsize: int) -> int:
+    """The same of an HCA compressor with a running tail: the states of windows begun before, and of those left open."""
+    ratio = LayerKind.HCA.ratio
+    states = int((shape.starts % ratio > 0).sum() + (shape.ends % ratio > 0).sum())
+    return (
+        projections(shape, ratio, format.width, itemsize)
+        + states * 3 * format.width * FLOAT32
+        + shape.closing(ratio) * format.row_bytes
+    )
+
+
 def gather(rows: int, format: VectorFormat, itemsize: int, *, index_bytes: int = 0) -> int:
     """Stored rows read, and written dense with position and validity; `index_bytes` are read for each row."""
     return rows * (index_bytes + format.row_bytes + format.width * itemsize + POSITION + VALID)

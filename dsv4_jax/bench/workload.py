@@ -173,9 +173,10 @@ def model_of(kind: LayerKind, layers: int) -> ModelSpec:
     )
 
 
-def schema_of(spec: ModelSpec, slots: int, context: int) -> CacheSchema:
+def schema_of(spec: ModelSpec, slots: int, context: int, hca_tail: str = "rows") -> CacheSchema:
     """A schema in which every slot has blocks for its whole context."""
-    return CacheSchema(spec, FORMATS, slots, slots * -(-context // BLOCK_TOKENS), context)
+    formats = dataclasses.replace(FORMATS, hca_tail=hca_tail)
+    return CacheSchema(spec, formats, slots, slots * -(-context // BLOCK_TOKENS), context)
 
 
 def block_table(slots: int, blocks_per_slot: int) -> np.ndarray:

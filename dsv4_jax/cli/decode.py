@@ -17,11 +17,12 @@ from dsv4_jax.example.serve import Server
 from dsv4_jax.example.text import load_text, text_requests
 from dsv4_jax.example.verify import Verification, verify
 from dsv4_jax.example.weights import init_weights
-from dsv4_jax.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
+from dsv4_jax.formats import ENTRY_FORMATS, HCA_TAILS, KEY_FORMATS, WINDOW_FORMATS
 
 EntryFormat = enum.StrEnum("EntryFormat", {name: name for name in ENTRY_FORMATS})
 WindowFormat = enum.StrEnum("WindowFormat", {name: name for name in WINDOW_FORMATS})
 KeyFormat = enum.StrEnum("KeyFormat", {name: name for name in KEY_FORMATS})
+HcaTail = enum.StrEnum("HcaTail", {name: name for name in HCA_TAILS})
 
 
 class NewTokens(enum.StrEnum):
@@ -40,7 +41,7 @@ class Implementation(enum.StrEnum):
 
 _DEFAULTS = CacheFormats()
 _ENTRIES, _WINDOW = EntryFormat(_DEFAULTS.entries), WindowFormat(_DEFAULTS.window)
-_INDEXER = KeyFormat(_DEFAULTS.indexer)
+_INDEXER, _HCA_TAIL = KeyFormat(_DEFAULTS.indexer), HcaTail(_DEFAULTS.hca_tail)
 _LONG_CONTEXTS = (65_536, 1_048_576)
 
 
@@ -65,6 +66,7 @@ def decode(
     hadamard: Annotated[
         bool, typer.Option("--hadamard", help="Store indexer keys after a Hadamard transform.")
     ] = _DEFAULTS.indexer_hadamard,
+    hca_tail: Annotated[HcaTail, typer.Option(help="How an open HCA window is kept.")] = _HCA_TAIL,
     check: Annotated[
         bool, typer.Option("--verify", help="Recompute everything without a cache; exit 1 if the logits differ.")
     ] = False,
@@ -81,7 +83,9 @@ def decode(
     """
     console = Console()
     spec = tiny_spec()
-    formats = CacheFormats(entries.value, window.value, indexer.value, indexer_hadamard=hadamard)
+    formats = CacheFormats(
+        entries.value, window.value, indexer.value, indexer_hadamard=hadamard, hca_tail=hca_tail.value
+    )
     weights = init_weights(spec, seed)
     try:
         read = load_text(text)

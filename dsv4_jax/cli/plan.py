@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv4_jax.capacity import CapacityPlan, capacity_plan, requests_that_fit
-from dsv4_jax.cli.decode import EntryFormat, KeyFormat, WindowFormat
+from dsv4_jax.cli.decode import EntryFormat, HcaTail, KeyFormat, WindowFormat
 from dsv4_jax.config import ConfigError, ModelSpec, deepseek_v4_flash, deepseek_v4_pro, model_spec, tiny_spec
 from dsv4_jax.formats import PROFILES
 from dsv4_jax.plan import BLOCK_TOKENS
@@ -30,11 +30,12 @@ def plan(
         str, typer.Option(help=f"{', '.join(MODELS)}; or a config.json, or a folder with one.")
     ] = "deepseek-v4-flash",
     formats: Annotated[
-        str, typer.Option(help=f"Storage formats as a profile: {', '.join(PROFILES)}. The next three change one each.")
+        str, typer.Option(help=f"Storage formats as a profile: {', '.join(PROFILES)}. The next four change one each.")
     ] = "default",
     entries: Annotated[EntryFormat | None, typer.Option(help="How compressed entries are stored.")] = None,
     window: Annotated[WindowFormat | None, typer.Option(help="How window rows are stored.")] = None,
     indexer: Annotated[KeyFormat | None, typer.Option(help="How indexer keys are stored.")] = None,
+    hca_tail: Annotated[HcaTail | None, typer.Option(help="How an open HCA window is kept.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory for the cache, as 141GB, 80GiB or bytes.")] = None,
     requests: Annotated[int | None, typer.Option(min=1, help="Requests at the same time.")] = None,
     slack: Annotated[int, typer.Option(min=0, help="Window rows more than the window, to take tokens back.")] = 0,
@@ -49,7 +50,7 @@ def plan(
     spec = _model(model)
     if formats not in PROFILES:
         raise typer.BadParameter(f"{formats!r} is none of {', '.join(PROFILES)}.", param_hint="--formats")
-    chosen = {"entries": entries, "window": window, "indexer": indexer}
+    chosen = {"entries": entries, "window": window, "indexer": indexer, "hca_tail": hca_tail}
     chosen = {component: name.value for component, name in chosen.items() if name is not None}
     cache_formats = dataclasses.replace(PROFILES[formats], **chosen)
     memory_bytes = None if memory is None else parse_bytes(memory)

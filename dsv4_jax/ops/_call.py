@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.formats import ROPE_DIM, VectorFormat
+from dsv4_jax.formats import HEAD_DIM, ROPE_DIM, VectorFormat
 from dsv4_jax.plan import StepPlan
 
 FLOATING = (jnp.float32, jnp.bfloat16)
@@ -43,15 +43,18 @@ def check_pool(op: str, name: str, pool: Any, rows: int, vector_format: VectorFo
 
 
 def check_tail(op: str, name: str, tail: Any, ratio: int) -> None:
-    """Raises OperandError unless `tail` is float32 [layers, slots, 2, rows, width] for that ratio."""
+    """Raises OperandError unless `tail` is float32 [layers, slots, 2, rows, width] for that ratio, or a running one."""
     if ratio not in (4, 128):
         raise OperandError(f"{op}: ratio is {ratio}, expected 4 (CSA) or 128 (HCA).")
+    if ratio == 128 and len(jnp.shape(tail)) == 4:
+        check(op, name, tail, (None, None, 3, HEAD_DIM), jnp.float32)
+        return
     check(op, name, tail, (None, None, 2, 12 if ratio == 4 else 128, None), jnp.float32)
 
 
 def check_projections(op: str, tail: Any, kv: Any, gate: Any, ape: Any, plan: StepPlan, ratio: int) -> None:
     """Raises OperandError unless kv, gate and ape fit the tail, the plan and each other."""
-    columns = jnp.shape(tail)[4] * (2 if ratio == 4 else 1)
+    columns = jnp.shape(tail)[-1] * (2 if ratio == 4 else 1)
     check(op, "kv", kv, (plan.layout.tokens, columns), *FLOATING)
     check(op, "gate", gate, (plan.layout.tokens, columns), jnp.result_type(kv))
     check(op, "ape", ape, (ratio, columns), jnp.float32)

@@ -70,7 +70,8 @@ def append_tail(
     Those are the tokens of the window that is open after the step and, for CSA, the overlap half of the one before it.
 
     Args:
-      tail: float32 [layers, slots, 2 (kv, score), rows, width]; 12 rows for CSA, 128 for HCA (see ``Cache``).
+      tail: float32 [layers, slots, 2 (kv, score), rows, width]; 12 rows for CSA, 128 for HCA (see ``Cache``). Or, for
+        HCA, a running tail, float32 [layers, slots, 3 (max, denominator, sum), 512].
       kv: [tokens, columns] float32 or bfloat16; columns = 2 * width for CSA (overlap half, current half), width for
         HCA.
       gate: as kv; the stored score is ``gate + ape[position % ratio]``.

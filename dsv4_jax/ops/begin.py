@@ -21,14 +21,15 @@ def begin_step(
 ) -> State:
     """Resets the slots that have a new owner, then applies the step's block-table changes.
 
-    A reset slot is as new: block-table row -1, window positions -1, tails kv 0 and score -1e9.
+    A reset slot is as new: block-table row -1, window positions -1, tails kv 0 and score -1e9 (running: max
+    -1e9, denominator and sum 0).
 
     Args:
       block_table: int32 [slots, max_blocks].
       window_positions: int32 [layers, slots, ring].
       csa_tail: float32 [csa_layers, slots, 2, 12, 512].
       key_tail: float32 [csa_layers, slots, 2, 12, 128].
-      hca_tail: float32 [hca_layers, slots, 2, 128, 512].
+      hca_tail: float32 [hca_layers, slots, 2, 128, 512], or running [hca_layers, slots, 3, 512].
       plan: the step; slots, indices and requests below 0 or out of range change nothing.
 
     Returns:

@@ -42,8 +42,8 @@ def compress(
     optional Hadamard transform are fp32 (DeepSeek-V4 report, compressed sparse and heavily compressed attention).
 
     Args:
-      tail: float32 [layers, slots, 2, rows, width], as it was before the step's tokens were appended, or, when every
-        request brings one token, before or after.
+      tail: float32 [layers, slots, 2, rows, width] or running [layers, slots, 3, 512], as it was before the step's
+        tokens were appended, or, when every request brings one token, before or after.
       kv: [tokens, columns], see ``append_tail``; so are gate and ape.
       gate: [tokens, columns].
       ape: float32 [ratio, columns].
@@ -62,7 +62,7 @@ def compress(
     op = "compress"
     check_tail(op, "tail", tail, ratio)
     check_projections(op, tail, kv, gate, ape, plan, ratio)
-    width, closing = tail.shape[4], plan.layout.closing_size(ratio)
+    width, closing = tail.shape[-1], plan.layout.closing_size(ratio)
     check_finish(op, norm_weight, cos, sin, width, closing)
     check_plan(op, plan)
     if hadamard and width != KEY_DIM:

@@ -15,6 +15,7 @@ from dsv4_jax.reference.geometry import (
     overlap_survives,
 )
 from dsv4_jax.reference.pages import in_range, write_rows
+from dsv4_jax.reference.running import append_running, is_running
 from dsv4_jax.reference.scalars import to_float32
 
 
@@ -64,7 +65,7 @@ def append_tail(
     Only halves still needed after the step are written (`geometry.overlap_survives`, `current_survives`).
 
     Args:
-      tail: fp32 [layers, slots, 2 (kv, score), rows, d].
+      tail: fp32 [layers, slots, 2 (kv, score), rows, d], or running [layers, slots, 3, d] (`running.append_running`).
       kv: fp32 or bf16 [T, 2d] for CSA, [T, d] for HCA.
       gate: like kv.
       ape: fp32 [ratio, columns of kv].
@@ -75,9 +76,11 @@ def append_tail(
     Returns:
       The tail.
     """
-    layers, slots, _, _, width = tail.shape
+    layers, slots, *_, width = tail.shape
     token = all_tokens(plan, slots)
     kv, score = to_float32(kv), to_float32(gate) + jnp.asarray(ape)[token.position % ratio]
+    if is_running(tail):
+        return append_running(tail, kv, score, plan, layer)
     places = [(current_row, current_survives, slice(-width, None))]
     if kv.shape[1] > width:
         places.append((overlap_row, overlap_survives, slice(None, width)))

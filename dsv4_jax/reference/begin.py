@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from dsv4_jax.plan import StepPlan
 from dsv4_jax.reference.pages import in_range
+from dsv4_jax.reference.running import empty_state, is_running
 from dsv4_jax.schema import EMPTY_SCORE
 
 
@@ -20,7 +21,8 @@ def begin_step(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """Make the slots of new requests as new, then apply the step's block-table changes.
 
-    As new: no blocks, no window position recorded, every tail row with kv 0 and score -1e9. Entries, keys and window
+    As new: no blocks, no window position recorded, every tail row with kv 0 and score -1e9 (a running tail: max -1e9,
+    denominator and sum 0). Entries, keys and window
     rows are left as they are, since nothing leads to them any more.
 
     Args:
@@ -28,7 +30,7 @@ def begin_step(
       window_positions: int32 [layers, slots, ring].
       csa_tail: fp32 [csa_layers, slots, 2 (kv, score), 12, 512].
       key_tail: fp32 [csa_layers, slots, 2, 12, 128].
-      hca_tail: fp32 [hca_layers, slots, 2, 128, 512].
+      hca_tail: fp32 [hca_layers, slots, 2, 128, 512], or running [hca_layers, slots, 3, 512].
       plan: the step; slots and table places out of range change nothing.
 
     Returns:
@@ -41,6 +43,9 @@ def begin_step(
     window_positions = window_positions.at[:, reset].set(-1, mode="drop")
     tails = []
     for tail in (csa_tail, key_tail, hca_tail):
+        if is_running(tail):
+            tails.append(tail.at[:, reset].set(empty_state(tail.shape[-1]), mode="drop"))
+            continue
         cleared = tail.at[:, reset, 0].set(0.0, mode="drop")
         tails.append(cleared.at[:, reset, 1].set(EMPTY_SCORE, mode="drop"))
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from dsv4_jax.plan import StepPlan
 from dsv4_jax.reference.geometry import Tokens, current_row, overlap_row, overlap_rows, tokens_at
 from dsv4_jax.reference.pages import in_range
+from dsv4_jax.reference.running import fold_rows, is_running, window_state
 from dsv4_jax.reference.scalars import to_float32
 from dsv4_jax.rotary import Rotary, apply_rotary
 from dsv4_jax.schema import EMPTY_SCORE
@@ -36,7 +37,7 @@ def compress(
     at position ratio * i, all in fp32. arXiv 2606.19348, sections on CSA and HCA.
 
     Args:
-      tail: fp32 [layers, slots, 2 (kv, score), rows, d].
+      tail: fp32 [layers, slots, 2 (kv, score), rows, d], or running [layers, slots, 3 (max, denominator, sum), d].
       kv: fp32 or bf16 [T, 2d] for CSA, [T, d] for HCA.
       gate: like kv.
       ape: fp32 [ratio, columns of kv].
@@ -57,7 +58,10 @@ def compress(
     closing = tokens_at(plan, index, slots)
     valid = closing.valid & in_range(layer, layers)
     kv, gate, ape = to_float32(kv), to_float32(gate), jnp.asarray(ape)
-    entries = _softmax_pool(*_window_rows(tail, kv, gate, ape, index, closing, layer, ratio))
+    if is_running(tail):
+        entries = _pool_running(tail, kv, gate, ape, index, closing, layer)
+    else:
+        entries = _softmax_pool(*_window_rows(tail, kv, gate, ape, index, closing, layer, ratio))
     entries = rms_norm(entries, norm_weight, eps)
     entries = apply_rotary(entries, Rotary(cos, sin))
     if hadamard:
@@ -123,6 +127,26 @@ def _softmax_pool(kv: jax.Array, score: jax.Array) -> jax.Array:
     """[C, rows, d] -> [C, d], a softmax over the rows for every channel."""
     weight = jnp.exp(score - jnp.max(score, axis=1, keepdims=True))
     return jnp.sum(weight * kv, axis=1) / jnp.sum(weight, axis=1)
+
+
+def _pool_running(
+    tail: jax.Array,
+    kv: jax.Array,
+    gate: jax.Array,
+    ape: jax.Array,
+    index: jax.Array,
+    closing: Tokens,
+    layer: jax.Array | int,
+) -> jax.Array:
+    """[C, d]: the window's state from a running tail, and the step's own rows."""
+    rows = ape.shape[0]
+    back = jnp.arange(rows)[::-1]
+    position = closing.position[:, None] - back
+    from_step = position >= closing.start[:, None]
+    in_step = jnp.clip(index[:, None] - back, 0, kv.shape[0] - 1)
+    state = window_state(tail, layer, closing.slot, ~from_step[:, 0])
+    _, denominator, total = jnp.moveaxis(fold_rows(state, kv[in_step], gate[in_step] + ape, from_step), 1, 0)
+    return total / denominator
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from dsv4_jax.plan import StepPlan
 from dsv4_jax.reference.geometry import all_requests, tail_rows, tail_rows_in_use
 from dsv4_jax.reference.pages import in_range
+from dsv4_jax.reference.running import is_running, rotate_running
 from dsv4_jax.schema import EMPTY_SCORE
 
 
@@ -18,7 +19,7 @@ def rotate(tail: jax.Array, plan: StepPlan, layer: jax.Array | int, *, ratio: in
     halves before them go. HCA's window goes entirely.
 
     Args:
-      tail: fp32 [layers, slots, 2 (kv, score), rows, d].
+      tail: fp32 [layers, slots, 2 (kv, score), rows, d], or running [layers, slots, 3, d] (`running.rotate_running`).
       plan: the step.
       layer: int32 scalar, index along the tail's first axis; out of range changes nothing.
       ratio: tokens per entry, 4 (CSA) or 128 (HCA).
@@ -29,6 +30,8 @@ def rotate(tail: jax.Array, plan: StepPlan, layer: jax.Array | int, *, ratio: in
     layers, slots = tail.shape[:2]
     request = all_requests(plan, slots)
     closed = request.valid & (request.start // ratio != request.next // ratio) & in_range(layer, layers)
+    if is_running(tail):
+        return rotate_running(tail, request._replace(valid=closed), layer)
     clear = closed[:, None] & ~tail_rows_in_use(request.next, ratio)
     slot = jnp.where(clear, request.slot[:, None], slots)
     row = jnp.arange(tail_rows(ratio))

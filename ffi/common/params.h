@@ -22,11 +22,13 @@ struct Pool {
 };
 
 struct Tail {
-  float* data;  // [layers, slots, 2 (kv, score), rows, width]
+  float*
+      data;  // [layers, slots, 2 (kv, score), rows, width]; running: [layers, slots, 3 (max, denominator, sum), width]
   int64_t layers;
   int slots;
   int width;
   TailGeometry geometry;
+  bool running;  // HCA: the open window is kept pooled, not row by row
 };
 
 // A compressor's inputs for the tokens of a step, [tokens, columns]; columns = 2 * width with overlap, else width.

@@ -1,6 +1,6 @@
 // The arithmetic of a compressor, in an order that depends only on a row's place in its window: softmax pooling in
-// groups of eight rows that merge pairwise, RMSNorm with its sum of squares as a balanced tree, RoPE on the trailing
-// channels.
+// groups of eight rows that merge pairwise (from a running tail: row after row), RMSNorm with its sum of squares as a
+// balanced tree, RoPE on the trailing channels.
 #pragma once
 
 #include <cmath>
@@ -58,6 +58,16 @@ DSV4_HOST_DEVICE SoftmaxPartial merge(const SoftmaxPartial& a, const SoftmaxPart
   const float max = max_ignoring_nan(a.max, b.max);
   const float scale_a = exp_nonpositive(a.max - max), scale_b = exp_nonpositive(b.max - max);
   return {max, a.denominator * scale_a + b.denominator * scale_b, a.sum * scale_a + b.sum * scale_b};
+}
+
+constexpr SoftmaxPartial kEmptyPartial{kClearedScore, 0.0f, 0.0f};
+
+// One more row of a running tail. The heavier side weighs 1, so that a row costs one exponential.
+DSV4_HOST_DEVICE SoftmaxPartial fold(const SoftmaxPartial& open, float kv, float score) {
+  const bool heavier = score > open.max;
+  const float lighter = exp_nonpositive(heavier ? open.max - score : score - open.max);
+  const float keep = heavier ? lighter : 1.0f, weight = heavier ? 1.0f : lighter;
+  return {heavier ? score : open.max, open.denominator * keep + weight, open.sum * keep + weight * kv};
 }
 
 DSV4_HOST_DEVICE float pooled(const SoftmaxPartial& partial) { return partial.sum / partial.denominator; }

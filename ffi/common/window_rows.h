@@ -11,6 +11,27 @@ DSV4_HOST_DEVICE float* tail_row(const Tail& tail, int64_t layer, int slot, int 
   return tail.data + (request * tail.geometry.rows() + row) * tail.width;
 }
 
+// A running tail's state of a request's open window: [3 (max, denominator, sum), width]. It means nothing until the
+// window's first token was folded in.
+DSV4_HOST_DEVICE float* running_state(const Tail& tail, int64_t layer, int slot) {
+  return tail.data + (layer * tail.slots + slot) * 3 * tail.width;
+}
+
+// The tokens that a step brings to a window of 128, for a running tail.
+struct WindowTokens {
+  bool resumes;  // whether earlier steps brought tokens too, so that the state counts
+  int index;     // of the first in the step
+  int position;  // of the first
+  int count;
+};
+
+// Those up to the token at `position`, which is token `index` of the step, of a request whose step begins at `start`.
+DSV4_HOST_DEVICE WindowTokens window_tokens(int start, int position, int index) {
+  const int window = position / kHcaRatio * kHcaRatio;
+  const int first = start > window ? start : window;
+  return {start > window, index - (position - first), first, position - first + 1};
+}
+
 // Rows that an entry pools: the window itself, and with overlap the window before it.
 DSV4_HOST_DEVICE int pooled_rows(const TailGeometry& geometry) {
   return geometry.overlaps() ? 2 * geometry.ratio : geometry.ratio;

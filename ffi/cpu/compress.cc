@@ -4,9 +4,7 @@
 #include <vector>
 
 #include "../common/kernels.h"
-#include "../common/pooling.h"
-#include "../common/window_rows.h"
-#include "rows.h"
+#include "running.h"
 
 namespace dsv4::cpu {
 namespace {
@@ -51,6 +49,31 @@ float pool_channel(const std::vector<float>& kv, const std::vector<float>& score
   return pooled(partials[0]);
 }
 
+// Pools the window that token `index` closes, from its rows.
+void pool_rows(const Compressor& compressor, int64_t layer, const Token& closing, int index, float* entry) {
+  const int width = compressor.tail.width, rows = pooled_rows(compressor.tail.geometry);
+  std::vector<float> kv(static_cast<size_t>(rows) * width), score(kv.size());
+  for (int i = 0; i < rows; ++i) {
+    const size_t first = static_cast<size_t>(i) * width;
+    read_row(compressor, layer, closing, index, i, &kv[first], &score[first]);
+  }
+  for (int channel = 0; channel < width; ++channel) entry[channel] = pool_channel(kv, score, rows, width, channel);
+}
+
+// The same from a running tail, which it leaves as it is.
+void pool_running(const Compressor& compressor, int64_t layer, const Token& closing, int index, float* entry) {
+  const int width = compressor.tail.width;
+  const WindowTokens tokens = window_tokens(closing.start, closing.position, index);
+  std::vector<float> state(3 * static_cast<size_t>(width));
+  if (tokens.resumes) {
+    std::copy_n(running_state(compressor.tail, layer, closing.slot), state.size(), state.data());
+  } else {
+    clear_state(state.data(), width);
+  }
+  fold_tokens(compressor.projections, tokens, width, state.data());
+  for (int channel = 0; channel < width; ++channel) entry[channel] = pooled(partial_of(state.data(), width, channel));
+}
+
 void normalize_row(float* x, int width, const float* weight, float eps) {
   float sums[kHeadDim / 4];
   for (int leaf = 0; leaf < width / 4; ++leaf) {
@@ -89,9 +112,8 @@ void hadamard_transform(float* x, int width) {
 void compress(const CompressParams& params) {
   const Compressor& compressor = params.compressor;
   const Tail& tail = compressor.tail;
-  const int width = tail.width, rows = pooled_rows(tail.geometry);
+  const int width = tail.width;
   const int64_t layer = *params.layer;
-  std::vector<float> kv(static_cast<size_t>(rows) * width), score(kv.size());
   for (int row = 0; row < params.closing; ++row) {
     float* entry = params.entries + static_cast<int64_t>(row) * width;
     const int index = params.plan.closing(tail.geometry.ratio)[row];
@@ -100,11 +122,7 @@ void compress(const CompressParams& params) {
       std::fill(entry, entry + width, 0.0f);
       continue;
     }
-    for (int i = 0; i < rows; ++i) {
-      const size_t first = static_cast<size_t>(i) * width;
-      read_row(compressor, layer, closing, index, i, &kv[first], &score[first]);
-    }
-    for (int channel = 0; channel < width; ++channel) entry[channel] = pool_channel(kv, score, rows, width, channel);
+    (tail.running ? pool_running : pool_rows)(compressor, layer, closing, index, entry);
     normalize_row(entry, width, compressor.norm_weight, compressor.eps);
     apply_rope(entry, width, compressor.cos + row * (kRopeDim / 2), compressor.sin + row * (kRopeDim / 2));
     if (compressor.hadamard) hadamard_transform(entry, width);

@@ -3,8 +3,7 @@
 #include <algorithm>
 
 #include "../common/kernels.h"
-#include "../common/window_rows.h"
-#include "rows.h"
+#include "running.h"
 
 namespace dsv4::cpu {
 namespace {
@@ -14,6 +13,28 @@ void clear_rows(const Tail& tail, int64_t layer, int slot, int row, int count) {
   float* score = tail_row(tail, layer, slot, 1, row);
   std::fill(kv, kv + static_cast<int64_t>(count) * tail.width, 0.0f);
   std::fill(score, score + static_cast<int64_t>(count) * tail.width, kClearedScore);
+}
+
+void clear_tail(const Tail& tail, int64_t layer, int slot) {
+  if (tail.running) {
+    clear_state(running_state(tail, layer, slot), tail.width);
+  } else {
+    clear_rows(tail, layer, slot, 0, tail.geometry.rows());
+  }
+}
+
+// The last tokens of each request, as far as their window stays open.
+void append_running(const AppendTailParams& params, int64_t layer) {
+  const Tail& tail = params.tail;
+  for (int index = 0; index < params.plan.requests; ++index) {
+    const Request request = request_at(params.plan, index, tail.slots);
+    if (!request.valid || request.next % kHcaRatio == 0) continue;
+    const int last = params.plan.query_start()[index + 1] - 1;
+    const WindowTokens tokens = window_tokens(request.start, request.next - 1, last);
+    float* state = running_state(tail, layer, request.slot);
+    if (!tokens.resumes) clear_state(state, tail.width);
+    fold_tokens(params.projections, tokens, tail.width, state);
+  }
 }
 
 }  // namespace
@@ -28,9 +49,7 @@ void begin_step(const BeginStepParams& params) {
       std::fill_n(params.window_positions + (layer * params.slots + slot) * params.ring, params.ring, -1);
     }
     for (const Tail& tail : params.tails) {
-      for (int64_t layer = 0; layer < tail.layers; ++layer) {
-        clear_rows(tail, layer, static_cast<int>(slot), 0, tail.geometry.rows());
-      }
+      for (int64_t layer = 0; layer < tail.layers; ++layer) clear_tail(tail, layer, static_cast<int>(slot));
     }
   }
   for (int change = 0; change < plan.table_changes(); ++change) {
@@ -67,6 +86,10 @@ void append_tail(const AppendTailParams& params) {
   const Projections& in = params.projections;
   const int64_t layer = *params.layer;
   if (layer < 0 || layer >= tail.layers) return;
+  if (tail.running) {
+    append_running(params, layer);
+    return;
+  }
   for (int index = 0; index < params.plan.tokens; ++index) {
     const Token token = token_at(params.plan, index, tail.slots);
     if (!token.valid) continue;
@@ -95,6 +118,10 @@ void rotate(const RotateParams& params) {
   for (int index = 0; index < params.plan.requests; ++index) {
     const Request request = request_at(params.plan, index, tail.slots);
     if (!request.valid || request.start / ratio == request.next / ratio) continue;
+    if (tail.running) {
+      if (request.next % ratio == 0) clear_tail(tail, layer, request.slot);
+      continue;
+    }
     for (int row = 0; row < tail.geometry.rows(); ++row) {
       if (!tail.geometry.row_in_use(row, request.next)) clear_rows(tail, layer, request.slot, row, 1);
     }

@@ -3,6 +3,7 @@
 #include "../common/kernels.h"
 #include "hca.cuh"
 #include "launch.cuh"
+#include "running.cuh"
 #include "window.cuh"
 
 namespace dsv4::cuda {
@@ -48,6 +49,22 @@ __global__ void __launch_bounds__(kHcaThreads) compress_hca_kernel(CompressParam
       [&](const float (&x)[4], int channel, float) { store_four(entry + channel, x); });
 }
 
+// HCA from a running tail: one block an entry.
+template <class T>
+__global__ void __launch_bounds__(kHeadDim / 4) compress_running_kernel(CompressParams params) {
+  __shared__ float scratch[2 * RowThreads<kHeadDim>::kWarps];
+  const RowThreads<kHeadDim> threads{static_cast<int>(threadIdx.x), 1, scratch};
+  const int64_t layer = *params.layer;
+  int index;
+  const Token closing = closing_token(params, blockIdx.x, &index);
+  float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (closing.valid && layer >= 0 && layer < params.compressor.tail.layers) {
+    running_entry<T, kRowsInFlight>(with_constants<kHeadDim, kHcaRatio>(params.compressor), layer, closing, index,
+                                    blockIdx.x, threads, x);
+  }
+  store_four(params.entries + static_cast<int64_t>(blockIdx.x) * kHeadDim + threads.channel(), x);
+}
+
 template <class T>
 __global__ void __launch_bounds__(kHeadDim / 4) normalize_kernel(NormalizeParams params) {
   __shared__ float scratch[2 * RowThreads<kHeadDim>::kWarps];
@@ -71,7 +88,9 @@ const char* compress(CUstream_st* stream, const CompressParams& params) {
   if (!tail.geometry.overlaps() && tail.width != kHeadDim) return "compress: an HCA tail has width 512";
   with_element(params.compressor.projections.element, [&](auto element) {
     using T = decltype(element);
-    if (!tail.geometry.overlaps()) {
+    if (tail.running) {
+      compress_running_kernel<T><<<closing, kHeadDim / 4, 0, stream>>>(params);
+    } else if (!tail.geometry.overlaps()) {
       compress_hca_kernel<T><<<closing, kHcaThreads, 0, stream>>>(params);
     } else if (tail.width == kHeadDim) {
       compress_csa_kernel<kHeadDim, T><<<closing, kHeadDim / 4, 0, stream>>>(params);

@@ -2,6 +2,7 @@
 
 #include "../common/kernels.h"
 #include "launch.cuh"
+#include "running.cuh"
 #include "window.cuh"
 
 namespace dsv4::cuda {
@@ -17,6 +18,15 @@ __device__ void fill_kv_and_score(const Tail& tail, int64_t layer, int slot, int
     reinterpret_cast<float4*>(kv)[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     reinterpret_cast<float4*>(score)[i] = make_float4(kClearedScore, kClearedScore, kClearedScore, kClearedScore);
   }
+}
+
+__device__ void clear_tail(const Tail& tail, int64_t layer, int slot, int64_t first, int64_t stride) {
+  if (!tail.running) {
+    fill_kv_and_score(tail, layer, slot, 0, static_cast<int64_t>(tail.geometry.rows()) * tail.width / 4, first, stride);
+    return;
+  }
+  float* state = running_state(tail, layer, slot);
+  for (int64_t i = first; i < tail.width / 4; i += stride) store_state(state + 4 * i, empty4());
 }
 
 // What a slot owns, item by item: its table row, then each layer of each pool. blockIdx.x is the item, blockIdx.y
@@ -36,10 +46,7 @@ __device__ void reset_item(const BeginStepParams& params, int slot, int64_t item
   }
   item -= params.window_layers;
   for (const Tail& tail : params.tails) {
-    if (item >= 0 && item < tail.layers) {
-      fill_kv_and_score(tail, item, slot, 0, static_cast<int64_t>(tail.geometry.rows()) * tail.width / 4, split,
-                        stride);
-    }
+    if (item >= 0 && item < tail.layers) clear_tail(tail, item, slot, split, stride);
     item -= tail.layers;
   }
 }
@@ -99,6 +106,17 @@ __global__ void append_tail_kernel(AppendTailParams params) {
   append_token<T>(tail, params.projections, layer, token, blockIdx.x, 4 * threadIdx.x);
 }
 
+// One block a request, four channels a thread.
+template <class T>
+__global__ void __launch_bounds__(kHeadDim / 4) append_running_kernel(AppendTailParams params) {
+  const Tail& tail = params.tail;
+  const int64_t layer = *params.layer;
+  const Request request = request_at(params.plan, blockIdx.x, tail.slots);
+  if (!request.valid || layer < 0 || layer >= tail.layers) return;
+  append_running<T, kRowsInFlight>(tail, params.projections, layer, request, params.plan.query_start()[blockIdx.x + 1],
+                                   4 * threadIdx.x);
+}
+
 // One block a request and tail row, four channels a thread.
 __global__ void rotate_kernel(RotateParams params) {
   const Tail& tail = params.tail;
@@ -106,7 +124,12 @@ __global__ void rotate_kernel(RotateParams params) {
   const Request request = request_at(params.plan, blockIdx.x, tail.slots);
   const int ratio = tail.geometry.ratio, row = blockIdx.y;
   if (!request.valid || request.start / ratio == request.next / ratio) return;
-  if (tail.geometry.row_in_use(row, request.next) || layer < 0 || layer >= tail.layers) return;
+  if (layer < 0 || layer >= tail.layers) return;
+  if (tail.running) {
+    if (request.next % ratio == 0) clear_tail(tail, layer, request.slot, threadIdx.x, blockDim.x);
+    return;
+  }
+  if (tail.geometry.row_in_use(row, request.next)) return;
   fill_kv_and_score(tail, layer, request.slot, row, tail.width / 4, threadIdx.x, blockDim.x);
 }
 
@@ -139,14 +162,19 @@ const char* append_window(CUstream_st* stream, const AppendWindowParams& params)
 const char* append_tail(CUstream_st* stream, const AppendTailParams& params) {
   if (params.plan.tokens == 0) return nullptr;
   with_element(params.projections.element, [&](auto element) {
-    append_tail_kernel<decltype(element)><<<params.plan.tokens, params.tail.width / 4, 0, stream>>>(params);
+    using T = decltype(element);
+    if (params.tail.running) {
+      if (params.plan.requests > 0) append_running_kernel<T><<<params.plan.requests, kHeadDim / 4, 0, stream>>>(params);
+      return;
+    }
+    append_tail_kernel<T><<<params.plan.tokens, params.tail.width / 4, 0, stream>>>(params);
   });
   return launch_error();
 }
 
 const char* rotate(CUstream_st* stream, const RotateParams& params) {
   if (params.plan.requests == 0) return nullptr;
-  const dim3 grid(params.plan.requests, params.tail.geometry.rows());
+  const dim3 grid(params.plan.requests, params.tail.running ? 1 : params.tail.geometry.rows());
   rotate_kernel<<<grid, params.tail.width / 4, 0, stream>>>(params);
   return launch_error();
 }

@@ -9,6 +9,7 @@
 #include "../common/kernels.h"
 #include "hca.cuh"
 #include "launch.cuh"
+#include "running.cuh"
 #include "window.cuh"
 
 namespace dsv4::cuda {
@@ -110,6 +111,19 @@ __device__ __forceinline__ void close_hca_window(const Compressor& compressor, c
       [&](const float (&x)[4], int channel, float row_amax) {
         store_entry<kHeadDim>(pool, layer, block, entry, x, channel, row_amax);
       });
+}
+
+// Closes the HCA window of token `index`, entry `row` of the step, from a running tail.
+template <class T, int kRowsAtOnce>
+__device__ __forceinline__ void close_running_window(const Compressor& compressor, const Pool& pool,
+                                                     const BlockTable& table, int64_t layer, const Token& closing,
+                                                     int index, int row, const RowThreads<kHeadDim>& threads) {
+  const int entry = closing.position / kHcaRatio;
+  const int block = block_of_entry(pool, table, closing.slot, entry);
+  float x[4];
+  running_entry<T, kRowsAtOnce>(compressor, layer, closing, index, row, threads, x);
+  const float row_amax = threads.max(amax_for<kHeadDim>(pool, x, threads.channel()));
+  store_entry<kHeadDim>(pool, layer, block, entry, x, threads.channel(), row_amax);
 }
 
 // One compressor's work on a request of a decode step. A thread reads and writes only its own channels of the tail. The
@@ -249,6 +263,32 @@ __global__ void __launch_bounds__(kHcaThreads) update_hca_kernel(UpdateParams pa
   }
 }
 
+// Decode, HCA with a running tail: four warps fold the request's tokens into its open window, one stores the window
+// row.
+template <class RowT, class T>
+__global__ void __launch_bounds__(kRowThreads + kWarp) update_running_kernel(UpdateParams params) {
+  __shared__ float scratch[2 * RowThreads<kHeadDim>::kWarps];
+  const int place = blockIdx.x, thread = threadIdx.x;
+  if (thread >= kRowThreads) {
+    append_window_rows<RowT>(params, place, thread % kWarp);
+    return;
+  }
+  const RowThreads<kHeadDim> threads{thread, 1, scratch};
+  const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
+  const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
+  const int64_t layer = *params.kind_layer;
+  const StepRequest request = step_request(params.window.plan, place, params.table.slots);
+  if (!request.valid || !has_layer(pool, layer)) return;
+  for (int index = request.first; index < request.end; ++index) {
+    const Token token = request.token(index);
+    if (token.position % kHcaRatio != kHcaRatio - 1) continue;
+    close_running_window<T, 1>(compressor, pool, params.table, layer, token, index, index, threads);
+    threads.sync();  // before the next window reuses the scratch
+  }
+  const Request whole{true, request.slot, request.start, request.token(request.end).position};
+  append_running<T, 1>(compressor.tail, compressor.projections, layer, whole, request.end, threads.channel());
+}
+
 // Decode, SWA: one warp a request.
 template <class RowT>
 __global__ void update_swa_kernel(UpdateParams params) {
@@ -295,6 +335,21 @@ __global__ void __cluster_dims__(kPrefillBlocks, 1, 1) __launch_bounds__(kHcaThr
                       closing, index, row, HcaThread<kPrefillBlocks>{});
 }
 
+// Prefill, HCA with a running tail: one block a closing window.
+template <class T>
+__global__ void __launch_bounds__(kRowThreads) close_running_kernel(UpdateParams params) {
+  __shared__ float scratch[2 * RowThreads<kHeadDim>::kWarps];
+  const int row = blockIdx.x;
+  const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
+  const int64_t layer = *params.kind_layer;
+  const int index = params.window.plan.closing(kHcaRatio)[row];
+  const Token closing = token_at(params.window.plan, index, params.table.slots);
+  if (!closing.valid || !has_layer(pool, layer)) return;
+  close_running_window<T, kRowsInFlight>(with_constants<kHeadDim, kHcaRatio>(params.entries.compressor), pool,
+                                         params.table, layer, closing, index, row,
+                                         {static_cast<int>(threadIdx.x), 1, scratch});
+}
+
 constexpr int kAppendTokens = 8;  // tokens of a block, a warp each for their window rows and indexer halves
 constexpr int kAppendThreads = kAppendTokens * kWarp;
 
@@ -320,6 +375,13 @@ __global__ void __launch_bounds__(kAppendThreads) append_last_tokens_kernel(Upda
   if (params.entries.compressor.tail.data == nullptr) return;
   const int64_t layer = *params.kind_layer;
   if (!has_layer(params.entries.pool, layer)) return;
+  const Compressor& main = params.entries.compressor;
+  if (main.tail.running) {
+    if (blockIdx.y == gridDim.y - 1 && threadIdx.x < kRowThreads) {
+      append_running<T, kRowsInFlight>(main.tail, main.projections, layer, request, end, 4 * threadIdx.x);
+    }
+    return;
+  }
   const auto append = [&](const Compressor& compressor, int back, int channel) {
     const Token token = token_back(back);
     const TailGeometry& geometry = compressor.tail.geometry;
@@ -332,7 +394,7 @@ __global__ void __launch_bounds__(kAppendThreads) append_last_tokens_kernel(Upda
   if (params.keys.compressor.tail.data != nullptr) append(params.keys.compressor, first + warp, 4 * lane);
   constexpr int kAtOnce = kAppendThreads / kRowThreads;
   for (int i = threadIdx.x / kRowThreads; i < kAppendTokens; i += kAtOnce) {
-    append(params.entries.compressor, first + i, 4 * (threadIdx.x % kRowThreads));
+    append(main, first + i, 4 * (threadIdx.x % kRowThreads));
   }
 }
 
@@ -344,6 +406,8 @@ void launch_decode(CUstream_st* stream, const UpdateParams& params) {
     update_swa_kernel<RowT><<<blocks_for(requests, kRowWarps), kRowWarps * kWarp, 0, stream>>>(params);
   } else if (tail.geometry.overlaps()) {
     update_csa_kernel<RowT, T><<<requests, kCsaThreads, 0, stream>>>(params);
+  } else if (tail.running) {
+    update_running_kernel<RowT, T><<<requests, kRowThreads + kWarp, 0, stream>>>(params);
   } else {
     update_hca_kernel<RowT, T><<<requests, kHcaThreads, 0, stream>>>(params);
   }
@@ -358,7 +422,8 @@ void launch_prefill(CUstream_st* stream, const UpdateParams& params) {
     const TailGeometry& geometry = tail.geometry;
     const unsigned closing = static_cast<unsigned>(closing_capacity(plan.tokens, plan.requests, geometry.ratio));
     if (closing > 0 && geometry.overlaps()) close_csa_kernel<T><<<closing, kRowThreads + kWarp, 0, stream>>>(params);
-    if (closing > 0 && !geometry.overlaps()) {
+    if (closing > 0 && tail.running) close_running_kernel<T><<<closing, kRowThreads, 0, stream>>>(params);
+    if (closing > 0 && !geometry.overlaps() && !tail.running) {
       close_hca_kernel<T><<<closing * kPrefillBlocks, kHcaThreads, 0, stream>>>(params);
     }
     rows = std::max(rows, geometry.rows());

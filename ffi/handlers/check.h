@@ -121,11 +121,17 @@ class Checker {
   Tail tail(const char* operand, const ffi::AnyBuffer& input, const ffi::AnyBuffer& output, int64_t ratio) {
     that(ratio == kCsaRatio || ratio == kHcaRatio, operand, "has a ratio other than 4 and 128");
     const TailGeometry geometry{static_cast<int>(ratio)};
-    const int64_t width = size(input, 4);
+    const bool running = ratio == kHcaRatio && input.dimensions().size() == 4;
+    const int64_t width = size(input, running ? 3 : 4);
     that(width == kHeadDim || width == kKeyDim, operand, "has a width other than 512 and 128");
-    floats(operand, input, {kAny, kAny, 2, geometry.rows(), kAny});
+    if (running) {
+      floats(operand, input, {kAny, kAny, 3, kHeadDim});
+    } else {
+      floats(operand, input, {kAny, kAny, 2, geometry.rows(), kAny});
+    }
     in_place(operand, input, output);
-    return {data<float>(input), size(input, 0), static_cast<int>(size(input, 1)), static_cast<int>(width), geometry};
+    return {data<float>(input),      size(input, 0), static_cast<int>(size(input, 1)),
+            static_cast<int>(width), geometry,       running};
   }
 
   Projections projections(const ffi::AnyBuffer& kv, const ffi::AnyBuffer& gate, const ffi::AnyBuffer& ape,

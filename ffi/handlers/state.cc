@@ -74,7 +74,7 @@ DSV4_HANDLERS(BeginStep, begin_step,
     .Arg<AnyBuffer>()  // window_positions [layers, slots, ring]
     .Arg<AnyBuffer>()  // csa_tail [csa_layers, slots, 2, 12, 512]
     .Arg<AnyBuffer>()  // key_tail [csa_layers, slots, 2, 12, 128]
-    .Arg<AnyBuffer>()  // hca_tail [hca_layers, slots, 2, 128, 512]
+    .Arg<AnyBuffer>()  // hca_tail [hca_layers, slots, 2, 128, 512] or [hca_layers, slots, 3, 512]
     .Arg<AnyBuffer>()  // plan
     .Ret<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>()  // the first five, in place
     .Attr<int64_t>("tokens").Attr<int64_t>("requests"));

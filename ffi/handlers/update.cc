@@ -130,7 +130,7 @@ DSV4_HANDLERS(UpdateHca, update_hca,
     .Arg<AnyBuffer>()  // window [layers, slots, page]
     .Arg<AnyBuffer>()  // positions [layers, slots, ring]
     .Arg<AnyBuffer>()  // entries [hca_layers, blocks, page]
-    .Arg<AnyBuffer>()  // tail [hca_layers, slots, 2, 128, 512]
+    .Arg<AnyBuffer>()  // tail [hca_layers, slots, 2, 128, 512] or [hca_layers, slots, 3, 512]
     DSV4_ROW_ARGS
     .Arg<AnyBuffer>()  // kind_layer
     .Arg<AnyBuffer>()  // block_table [slots, max_blocks]

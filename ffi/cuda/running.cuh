@@ -1,0 +1,98 @@
+// The running tail on the GPU: four channels of a window's state, and tokens folded into it one after the other.
+#pragma once
+
+#include "window.cuh"
+
+namespace dsv4::cuda {
+
+__device__ __forceinline__ Partial4 empty4() {
+  Partial4 empty;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    empty.max[i] = kEmptyPartial.max, empty.denominator[i] = kEmptyPartial.denominator,
+    empty.sum[i] = kEmptyPartial.sum;
+  }
+  return empty;
+}
+
+__device__ __forceinline__ Partial4 fold4(const Partial4& open, const float (&kv)[4], const float (&score)[4]) {
+  Partial4 folded;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const SoftmaxPartial one = fold({open.max[i], open.denominator[i], open.sum[i]}, kv[i], score[i]);
+    folded.max[i] = one.max, folded.denominator[i] = one.denominator, folded.sum[i] = one.sum;
+  }
+  return folded;
+}
+
+// `state` points at the first of the four channels.
+__device__ __forceinline__ Partial4 load_state(const float* state) {
+  Partial4 open;
+  load_four(state, open.max);
+  load_four(state + kHeadDim, open.denominator);
+  load_four(state + 2 * kHeadDim, open.sum);
+  return open;
+}
+
+__device__ __forceinline__ void store_state(float* state, const Partial4& open) {
+  store_four(state, open.max);
+  store_four(state + kHeadDim, open.denominator);
+  store_four(state + 2 * kHeadDim, open.sum);
+}
+
+constexpr int kRowsInFlight = 16;  // of many tokens; in decode, where one comes at a time, 1
+
+// The tokens of this step in a window, after what `state` holds of earlier ones.
+template <class T, int kRowsAtOnce>
+__device__ __forceinline__ Partial4 fold_tokens(const Projections& in, const float* state, const WindowTokens& tokens,
+                                                int channel) {
+  Partial4 open = tokens.resumes ? load_state(state) : empty4();
+  const int64_t first_token = static_cast<int64_t>(tokens.index) * kHeadDim + channel;
+  const float* ape = in.ape + tokens.position % kHcaRatio * kHeadDim + channel;
+#pragma unroll 1
+  for (int first = 0; first < tokens.count; first += kRowsAtOnce) {
+    float kv[kRowsAtOnce][4], score[kRowsAtOnce][4];
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      const int row = min(first + i, tokens.count - 1) * kHeadDim;
+      load_four(static_cast<const T*>(in.kv) + first_token + row, kv[i]);
+      load_four(static_cast<const T*>(in.gate) + first_token + row, score[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      if (first + i >= tokens.count) break;
+      float bias[4];
+      load_four(ape + (first + i) * kHeadDim, bias);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) score[i][c] += bias[c];
+      open = fold4(open, kv[i], score[i]);
+    }
+  }
+  return open;
+}
+
+// The HCA entry that token `index` closes, entry `row` of the step.
+template <class T, int kRowsAtOnce>
+__device__ __forceinline__ void running_entry(const Compressor& compressor, int64_t layer, const Token& closing,
+                                              int index, int row, const RowThreads<kHeadDim>& threads, float (&x)[4]) {
+  const int channel = threads.channel();
+  const int64_t angles = static_cast<int64_t>(row) * (kRopeDim / 2);
+  const Finish finish =
+      Finish::load<kHeadDim>(compressor.norm_weight, compressor.cos + angles, compressor.sin + angles, channel);
+  const WindowTokens tokens = window_tokens(closing.start, closing.position, index);
+  const float* state = running_state(compressor.tail, layer, closing.slot) + channel;
+  pooled4(fold_tokens<T, kRowsAtOnce>(compressor.projections, state, tokens, channel), x);
+  finish.apply<kHeadDim>(x, threads.sum(square_sum(x)), compressor.eps, channel);
+}
+
+// The tokens of a request's step whose window stays open; `end` is the step's token behind its last.
+template <class T, int kRowsAtOnce>
+__device__ __forceinline__ void append_running(const Tail& tail, const Projections& in, int64_t layer,
+                                               const Request& request, int end, int channel) {
+  if (request.next % kHcaRatio == 0) return;
+  float* state = running_state(tail, layer, request.slot) + channel;
+  store_state(state,
+              fold_tokens<T, kRowsAtOnce>(in, state, window_tokens(request.start, request.next - 1, end - 1), channel));
+}
+
+}  // namespace dsv4::cuda
