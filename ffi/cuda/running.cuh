@@ -40,33 +40,46 @@ __device__ __forceinline__ void store_state(float* state, const Partial4& open) 
   store_four(state + 2 * kHeadDim, open.sum);
 }
 
-constexpr int kRowsInFlight = 16;  // of many tokens; in decode, where one comes at a time, 1
+constexpr int kRowsInFlight = 8;  // of many tokens; in decode, where one comes at a time, 1
 
-// The tokens of this step in a window, after what `state` holds of earlier ones.
+// Four channels of consecutive tokens of a window; those behind the last repeat it.
+template <class T, int kRowsAtOnce>
+struct TokenRows {
+  float kv[kRowsAtOnce][4];
+  float gate[kRowsAtOnce][4];
+  float ape[kRowsAtOnce][4];
+
+  __device__ __forceinline__ void load(const Projections& in, const WindowTokens& tokens, int first, int channel) {
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      const int token = min(first + i, tokens.count - 1);
+      const int64_t projection = static_cast<int64_t>(tokens.index + token) * kHeadDim + channel;
+      load_four(static_cast<const T*>(in.kv) + projection, kv[i]);
+      load_four(static_cast<const T*>(in.gate) + projection, gate[i]);
+      load_four(in.ape + (tokens.position % kHcaRatio + token) * kHeadDim + channel, ape[i]);
+    }
+  }
+};
+
+// The tokens of this step in a window, after what `state` holds of earlier ones. The next rows are on their way while
+// these are folded.
 template <class T, int kRowsAtOnce>
 __device__ __forceinline__ Partial4 fold_tokens(const Projections& in, const float* state, const WindowTokens& tokens,
                                                 int channel) {
   Partial4 open = tokens.resumes ? load_state(state) : empty4();
-  const int64_t first_token = static_cast<int64_t>(tokens.index) * kHeadDim + channel;
-  const float* ape = in.ape + tokens.position % kHcaRatio * kHeadDim + channel;
+  TokenRows<T, kRowsAtOnce> rows, next;
+  rows.load(in, tokens, 0, channel);
 #pragma unroll 1
   for (int first = 0; first < tokens.count; first += kRowsAtOnce) {
-    float kv[kRowsAtOnce][4], score[kRowsAtOnce][4];
+    if (first + kRowsAtOnce < tokens.count) next.load(in, tokens, first + kRowsAtOnce, channel);
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
-      const int row = min(first + i, tokens.count - 1) * kHeadDim;
-      load_four(static_cast<const T*>(in.kv) + first_token + row, kv[i]);
-      load_four(static_cast<const T*>(in.gate) + first_token + row, score[i]);
-    }
+      float score[4];
 #pragma unroll
-    for (int i = 0; i < kRowsAtOnce; ++i) {
-      if (first + i >= tokens.count) break;
-      float bias[4];
-      load_four(ape + (first + i) * kHeadDim, bias);
-#pragma unroll
-      for (int c = 0; c < 4; ++c) score[i][c] += bias[c];
-      open = fold4(open, kv[i], score[i]);
+      for (int c = 0; c < 4; ++c) score[c] = rows.gate[i][c] + rows.ape[i][c];
+      if (first + i < tokens.count) open = fold4(open, rows.kv[i], score);
     }
+    rows = next;
   }
   return open;
 }
