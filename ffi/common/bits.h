@@ -89,12 +89,36 @@ DSV4_HOST_DEVICE uint8_t e4m3_from_float(float value) {
   return static_cast<uint8_t>(sign | ((bits >> 20) - ((127u - 7u) << 3)));
 }
 
+#if defined(__CUDACC__)
+// Two floats of the halves of a word, the first from the lower one.
+__device__ __forceinline__ void floats_from_halves(uint32_t halves, float& first, float& second) {
+  asm("{.reg .f16 lo, hi; mov.b32 {lo, hi}, %2; cvt.f32.f16 %0, lo; cvt.f32.f16 %1, hi;}"
+      : "=f"(first), "=f"(second)
+      : "r"(halves));
+}
+#endif
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+// Two E4M3 codes as halves, which hold every value of E4M3.
+__device__ __forceinline__ uint32_t halves_from_e4m3x2(uint16_t codes) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
+  return halves;
+}
+#endif
+
 DSV4_HOST_DEVICE float float_from_e4m3(uint8_t code) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  float value, unused;
+  floats_from_halves(halves_from_e4m3x2(code), value, unused);
+  return value;
+#else
   const uint32_t sign = static_cast<uint32_t>(code & 0x80u) << 24;
   const uint32_t size = code & 0x7Fu;
   if (size == 0x7Fu) return float_of(0x7FC00000u);
   if (size < 8u) return float_of(sign | bits_of(static_cast<float>(size) * 0.001953125f));
   return float_of(sign | ((size << 20) + ((127u - 7u) << 23)));
+#endif
 }
 
 // Four E4M3 codes in one word, first value in the lowest byte.

@@ -220,16 +220,27 @@ DSV4_HOST_DEVICE void store_row_scale(uint8_t* scales, float row_scale) {
   for (int i = 0; i < Codec::kPaddingScaleBytes; ++i) scales[L::kBlocks + i] = 0;
 }
 
+// A channel's scale as stored: what is loaded, apart from what is computed of it.
+struct StoredScale {
+  float row_scale;
+  uint8_t block_code;
+};
+
+template <class Codec>
+DSV4_HOST_DEVICE StoredScale load_stored_scale(const uint8_t* scales, int channel, float global_scale) {
+  using L = Layout<Codec>;
+  StoredScale stored{Codec::row_scale(0.0f, global_scale), 0};
+  if constexpr (Codec::kStoresRowScale) copy_words<4, 4>(&stored.row_scale, scales + L::kBlocks);
+  if constexpr (Codec::kBlock != 0) {
+    if (channel < Codec::kQuantized) stored.block_code = scales[channel / Codec::kBlock];
+  }
+  return stored;
+}
+
 template <class Codec>
 DSV4_HOST_DEVICE float load_scale(const uint8_t* scales, int channel, float global_scale) {
-  using L = Layout<Codec>;
-  float row_scale = Codec::row_scale(0.0f, global_scale);
-  if constexpr (Codec::kStoresRowScale) copy_words<4, 4>(&row_scale, scales + L::kBlocks);
-  uint8_t block_code = 0;
-  if constexpr (Codec::kBlock != 0) {
-    if (channel < Codec::kQuantized) block_code = scales[channel / Codec::kBlock];
-  }
-  return Codec::scale(block_code, row_scale);
+  const StoredScale stored = load_stored_scale<Codec>(scales, channel, global_scale);
+  return Codec::scale(stored.block_code, stored.row_scale);
 }
 
 template <class... Codecs>

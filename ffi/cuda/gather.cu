@@ -1,8 +1,8 @@
 // The gathers on the GPU: chosen entries, all entries, the window; dequantized to dense rows.
 //
 // Reading is all there is to do, so it is arranged for bytes in flight: a warp takes several rows at once, its lanes
-// look up where they lie, all lanes load all of them, eight channels a lane and load, and only then is anything
-// decoded. Writes are 16 bytes a lane, neighbouring lanes side by side.
+// look up where they lie, all lanes load all of them, and only then is anything decoded. Writes are 16 bytes a lane,
+// neighbouring lanes side by side.
 
 #include "../common/entries.h"
 #include "../common/kernels.h"
@@ -12,41 +12,44 @@
 namespace dsv4::cuda {
 namespace {
 
-constexpr int kGatherWarps = 4;
-constexpr int kLaneChannels = 8;
+constexpr int kGatherWarps = 8;
+constexpr int kEnoughWarps = 2048;  // warps come first: only where there are as many do they take several rows each
 
-// How many rows a warp has in flight: as many as about 64 bytes a lane allow.
+// The most rows that a warp has in flight.
 template <class Codec>
 constexpr int rows_in_flight() {
-  constexpr int kLaneBytes = Layout<Codec>::kDataBytes / kWarp;
-  return kLaneBytes >= 64 ? 2 : 4;
+  constexpr int kBytes = Layout<Codec>::kDataBytes;
+  return kBytes >= 2048 ? 2 : kBytes >= 256 ? 4 : 8;
 }
 
-// Where a row is stored and which position it stands for; null and -1 where there is none.
+// Where in its pool a row is stored, and which position it stands for; -1 where there is none. Offsets, because the
+// compiler no longer knows a pointer from another lane to be one to global memory.
 struct Source {
-  const uint8_t* data;
-  const uint8_t* scales;
+  int64_t data;
+  int64_t scales;
   int position;
 };
 
 template <class Codec>
-__device__ __forceinline__ Source source_of(uint8_t* page, int64_t rows, int row, int position) {
-  if (page == nullptr) return {nullptr, nullptr, -1};
-  const StoredRow stored = stored_row<Codec>(page, rows, row);
-  return {stored.data, stored.scales, position};
+__device__ __forceinline__ Source source_of(const Pool& pool, uint8_t* page, int row, int position) {
+  const StoredRow stored = stored_row<Codec>(page, pool.rows, row);
+  return {stored.data - pool.data, stored.scales - pool.data, position};
 }
 
+// Both kinds of sources count in 32 bits (more rows fit no GPU), and load side by side what does not depend on another:
+// their loads are the latency of a small gather.
 template <class Codec>
 struct EntrySources {
   GatherEntriesParams params;
 
-  __device__ __forceinline__ Source operator()(int64_t out) const {
-    const int64_t query = out / params.rows.count;
-    const int entry =
-        params.indices == nullptr ? static_cast<int>(out - query * params.rows.count) : params.indices[out];
-    if (entry < 0 || entry >= params.counts[query]) return {nullptr, nullptr, -1};
-    const EntryPlace place = place_of_entry(params.pool, params.table, *params.layer, params.slots[query], entry);
-    return source_of<Codec>(place.page, params.pool.rows, place.row, entry * params.ratio);
+  __device__ __forceinline__ Source operator()(unsigned out) const {
+    const unsigned count = static_cast<unsigned>(params.rows.count), query = out / count;
+    const int entry = params.indices == nullptr ? static_cast<int>(out - query * count) : params.indices[out];
+    const int slot = params.slots[query], visible = params.counts[query];
+    const EntryPlace place =
+        place_of_entry(params.pool, params.table, *params.layer, entry < visible ? slot : -1, entry);
+    if (place.page == nullptr) return {-1, -1, -1};
+    return source_of<Codec>(params.pool, place.page, place.row, entry * params.ratio);
   }
 };
 
@@ -54,133 +57,183 @@ template <class Codec>
 struct WindowSources {
   GatherWindowParams params;
 
-  __device__ __forceinline__ Source operator()(int64_t out) const {
-    const int64_t query = out / params.rows.count, row = out - query * params.rows.count;
-    const WindowPlace place = place_in_window(params.window, params.positions, *params.layer, params.slots[query],
-                                              params.last[query] - (params.rows.count - 1) + row);
-    return source_of<Codec>(place.page, params.window.rows, place.row, place.position);
+  __device__ __forceinline__ Source operator()(unsigned out) const {
+    const unsigned count = static_cast<unsigned>(params.rows.count), query = out / count;
+    const int64_t back = count - 1 - (out - query * count);
+    const WindowPlace place =
+        place_in_window(params.window, params.positions, *params.layer, params.slots[query], params.last[query] - back);
+    if (place.page == nullptr) return {-1, -1, -1};
+    return source_of<Codec>(params.window, place.page, place.row, place.position);
   }
 };
 
-__device__ __forceinline__ const uint8_t* from_lane(const uint8_t* pointer, int lane) {
-  return reinterpret_cast<const uint8_t*>(__shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(pointer), lane));
-}
-
-// Two floats of two E4M3 codes.
-__device__ __forceinline__ float2 floats_of_e4m3x2(uint16_t codes) {
+// Floats of neighbouring E4M3 codes.
+template <int kCodes>
+__device__ __forceinline__ void floats_of_e4m3(const uint32_t* codes, float (&x)[kCodes]) {
+#pragma unroll
+  for (int i = 0; i < kCodes; i += 2) {
+    const uint16_t two = static_cast<uint16_t>(codes[i / 4] >> (i % 4 * 8));
 #if __CUDA_ARCH__ >= 890
-  uint32_t halves;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
-  float2 values;
-  asm("{.reg .f16 lo, hi; mov.b32 {lo, hi}, %2; cvt.f32.f16 %0, lo; cvt.f32.f16 %1, hi;}"
-      : "=f"(values.x), "=f"(values.y)
-      : "r"(halves));
-  return values;
+    floats_from_halves(halves_from_e4m3x2(two), x[i], x[i + 1]);
 #else
-  return {float_from_e4m3(static_cast<uint8_t>(codes)), float_from_e4m3(static_cast<uint8_t>(codes >> 8))};
+    x[i] = float_from_e4m3(static_cast<uint8_t>(two)), x[i + 1] = float_from_e4m3(static_cast<uint8_t>(two >> 8));
 #endif
+  }
 }
 
-// What one lane loads of a row: eight consecutive channels, as stored, and their scale.
-template <class Codec, int kAlignment>
+// Floats of neighbouring E2M1 codes. The size of a code, moved to a half's lowest exponent bits and highest mantissa
+// bit, makes the value times 2^-14, exactly, whether or not the half is a normal number.
+template <int kCodes>
+__device__ __forceinline__ void floats_of_e2m1(uint32_t codes, float (&x)[kCodes]) {
+  constexpr int kPairs = kCodes / 2;
+  constexpr uint32_t kTwoToThe14 = 0x74007400u;
+  const uint32_t pairs = kCodes == 8 ? codes : __byte_perm(codes, 0u, 0x4140);  // codes i and i + kPairs 16 bits apart
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    const uint32_t pair = pairs >> (4 * i);
+    const uint32_t small = (pair << 12 & 0x80008000u) | (pair << 9 & 0x0E000E00u);
+    uint32_t halves;
+    asm("mul.f16x2 %0, %1, %2;" : "=r"(halves) : "r"(small), "r"(kTwoToThe14));
+    floats_from_halves(halves, x[i], x[i + kPairs]);
+  }
+}
+
+// The consecutive channels of one lane: 16 bytes of what is written.
+template <class T>
+constexpr int kLaneChannels = 16 / sizeof(T);
+
+template <class T>
+struct alignas(16) LaneChannels {
+  T x[kLaneChannels<T>];
+};
+
+__device__ __forceinline__ LaneChannels<float> lane_channels(const float (&x)[kLaneChannels<float>]) {
+  return {x[0], x[1], x[2], x[3]};
+}
+
+__device__ __forceinline__ LaneChannels<bfloat16> lane_channels(const float (&x)[kLaneChannels<bfloat16>]) {
+  LaneChannels<bfloat16> channels;
+#pragma unroll
+  for (int i = 0; i < kLaneChannels<bfloat16>; i += 2) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(x[i + 1]), "f"(x[i]));
+    memcpy(channels.x + i, &pair, sizeof pair);
+  }
+  return channels;
+}
+
+// What a lane loads of a row that becomes T, kept so that no load waits for another: codes apart from plain values,
+// because some lanes load the ones and some the others, which in the same registers would happen in turn; whole words,
+// because what is shifted into place is waited for; and nothing computed yet.
+template <class Codec, int kAlignment, class T>
 struct StoredChannels {
   using L = Layout<Codec>;
-  static constexpr int kPlainBytes = kLaneChannels * static_cast<int>(sizeof(typename Codec::Plain));
-  static constexpr int kCodeBytes = kLaneChannels * Codec::kCodeBits / 8;
-  static constexpr int kBytes = Codec::kQuantized == Codec::kWidth ? kCodeBytes : kPlainBytes;
+  using Plain = typename Codec::Plain;
+  static constexpr int kChannels = kLaneChannels<T>;
+  static constexpr int kPlainBytes = kChannels * static_cast<int>(sizeof(Plain));
+  static constexpr int kCodeBytes = kChannels * Codec::kCodeBits / 8;
 
-  alignas(16) uint8_t bytes[kBytes];
-  float scale;
+  alignas(16) uint32_t plain[kPlainBytes / 4];
+  alignas(8) uint32_t codes[(kCodeBytes + 3) / 4];
+  StoredScale scale;
 
-  __device__ __forceinline__ void load(const Source& from, int channel, float global_scale) {
-    if (channel >= Codec::kQuantized) {
-      if constexpr (Codec::kQuantized < Codec::kWidth) {
-        const int offset =
-            L::kCodeBytes + (channel - Codec::kQuantized) * static_cast<int>(sizeof(typename Codec::Plain));
-        copy_words<kPlainBytes, kAlignment>(bytes, from.data + offset);
+  __device__ __forceinline__ void load(const StoredRow& from, int channel, float global_scale) {
+    if constexpr (Codec::kQuantized > 0) {
+      if (channel < Codec::kQuantized) {
+        copy_words<kCodeBytes, kAlignment>(codes, from.data + channel * Codec::kCodeBits / 8);
       }
-    } else if constexpr (Codec::kQuantized > 0) {
-      copy_words<kCodeBytes, kAlignment>(bytes, from.data + channel * Codec::kCodeBits / 8);
-      scale = load_scale<Codec>(from.scales, channel, global_scale);
+      scale = load_stored_scale<Codec>(from.scales, channel, global_scale);
+    }
+    if constexpr (Codec::kQuantized < Codec::kWidth) {
+      if (channel >= Codec::kQuantized) {
+        const int offset = L::kCodeBytes + (channel - Codec::kQuantized) * static_cast<int>(sizeof(Plain));
+        copy_words<kPlainBytes, kAlignment>(plain, from.data + offset);
+      }
     }
   }
 
-  __device__ __forceinline__ void decode(int channel, float (&x)[kLaneChannels]) const {
-    if (channel >= Codec::kQuantized) {
-      if constexpr (Codec::kQuantized < Codec::kWidth) {
-        typename Codec::Plain plain[kLaneChannels];
-        memcpy(plain, bytes, sizeof plain);
-#pragma unroll
-        for (int i = 0; i < kLaneChannels; ++i) x[i] = to_float(plain[i]);
-      }
-    } else if constexpr (Codec::kCodeBits == 8) {
-      uint16_t codes[kLaneChannels / 2];
-      memcpy(codes, bytes, sizeof codes);
-#pragma unroll
-      for (int i = 0; i < kLaneChannels / 2; ++i) {
-        const float2 pair = floats_of_e4m3x2(codes[i]);
-        x[2 * i] = pair.x * scale, x[2 * i + 1] = pair.y * scale;
-      }
+  __device__ __forceinline__ LaneChannels<T> decoded(int channel) const {
+    if constexpr (Codec::kQuantized == 0) {
+      return decoded_plain();
     } else {
-      uint32_t codes;
-      memcpy(&codes, bytes, sizeof codes);
+      if (channel >= Codec::kQuantized) return decoded_plain();
+      return decoded_codes();
+    }
+  }
+
+  __device__ __forceinline__ LaneChannels<T> decoded_codes() const {
+    const float factor = Codec::scale(scale.block_code, scale.row_scale);
+    float x[kChannels];
+    if constexpr (Codec::kCodeBits == 8) {
+      floats_of_e4m3(codes, x);
+    } else {
+      floats_of_e2m1(codes[0], x);
+    }
 #pragma unroll
-      for (int i = 0; i < kLaneChannels; ++i) x[i] = float_from_e2m1((codes >> (4 * i)) & 15u) * scale;
+    for (int i = 0; i < kChannels; ++i) x[i] *= factor;
+    return lane_channels(x);
+  }
+
+  __device__ __forceinline__ LaneChannels<T> decoded_plain() const {
+    if constexpr (std::is_same_v<T, Plain>) {
+      LaneChannels<T> same;
+      memcpy(same.x, plain, sizeof same.x);
+      return same;
+    } else {
+      Plain stored[kChannels];
+      memcpy(stored, plain, sizeof stored);
+      float x[kChannels];
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) x[i] = to_float(stored[i]);
+      return lane_channels(x);
     }
   }
 };
 
-__device__ __forceinline__ void store_eight(float* to, const float (&x)[kLaneChannels]) {
-  reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);
-  reinterpret_cast<float4*>(to)[1] = make_float4(x[4], x[5], x[6], x[7]);
-}
-
-__device__ __forceinline__ void store_eight(bfloat16* to, const float (&x)[kLaneChannels]) {
-  uint32_t pairs[kLaneChannels / 2];
-#pragma unroll
-  for (int i = 0; i < kLaneChannels / 2; ++i) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pairs[i]) : "f"(x[2 * i + 1]), "f"(x[2 * i]));
-  }
-  *reinterpret_cast<uint4*>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-}
-
 template <class Codec, int kAlignment, class T, class Sources>
-__global__ void __launch_bounds__(kGatherWarps* kWarp) gather_kernel(Rows rows, float global_scale, Sources sources) {
-  constexpr int kRows = rows_in_flight<Codec>();
-  constexpr int kParts = (Codec::kWidth + kWarp * kLaneChannels - 1) / (kWarp * kLaneChannels);
+__global__ void __launch_bounds__(kGatherWarps* kWarp)
+    gather_kernel(uint8_t* pool, float global_scale, Rows rows, unsigned warp_rows, Sources sources) {
+  constexpr int kLanes = std::min(kWarp, Codec::kWidth / kLaneChannels<T>);  // of a row
+  constexpr int kParts = Codec::kWidth / kLaneChannels<T> / kLanes;
+  constexpr int kAbreast = kWarp / kLanes;
+  constexpr int kSteps = rows_in_flight<Codec>() / kAbreast;
   const int lane = threadIdx.x % kWarp;
-  const int64_t total = rows.queries * rows.count;
-  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kGatherWarps + threadIdx.x / kWarp) * kRows;
+  const unsigned total = static_cast<unsigned>(rows.queries * rows.count);
+  const unsigned first = (blockIdx.x * kGatherWarps + threadIdx.x / kWarp) * warp_rows;
+  if (first >= total) return;
+  const int here = static_cast<int>(min(warp_rows, total - first));
 
-  Source mine{nullptr, nullptr, -1};
-  if (lane < kRows && first + lane < total) {
+  Source mine{-1, -1, -1};
+  if (lane < here) {
     mine = sources(first + lane);
     rows.positions[first + lane] = mine.position;
     rows.valid[first + lane] = mine.position >= 0;
   }
 
-  StoredChannels<Codec, kAlignment> loaded[kRows][kParts];
-  bool present[kRows];
+  const unsigned present = __ballot_sync(kAllLanes, mine.data >= 0);
+  StoredChannels<Codec, kAlignment, T> loaded[kSteps][kParts];
 #pragma unroll
-  for (int row = 0; row < kRows; ++row) {
-    const Source from{from_lane(mine.data, row), from_lane(mine.scales, row), 0};
-    present[row] = from.data != nullptr;
+  for (int step = 0; step < kSteps; ++step) {
+    const int row = step * kAbreast + lane / kLanes;
+    const int64_t data = __shfl_sync(kAllLanes, mine.data, row), scales = __shfl_sync(kAllLanes, mine.scales, row);
+    if ((present >> row & 1u) == 0u) continue;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const int channel = (part * kWarp + lane) * kLaneChannels;
-      if (present[row] && channel < Codec::kWidth) loaded[row][part].load(from, channel, global_scale);
+      const int channel = (part * kLanes + lane % kLanes) * kLaneChannels<T>;
+      loaded[step][part].load({pool + data, pool + scales}, channel, global_scale);
     }
   }
+  auto* to = static_cast<LaneChannels<T>*>(rows.values) + static_cast<int64_t>(first) * (kLanes * kParts);
 #pragma unroll
-  for (int row = 0; row < kRows; ++row) {
-    if (first + row >= total) return;
+  for (int step = 0; step < kSteps; ++step) {
+    const int row = step * kAbreast + lane / kLanes;
+    if (row >= here) return;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const int channel = (part * kWarp + lane) * kLaneChannels;
-      if (channel >= Codec::kWidth) continue;
-      float x[kLaneChannels] = {};
-      if (present[row]) loaded[row][part].decode(channel, x);
-      store_eight(static_cast<T*>(rows.values) + (first + row) * Codec::kWidth + channel, x);
+      const int place = part * kLanes + lane % kLanes;
+      LaneChannels<T> values{};
+      if (present >> row & 1u) values = loaded[step][part].decoded(place * kLaneChannels<T>);
+      to[row * (kLanes * kParts) + place] = values;
     }
   }
 }
@@ -192,9 +245,11 @@ const char* launch_gather(CUstream_st* stream, const Pool& pool, const Rows& row
   with_codec(pool, [&](auto codec, auto alignment) {
     using Codec = decltype(codec);
     with_element(rows.element, [&](auto element) {
+      const auto warp_rows =
+          static_cast<unsigned>(std::clamp<int64_t>(total / kEnoughWarps, 1, rows_in_flight<Codec>()));
       gather_kernel<Codec, decltype(alignment)::value, decltype(element)>
-          <<<blocks_for(total, kGatherWarps * rows_in_flight<Codec>()), kGatherWarps * kWarp, 0, stream>>>(
-              rows, pool.global_scale, Sources<Codec>{params});
+          <<<blocks_for(total, kGatherWarps * warp_rows), kGatherWarps * kWarp, 0, stream>>>(
+              pool.data, pool.global_scale, rows, warp_rows, Sources<Codec>{params});
     });
   });
   return launch_error();
