@@ -1,89 +1,57 @@
 // Prefill: the writes of one layer in a step with more tokens than requests.
 //
-// Two launches: one closes windows, the next stores the rows that survive.
+// One launch closes windows, and its blocks' last warps store the rows that survive, unless these are many: then they
+// are a launch of their own.
 
-#include "update.cuh"
+#include "prefill_csa.cuh"
+#include "prefill_hca.cuh"
 
 namespace dsv4::cuda {
 namespace {
 
-// Prefill, CSA: one block a closing window, four warps on the entry, one on the indexer key.
-template <class T>
-__global__ void __launch_bounds__(kRowThreads + kWarp) close_csa_kernel(UpdateParams params) {
-  __shared__ float scratch[2 * RowThreads<kHeadDim>::kWarps];
-  const int row = blockIdx.x, thread = threadIdx.x;
-  const Plan& plan = params.window.plan;
-  const int64_t layer = *params.kind_layer;
-  const int index = plan.closing(kCsaRatio)[row];
-  const Token closing = token_at(plan, index, params.table.slots);
-  if (!closing.valid || !has_layer(params.entries.pool, layer)) return;
-  constexpr int kRows = kBlockTokens / kCsaRatio;
-  if (thread < kRowThreads) {
-    close_csa_window<kHeadDim, T>(with_constants<kHeadDim, kCsaRatio>(params.entries.compressor),
-                                  with_rows<kRows>(params.entries.pool), params.table, layer, closing, index, row,
-                                  {thread, 1, scratch});
-  } else {
-    close_csa_window<kKeyDim, T>(with_constants<kKeyDim, kCsaRatio>(params.keys.compressor),
-                                 with_rows<kRows>(params.keys.pool), params.table, layer, closing, index, row,
-                                 {thread % kWarp, 0, nullptr});
-  }
+constexpr int kAppendWarps = 8;
+
+// Nothing closes, or more rows survive than the closing kernels' blocks can store in passing.
+template <class RowT, class T, int kRatio>
+__global__ void __launch_bounds__(kAppendWarps* kWarp) append_last_tokens_kernel(UpdateParams params, LastTokens last) {
+  append_last_tokens<RowT, T, kRatio>(params, last, blockIdx.x * kAppendWarps + threadIdx.x / kWarp,
+                                      gridDim.x * kAppendWarps, threadIdx.x % kWarp);
 }
 
-constexpr int kPrefillBlocks = 2;
-
-// Prefill, HCA: one cluster a closing window.
-template <class T>
-__global__ void __cluster_dims__(kPrefillBlocks, 1, 1) __launch_bounds__(kHcaThreads)
-    close_hca_kernel(UpdateParams params) {
-  const int row = blockIdx.x / kPrefillBlocks;
-  const Plan& plan = params.window.plan;
-  const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
-  const int64_t layer = *params.kind_layer;
-  const int index = plan.closing(kHcaRatio)[row];
-  const Token closing = token_at(plan, index, params.table.slots);
-  if (!closing.valid || !has_layer(pool, layer)) return;
-  close_hca_window<T>(with_constants<kHeadDim, kHcaRatio>(params.entries.compressor), pool, params.table, layer,
-                      closing, index, row, HcaThread<kPrefillBlocks>{});
+// As many blocks as the multiprocessors hold, or a multiple of it: runs differ by one window at most.
+unsigned run_blocks(int rows, int at_once) {
+  int device = 0, multiprocessors = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const int64_t slots = int64_t{multiprocessors} * at_once;
+  return static_cast<unsigned>(std::min<int64_t>(rows, slots * blocks_for(rows, slots * kLongestRun)));
 }
 
-constexpr int kAppendTokens = 8;  // tokens of a block, a warp each for their window rows and indexer halves
-constexpr int kAppendThreads = kAppendTokens * kWarp;
+constexpr int kInPassing = 4;  // tokens that a closing block stores at most
 
-// Prefill: the last tokens of each request, newest first; blockIdx.y walks back by eight.
-template <class RowT, class T>
-__global__ void __launch_bounds__(kAppendThreads) append_last_tokens_kernel(UpdateParams params) {
+template <class RowT, class T, int kRatio>
+void launch(CUstream_st* stream, const UpdateParams& params) {
   const Plan& plan = params.window.plan;
-  const Request request = request_at(plan, blockIdx.x, static_cast<int>(params.window.window.pages));
-  if (!request.valid) return;
-  const int end = plan.query_start()[blockIdx.x + 1], count = request.next - request.start;
-  const int first = blockIdx.y * kAppendTokens, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const auto token_back = [&](int back) {
-    return Token{back < count, request.slot, request.next - 1 - back, request.start, request.next};
-  };
+  const int rows = kRatio == 0 ? 0 : closing_capacity(plan.tokens, plan.requests, kRatio);
+  unsigned blocks = static_cast<unsigned>(rows * kHalves);
+  if constexpr (kRatio == kCsaRatio) blocks = run_blocks(rows, kRunBlocks<T>);
 
-  const int64_t window_layer = *params.window.layer;
-  const Token mine = token_back(first + warp);
-  if (mine.valid && first + warp < params.window.window.rows && has_layer(params.window.window, window_layer)) {
-    const int index = end - 1 - (first + warp);
-    store_window_row(params, window_layer, mine, index, load_window_row<RowT>(params, index, lane), lane);
+  const int kept = kRatio == 0 ? 0 : params.entries.compressor.tail.geometry.rows();
+  const LastTokens last{plan.requests, std::min(plan.tokens, std::max(params.window.window.rows, kept))};
+  const int64_t tokens = static_cast<int64_t>(last.requests) * last.per_request;
+  const bool in_passing = tokens <= static_cast<int64_t>(blocks) * kInPassing;
+  if (blocks > 0) {
+    const LastTokens passed = in_passing ? last : LastTokens{0, 0};
+    const auto close = [&](auto kernel, int threads, int shared_bytes) {
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+      kernel<<<blocks, threads, shared_bytes, stream>>>(params, rows, passed);
+    };
+    if constexpr (kRatio == kCsaRatio) close(prefill_csa_kernel<RowT, T>, kRunThreads, kRunBytes<T>);
+    if constexpr (kRatio == kHcaRatio) close(prefill_hca_kernel<RowT, T>, kHalfThreads, kHalfBytes<T>);
   }
-
-  if (params.entries.compressor.tail.data == nullptr) return;
-  const int64_t layer = *params.kind_layer;
-  if (!has_layer(params.entries.pool, layer)) return;
-  const auto append = [&](const Compressor& compressor, int back, int channel) {
-    const Token token = token_back(back);
-    const TailGeometry& geometry = compressor.tail.geometry;
-    if (!token.valid || !(geometry.overlap_survives(token.position, token.next) ||
-                          geometry.current_survives(token.position, token.next))) {
-      return;
-    }
-    append_token<T>(compressor.tail, compressor.projections, layer, token, end - 1 - back, channel);
-  };
-  if (params.keys.compressor.tail.data != nullptr) append(params.keys.compressor, first + warp, 4 * lane);
-  constexpr int kAtOnce = kAppendThreads / kRowThreads;
-  for (int i = threadIdx.x / kRowThreads; i < kAppendTokens; i += kAtOnce) {
-    append(params.entries.compressor, first + i, 4 * (threadIdx.x % kRowThreads));
+  if (!in_passing) {
+    append_last_tokens_kernel<RowT, T, kRatio>
+        <<<blocks_for(tokens, kAppendWarps), kAppendWarps * kWarp, 0, stream>>>(params, last);
   }
 }
 
@@ -91,21 +59,14 @@ __global__ void __launch_bounds__(kAppendThreads) append_last_tokens_kernel(Upda
 
 template <class RowT, class T>
 void launch_prefill(CUstream_st* stream, const UpdateParams& params) {
-  const Plan& plan = params.window.plan;
   const Tail& tail = params.entries.compressor.tail;
-  int rows = params.window.window.rows;
-  if (tail.data != nullptr) {
-    const TailGeometry& geometry = tail.geometry;
-    const unsigned closing = static_cast<unsigned>(closing_capacity(plan.tokens, plan.requests, geometry.ratio));
-    if (closing > 0 && geometry.overlaps()) close_csa_kernel<T><<<closing, kRowThreads + kWarp, 0, stream>>>(params);
-    if (closing > 0 && !geometry.overlaps()) {
-      close_hca_kernel<T><<<closing * kPrefillBlocks, kHcaThreads, 0, stream>>>(params);
-    }
-    rows = std::max(rows, geometry.rows());
+  if (tail.data == nullptr) {
+    launch<RowT, T, 0>(stream, params);
+  } else if (tail.geometry.overlaps()) {
+    launch<RowT, T, kCsaRatio>(stream, params);
+  } else {
+    launch<RowT, T, kHcaRatio>(stream, params);
   }
-  append_last_tokens_kernel<RowT, T>
-      <<<dim3(plan.requests, blocks_for(std::min(plan.tokens, rows), kAppendTokens)), kAppendThreads, 0, stream>>>(
-          params);
 }
 
 template void launch_prefill<float, float>(CUstream_st*, const UpdateParams&);

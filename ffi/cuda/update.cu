@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kCsaThreads) update_csa_kernel(UpdateParams pa
 // row.
 template <class RowT, class T>
 __global__ void __launch_bounds__(kHcaThreads) update_hca_kernel(UpdateParams params) {
-  const HcaThread<1> at;
+  const HcaThread at;
   const int place = blockIdx.x, channel = at.channel();
   const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
   const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);

@@ -49,11 +49,10 @@ __device__ __forceinline__ float amax_for(const Pool& pool, const float (&x)[4],
   return amax;
 }
 
-// Stores four channels of an entry in its block; nothing if there is none.
+// Stores four channels of an entry in its place; nothing if there is none.
 template <int W>
-__device__ __forceinline__ void store_entry(const Pool& pool, int64_t layer, int block, int entry, const float (&x)[4],
-                                            int channel, float row_amax) {
-  const EntryPlace place = place_in_block(pool, layer, block, entry);
+__device__ __forceinline__ void store_entry(const Pool& pool, const EntryPlace& place, const float (&x)[4], int channel,
+                                            float row_amax) {
   if (place.page == nullptr) return;
   visit_on_device(CodecsOf<W>{}, pool.codec, [&](auto codec) {
     using Codec = decltype(codec);
@@ -72,21 +71,22 @@ __device__ __forceinline__ void close_csa_window(const Compressor& compressor, c
   float x[4];
   csa_entry<W, T>(compressor, layer, closing, index, row, threads, x);
   const float row_amax = threads.max(amax_for<W>(pool, x, threads.channel()));
-  store_entry<W>(pool, layer, block, entry, x, threads.channel(), row_amax);
+  store_entry<W>(pool, place_in_block(pool, layer, block, entry), x, threads.channel(), row_amax);
 }
 
 // Closes the HCA window of token `index`, entry `row` of the step.
-template <class T, int kBlocks>
+template <class T>
 __device__ __forceinline__ void close_hca_window(const Compressor& compressor, const Pool& pool,
                                                  const BlockTable& table, int64_t layer, const Token& closing,
-                                                 int index, int row, const HcaThread<kBlocks>& at) {
+                                                 int index, int row, const HcaThread& at) {
   const int entry = closing.position / kHcaRatio;
-  const int block = at.split == 0 ? block_of_entry(pool, table, closing.slot, entry) : -1;
+  EntryPlace place{nullptr, 0};
+  if (at.split == 0) place = place_of_entry(pool, table, layer, closing.slot, entry);
   hca_entry<T>(
       compressor, layer, closing, index, row, at,
       [&](const float (&x)[4], int channel) { return amax_for<kHeadDim>(pool, x, channel); },
       [&](const float (&x)[4], int channel, float row_amax) {
-        store_entry<kHeadDim>(pool, layer, block, entry, x, channel, row_amax);
+        store_entry<kHeadDim>(pool, place, x, channel, row_amax);
       });
 }
 
