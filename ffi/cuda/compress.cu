@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(W / 4) compress_csa_kernel(CompressParams para
 // HCA: one block an entry.
 template <class T>
 __global__ void __launch_bounds__(kHcaThreads) compress_hca_kernel(CompressParams params) {
-  const HcaThread<1> at;
+  const HcaThread at;
   const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.compressor);
   const int row = blockIdx.x;
   float* entry = params.entries + static_cast<int64_t>(row) * kHeadDim;

@@ -1,12 +1,8 @@
-// An HCA entry on the GPU, by one thread block, or by a cluster of two that own half of the channels each: all 128 rows
-// of a channel are pooled in one block, so that two exchange no more than the row's sum of squares and its amax.
+// An HCA entry on the GPU, by one thread block.
 //
 // A thread owns four channels and pools neighbouring groups of rows; what the threads of a channel have merges pairwise
-// through shared memory, in the order of ffi/common/pooling.h. One block suits decode, where few windows close; two
-// read a prompt's windows with more multiprocessors.
+// through shared memory, in the order of ffi/common/pooling.h.
 #pragma once
-
-#include <cooperative_groups.h>
 
 #include "window.cuh"
 
@@ -14,53 +10,31 @@ namespace dsv4::cuda {
 
 constexpr int kHcaThreads = 512;
 
-// A thread's place among the kBlocks blocks that make an entry.
-template <int kBlocks>
+// A thread's place in the block that makes an entry.
 struct HcaThread {
-  static constexpr int kRowThreads = kHeadDim / 4 / kBlocks;
+  static constexpr int kRowThreads = kHeadDim / 4;
   static constexpr int kSplits = kHcaThreads / kRowThreads;
   static constexpr int kGroups = kHcaRatio / kGroupRows / kSplits;  // groups a thread pools
 
-  int rank = static_cast<int>(blockIdx.x) % kBlocks;
   int split = static_cast<int>(threadIdx.x) / kRowThreads;
   int thread = static_cast<int>(threadIdx.x) % kRowThreads;
 
   __device__ HcaThread() {}
-  __device__ __forceinline__ int channel() const { return (rank * kRowThreads + thread) * 4; }
-
-  __device__ __forceinline__ static void sync() {
-    if constexpr (kBlocks == 1) {
-      __syncthreads();
-    } else {
-      cooperative_groups::this_cluster().sync();
-    }
-  }
-
-  // What all warps of the row have put into `values`, in the order of their channels.
-  __device__ __forceinline__ static void read_row(float* values, float (&out)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (kBlocks == 1) {
-        out[i] = values[i];
-      } else {
-        out[i] = cooperative_groups::this_cluster().map_shared_rank(values, i / 2)[i % 2];
-      }
-    }
-  }
+  __device__ __forceinline__ int channel() const { return thread * 4; }
 };
 
-// Makes the entry that token `index` closes, entry `row` of the step. All threads of its blocks call it. Those of split
+// Makes the entry that token `index` closes, entry `row` of the step. All threads of the block call it. Those of split
 // 0 have `amax(x, channel)` asked, then `store(x, channel, row_amax)` called, each for its four channels.
-template <class T, int kBlocks, class Amax, class Store>
+template <class T, class Amax, class Store>
 __device__ __forceinline__ void hca_entry(const Compressor& compressor, int64_t layer, const Token& closing, int index,
-                                          int row, const HcaThread<kBlocks>& at, Amax&& amax, Store&& store) {
-  using At = HcaThread<kBlocks>;
+                                          int row, const HcaThread& at, Amax&& amax, Store&& store) {
+  using At = HcaThread;
   __shared__ Partial4 partials[At::kSplits][At::kRowThreads];
   __shared__ float sums[At::kRowThreads / kWarp], amaxes[At::kRowThreads / kWarp];
   const int channel = at.channel(), warp = at.thread / kWarp;
   const bool finishes = at.split == 0, leads = finishes && at.thread % kWarp == 0;
 
-  static_assert(At::kGroups == 2 || At::kGroups == 4, "merged as pairs, then pairs of pairs");
+  static_assert(At::kGroups == 4, "merged as pairs, then pairs of pairs");
   Partial4 partial, pair;
 #pragma unroll 1
   for (int group = 0; group < At::kGroups; ++group) {  // registers hold the rows of one group at a time
@@ -77,7 +51,7 @@ __device__ __forceinline__ void hca_entry(const Compressor& compressor, int64_t 
     if (at.split % (2 * step) == 0) partial = merge4(partial, partials[at.split + step][at.thread]);
   }
 
-  float x[4], of_row[4];
+  float x[4];
   Finish finish;
   if (finishes) {
     const int64_t angles = static_cast<int64_t>(row) * (kRopeDim / 2);
@@ -86,19 +60,17 @@ __device__ __forceinline__ void hca_entry(const Compressor& compressor, int64_t 
     const float sum = sum_over_lanes(square_sum(x));
     if (leads) sums[warp] = sum;
   }
-  At::sync();
+  __syncthreads();
   if (finishes) {
-    At::read_row(sums, of_row);
-    finish.apply<kHeadDim>(x, (of_row[0] + of_row[1]) + (of_row[2] + of_row[3]), compressor.eps, channel);
+    finish.apply<kHeadDim>(x, (sums[0] + sums[1]) + (sums[2] + sums[3]), compressor.eps, channel);
     const float of_warp = max_over_lanes<kWarp>(amax(x, channel));
     if (leads) amaxes[warp] = of_warp;
   }
-  At::sync();
+  __syncthreads();
   if (finishes) {
-    At::read_row(amaxes, of_row);
-    store(x, channel, max_ignoring_nan(max_ignoring_nan(of_row[0], of_row[1]), max_ignoring_nan(of_row[2], of_row[3])));
+    store(x, channel, max_ignoring_nan(max_ignoring_nan(amaxes[0], amaxes[1]), max_ignoring_nan(amaxes[2], amaxes[3])));
   }
-  At::sync();  // no block leaves, and none begins another window, before all have read its shared memory
+  __syncthreads();  // none begins another window before all have read the shared memory
 }
 
 }  // namespace dsv4::cuda

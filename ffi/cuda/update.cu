@@ -1,43 +1,15 @@
 // All writes of one layer and step.
 //
-// A step with as many requests as tokens (decode) is one launch: a thread block owns a request. It
-// closes the request's windows before it moves the tail on, so nothing is read after it was overwritten, and a tail row
-// that is no longer needed is simply never read again. A step with more tokens than requests (prefill) is two launches:
-// one closes windows, the next stores the rows that survive.
+// A step with as many requests as tokens (decode) is one launch: a thread block owns a request. It closes the request's
+// windows before it moves the tail on, so nothing is read after it was overwritten, and a tail row that is no longer
+// needed is simply never read again. A step with more tokens than requests is prefill.cu's.
 
-#include "../common/entries.h"
+#include "update.cuh"
+
 #include "../common/kernels.h"
-#include "hca.cuh"
-#include "launch.cuh"
-#include "running.cuh"
-#include "window.cuh"
 
 namespace dsv4::cuda {
 namespace {
-
-// Calls `visit(Codec{})` for the codec at that place of the list; every thread takes the same branch.
-template <class... Codecs, class Visitor>
-__device__ __forceinline__ void visit_on_device(CodecList<Codecs...>, int index, Visitor&& visit) {
-  int place = 0;
-  static_cast<void>(((place++ == index ? (visit(Codecs{}), true) : false) || ...));
-}
-
-template <int W>
-using CodecsOf = std::conditional_t<W == kHeadDim, HeadCodecs, KeyCodecs>;
-
-// Pages that need not be a multiple of 16 bytes are aligned to 4.
-template <class Codec>
-constexpr int kAlignmentOf =
-    (Layout<Codec>::kDataBytes + Layout<Codec>::kScaleBytes) % 16 == 0 || Codec::kPageMultiple % 16 == 0 ? 16 : 4;
-
-// The pool with its rows to a page as a constant.
-template <int kRows>
-__device__ __forceinline__ Pool with_rows(Pool pool) {
-  pool.rows = kRows;
-  return pool;
-}
-
-__device__ __forceinline__ bool has_layer(const Pool& pool, int64_t layer) { return layer >= 0 && layer < pool.layers; }
 
 // The tokens of request `index` of a decode step: first .. end - 1 of the flat step, from position `start`.
 struct StepRequest {
@@ -60,72 +32,6 @@ __device__ __forceinline__ StepRequest step_request(const Plan& plan, int index,
   const Request request = request_at(plan, index, slots);
   return {request.valid, slot, plan.query_start()[index], plan.query_start()[index + 1], request.start};
 }
-
-// The amax of those of four channels that a pool's codec quantizes, where it needs that of the row.
-template <int W>
-__device__ __forceinline__ float amax_for(const Pool& pool, const float (&x)[4], int channel) {
-  float amax = 0.0f;
-  visit_on_device(CodecsOf<W>{}, pool.codec, [&](auto codec) {
-    using Codec = decltype(codec);
-    if constexpr (Codec::kNeedsRowAmax) amax = quad_amax<Codec>(x, channel);
-  });
-  return amax;
-}
-
-// Stores four channels of an entry in its block; nothing if there is none.
-template <int W>
-__device__ __forceinline__ void store_entry(const Pool& pool, int64_t layer, int block, int entry, const float (&x)[4],
-                                            int channel, float row_amax) {
-  const EntryPlace place = place_in_block(pool, layer, block, entry);
-  if (place.page == nullptr) return;
-  visit_on_device(CodecsOf<W>{}, pool.codec, [&](auto codec) {
-    using Codec = decltype(codec);
-    store_part<Codec, kAlignmentOf<Codec>>(stored_row<Codec>(place.page, pool.rows, place.row), x, channel, row_amax,
-                                           pool.global_scale);
-  });
-}
-
-// Closes the CSA window of token `index`, entry `row` of the step.
-template <int W, class T>
-__device__ __forceinline__ void close_csa_window(const Compressor& compressor, const Pool& pool,
-                                                 const BlockTable& table, int64_t layer, const Token& closing,
-                                                 int index, int row, const RowThreads<W>& threads) {
-  const int entry = closing.position / kCsaRatio;
-  const int block = block_of_entry(pool, table, closing.slot, entry);
-  float x[4];
-  csa_entry<W, T>(compressor, layer, closing, index, row, threads, x);
-  const float row_amax = threads.max(amax_for<W>(pool, x, threads.channel()));
-  store_entry<W>(pool, layer, block, entry, x, threads.channel(), row_amax);
-}
-
-// Closes the HCA window of token `index`, entry `row` of the step.
-template <class T, int kBlocks>
-__device__ __forceinline__ void close_hca_window(const Compressor& compressor, const Pool& pool,
-                                                 const BlockTable& table, int64_t layer, const Token& closing,
-                                                 int index, int row, const HcaThread<kBlocks>& at) {
-  const int entry = closing.position / kHcaRatio;
-  const int block = at.split == 0 ? block_of_entry(pool, table, closing.slot, entry) : -1;
-  hca_entry<T>(
-      compressor, layer, closing, index, row, at,
-      [&](const float (&x)[4], int channel) { return amax_for<kHeadDim>(pool, x, channel); },
-      [&](const float (&x)[4], int channel, float row_amax) {
-        store_entry<kHeadDim>(pool, layer, block, entry, x, channel, row_amax);
-      });
-}
-
-// Closes the HCA window of token `index`, entry `row` of the step, from a running tail.
-template <class T, int kRowsAtOnce>
-__device__ __forceinline__ void close_running_window(const Compressor& compressor, const Pool& pool,
-                                                     const BlockTable& table, int64_t layer, const Token& closing,
-                                                     int index, int row, const RowThreads<kHeadDim>& threads) {
-  const int entry = closing.position / kHcaRatio;
-  const int block = block_of_entry(pool, table, closing.slot, entry);
-  float x[4];
-  running_entry<T, kRowsAtOnce>(compressor, layer, closing, index, row, threads, x);
-  const float row_amax = threads.max(amax_for<kHeadDim>(pool, x, threads.channel()));
-  store_entry<kHeadDim>(pool, layer, block, entry, x, threads.channel(), row_amax);
-}
-
 // One compressor's work on a request of a decode step. A thread reads and writes only its own channels of the tail. The
 // loads that need nothing of the plan, those of the request's only token, come first.
 template <int W, class T>
@@ -150,51 +56,6 @@ __device__ __forceinline__ void compress_request(const UpdateParams& params, con
     store_halves(tail, in, layer, request.token(index), halves, threads.channel());
   }
 }
-
-template <class RowT>
-__device__ __forceinline__ WarpRow<kHeadDim> load_window_row(const UpdateParams& params, int index, int lane) {
-  WarpRow<kHeadDim> row;
-  const RowT* rows = static_cast<const RowT*>(params.window.rows) + static_cast<int64_t>(index) * kHeadDim;
-#pragma unroll
-  for (int q = 0; q < row.kQuads; ++q) load_four(rows + channel_of(q, lane), row.x[q]);
-  return row;
-}
-
-// One warp stores the window row of a token, normalizing and rotating it first where it comes raw.
-__device__ __forceinline__ void store_window_row(const UpdateParams& params, int64_t layer, const Token& token,
-                                                 int index, WarpRow<kHeadDim> row, int lane) {
-  const Pool& window = params.window.window;
-  if (params.norm.weight != nullptr) {
-    float sums[row.kQuads];
-#pragma unroll
-    for (int q = 0; q < row.kQuads; ++q) sums[q] = sum_over_lanes(square_sum(row.x[q]));
-    const float inverse = inverse_rms((sums[0] + sums[1]) + (sums[2] + sums[3]), kHeadDim, params.norm.eps);
-    const int64_t angles = static_cast<int64_t>(index) * (kRopeDim / 2);
-#pragma unroll
-    for (int q = 0; q < row.kQuads; ++q) {
-      float weight[4];
-      load_four(params.norm.weight + channel_of(q, lane), weight);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) row.x[q][i] = row.x[q][i] * inverse * weight[i];
-      const int pair = (channel_of(q, lane) - (kHeadDim - kRopeDim)) / 2;
-      if (channel_of(q, lane) >= kHeadDim - kRopeDim) {
-        rotate_pairs(row.x[q], params.norm.cos + angles, params.norm.sin + angles, pair);
-      }
-    }
-  }
-  const int64_t page = layer * window.pages + token.slot;
-  const int ring_row = token.position % window.rows;
-  visit_on_device(HeadCodecs{}, window.codec, [&](auto codec) {
-    using Codec = decltype(codec);
-    if constexpr (!std::is_base_of_v<Nvfp4Static<kHeadDim>, Codec>) {  // not a window format
-      store_row<Codec, kAlignmentOf<Codec>>(
-          stored_row<Codec>(window.data + page * window.page_bytes, window.rows, ring_row), row, lane,
-          window.global_scale);
-    }
-  });
-  if (lane == 0) params.window.positions[page * window.rows + ring_row] = token.position;
-}
-
 // The window rows of request `place` of a decode step, by one warp.
 template <class RowT>
 __device__ __forceinline__ void append_window_rows(const UpdateParams& params, int place, int lane) {
@@ -208,8 +69,6 @@ __device__ __forceinline__ void append_window_rows(const UpdateParams& params, i
     store_window_row(params, layer, request.token(index), index, row, lane);
   }
 }
-
-constexpr int kRowThreads = kHeadDim / 4;
 constexpr int kCsaThreads = kRowThreads + 2 * kWarp;
 
 // Decode, CSA: four warps on the entry, one on the indexer key, one on the window row.
@@ -230,7 +89,7 @@ __global__ void __launch_bounds__(kCsaThreads) update_csa_kernel(UpdateParams pa
 // row.
 template <class RowT, class T>
 __global__ void __launch_bounds__(kHcaThreads) update_hca_kernel(UpdateParams params) {
-  const HcaThread<1> at;
+  const HcaThread at;
   const int place = blockIdx.x, channel = at.channel();
   const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
   const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
@@ -296,108 +155,6 @@ __global__ void update_swa_kernel(UpdateParams params) {
   if (place < params.window.plan.requests) append_window_rows<RowT>(params, place, threadIdx.x % kWarp);
 }
 
-// Prefill, CSA: one block a closing window, four warps on the entry, one on the indexer key.
-template <class T>
-__global__ void __launch_bounds__(kRowThreads + kWarp) close_csa_kernel(UpdateParams params) {
-  __shared__ float scratch[2 * RowThreads<kHeadDim>::kWarps];
-  const int row = blockIdx.x, thread = threadIdx.x;
-  const Plan& plan = params.window.plan;
-  const int64_t layer = *params.kind_layer;
-  const int index = plan.closing(kCsaRatio)[row];
-  const Token closing = token_at(plan, index, params.table.slots);
-  if (!closing.valid || !has_layer(params.entries.pool, layer)) return;
-  constexpr int kRows = kBlockTokens / kCsaRatio;
-  if (thread < kRowThreads) {
-    close_csa_window<kHeadDim, T>(with_constants<kHeadDim, kCsaRatio>(params.entries.compressor),
-                                  with_rows<kRows>(params.entries.pool), params.table, layer, closing, index, row,
-                                  {thread, 1, scratch});
-  } else {
-    close_csa_window<kKeyDim, T>(with_constants<kKeyDim, kCsaRatio>(params.keys.compressor),
-                                 with_rows<kRows>(params.keys.pool), params.table, layer, closing, index, row,
-                                 {thread % kWarp, 0, nullptr});
-  }
-}
-
-constexpr int kPrefillBlocks = 2;
-
-// Prefill, HCA: one cluster a closing window.
-template <class T>
-__global__ void __cluster_dims__(kPrefillBlocks, 1, 1) __launch_bounds__(kHcaThreads)
-    close_hca_kernel(UpdateParams params) {
-  const int row = blockIdx.x / kPrefillBlocks;
-  const Plan& plan = params.window.plan;
-  const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
-  const int64_t layer = *params.kind_layer;
-  const int index = plan.closing(kHcaRatio)[row];
-  const Token closing = token_at(plan, index, params.table.slots);
-  if (!closing.valid || !has_layer(pool, layer)) return;
-  close_hca_window<T>(with_constants<kHeadDim, kHcaRatio>(params.entries.compressor), pool, params.table, layer,
-                      closing, index, row, HcaThread<kPrefillBlocks>{});
-}
-
-// Prefill, HCA with a running tail: one block a closing window.
-template <class T>
-__global__ void __launch_bounds__(kRowThreads) close_running_kernel(UpdateParams params) {
-  __shared__ float scratch[2 * RowThreads<kHeadDim>::kWarps];
-  const int row = blockIdx.x;
-  const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
-  const int64_t layer = *params.kind_layer;
-  const int index = params.window.plan.closing(kHcaRatio)[row];
-  const Token closing = token_at(params.window.plan, index, params.table.slots);
-  if (!closing.valid || !has_layer(pool, layer)) return;
-  close_running_window<T, kRowsInFlight>(with_constants<kHeadDim, kHcaRatio>(params.entries.compressor), pool,
-                                         params.table, layer, closing, index, row,
-                                         {static_cast<int>(threadIdx.x), 1, scratch});
-}
-
-constexpr int kAppendTokens = 8;  // tokens of a block, a warp each for their window rows and indexer halves
-constexpr int kAppendThreads = kAppendTokens * kWarp;
-
-// Prefill: the last tokens of each request, newest first; blockIdx.y walks back by eight.
-template <class RowT, class T>
-__global__ void __launch_bounds__(kAppendThreads) append_last_tokens_kernel(UpdateParams params) {
-  const Plan& plan = params.window.plan;
-  const Request request = request_at(plan, blockIdx.x, static_cast<int>(params.window.window.pages));
-  if (!request.valid) return;
-  const int end = plan.query_start()[blockIdx.x + 1], count = request.next - request.start;
-  const int first = blockIdx.y * kAppendTokens, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const auto token_back = [&](int back) {
-    return Token{back < count, request.slot, request.next - 1 - back, request.start, request.next};
-  };
-
-  const int64_t window_layer = *params.window.layer;
-  const Token mine = token_back(first + warp);
-  if (mine.valid && first + warp < params.window.window.rows && has_layer(params.window.window, window_layer)) {
-    const int index = end - 1 - (first + warp);
-    store_window_row(params, window_layer, mine, index, load_window_row<RowT>(params, index, lane), lane);
-  }
-
-  if (params.entries.compressor.tail.data == nullptr) return;
-  const int64_t layer = *params.kind_layer;
-  if (!has_layer(params.entries.pool, layer)) return;
-  const Compressor& main = params.entries.compressor;
-  if (main.tail.running) {
-    if (blockIdx.y == gridDim.y - 1 && threadIdx.x < kRowThreads) {
-      append_running<T, kRowsInFlight>(main.tail, main.projections, layer, request, end, 4 * threadIdx.x);
-    }
-    return;
-  }
-  const auto append = [&](const Compressor& compressor, int back, int channel) {
-    const Token token = token_back(back);
-    const TailGeometry& geometry = compressor.tail.geometry;
-    if (!token.valid || !(geometry.overlap_survives(token.position, token.next) ||
-                          geometry.current_survives(token.position, token.next))) {
-      return;
-    }
-    append_token<T>(compressor.tail, compressor.projections, layer, token, end - 1 - back, channel);
-  };
-  if (params.keys.compressor.tail.data != nullptr) append(params.keys.compressor, first + warp, 4 * lane);
-  constexpr int kAtOnce = kAppendThreads / kRowThreads;
-  for (int i = threadIdx.x / kRowThreads; i < kAppendTokens; i += kAtOnce) {
-    append(main, first + i, 4 * (threadIdx.x % kRowThreads));
-  }
-}
-
 template <class RowT, class T>
 void launch_decode(CUstream_st* stream, const UpdateParams& params) {
   const unsigned requests = static_cast<unsigned>(params.window.plan.requests);
@@ -411,26 +168,6 @@ void launch_decode(CUstream_st* stream, const UpdateParams& params) {
   } else {
     update_hca_kernel<RowT, T><<<requests, kHcaThreads, 0, stream>>>(params);
   }
-}
-
-template <class RowT, class T>
-void launch_prefill(CUstream_st* stream, const UpdateParams& params) {
-  const Plan& plan = params.window.plan;
-  const Tail& tail = params.entries.compressor.tail;
-  int rows = params.window.window.rows;
-  if (tail.data != nullptr) {
-    const TailGeometry& geometry = tail.geometry;
-    const unsigned closing = static_cast<unsigned>(closing_capacity(plan.tokens, plan.requests, geometry.ratio));
-    if (closing > 0 && geometry.overlaps()) close_csa_kernel<T><<<closing, kRowThreads + kWarp, 0, stream>>>(params);
-    if (closing > 0 && tail.running) close_running_kernel<T><<<closing, kRowThreads, 0, stream>>>(params);
-    if (closing > 0 && !geometry.overlaps() && !tail.running) {
-      close_hca_kernel<T><<<closing * kPrefillBlocks, kHcaThreads, 0, stream>>>(params);
-    }
-    rows = std::max(rows, geometry.rows());
-  }
-  append_last_tokens_kernel<RowT, T>
-      <<<dim3(plan.requests, blocks_for(std::min(plan.tokens, rows), kAppendTokens)), kAppendThreads, 0, stream>>>(
-          params);
 }
 
 }  // namespace

@@ -83,6 +83,20 @@ __device__ __forceinline__ Partial4 merge4(const Partial4& a, const Partial4& b)
   return merged;
 }
 
+// Pools eight rows of four channels.
+__device__ __forceinline__ Partial4 pool_group4(const float (&kv)[kGroupRows][4], const float (&score)[kGroupRows][4]) {
+  Partial4 partial;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    float kv_of[kGroupRows], score_of[kGroupRows];
+#pragma unroll
+    for (int i = 0; i < kGroupRows; ++i) kv_of[i] = kv[i][c], score_of[i] = score[i][c];
+    const SoftmaxPartial one = pool_group(kv_of, score_of);
+    partial.max[c] = one.max, partial.denominator[c] = one.denominator, partial.sum[c] = one.sum;
+  }
+  return partial;
+}
+
 // Rows 8 group .. 8 group + 7 of the window that token `index` closes, pooled. The same rows as window_row's, at
 // addresses that differ by constants, and loaded without branches between, so that all of a group's loads are in flight
 // together.
@@ -145,16 +159,7 @@ __device__ __forceinline__ Partial4 pool_rows(const Tail& tail, const Projection
       for (int c = 0; c < 4; ++c) kv[i][c] = 0.0f, score[i][c] = kClearedScore;
     }
   }
-  Partial4 partial;
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    float kv_of[kGroupRows], score_of[kGroupRows];
-#pragma unroll
-    for (int i = 0; i < kGroupRows; ++i) kv_of[i] = kv[i][c], score_of[i] = score[i][c];
-    const SoftmaxPartial one = pool_group(kv_of, score_of);
-    partial.max[c] = one.max, partial.denominator[c] = one.denominator, partial.sum[c] = one.sum;
-  }
-  return partial;
+  return pool_group4(kv, score);
 }
 
 __device__ __forceinline__ void hadamard_transform(float (&x)[4], int lane) {
@@ -185,12 +190,16 @@ struct Finish {
                                                 int channel) {
     Finish finish{{}, {1.0f, 1.0f}, {0.0f, 0.0f}};
     load_four(norm_weight + channel, finish.weight);
-    if (channel >= W - kRopeDim) {
-      const int pair = (channel - (W - kRopeDim)) / 2;
-      finish.cos[0] = cos[pair], finish.cos[1] = cos[pair + 1];
-      finish.sin[0] = sin[pair], finish.sin[1] = sin[pair + 1];
-    }
+    finish.load_angles<W>(cos, sin, channel);
     return finish;
+  }
+
+  template <int W>
+  __device__ __forceinline__ void load_angles(const float* cos_row, const float* sin_row, int channel) {
+    if (channel < W - kRopeDim) return;
+    const int pair = (channel - (W - kRopeDim)) / 2;
+    cos[0] = cos_row[pair], cos[1] = cos_row[pair + 1];
+    sin[0] = sin_row[pair], sin[1] = sin_row[pair + 1];
   }
 
   // RMSNorm and RoPE, the row's sum of squares being known.
@@ -208,6 +217,17 @@ __device__ __forceinline__ void pooled4(const Partial4& partial, float (&x)[4]) 
   for (int i = 0; i < 4; ++i) x[i] = pooled({partial.max[i], partial.denominator[i], partial.sum[i]});
 }
 
+// A CSA entry from its pooled rows.
+template <int W>
+__device__ __forceinline__ void finish_csa_entry(const Compressor& compressor, const Finish& finish,
+                                                 const Partial4& partial, const RowThreads<W>& threads, float (&x)[4]) {
+  pooled4(partial, x);
+  finish.apply<W>(x, threads.sum(square_sum(x)), compressor.eps, threads.channel());
+  if constexpr (W == kKeyDim) {
+    if (compressor.hadamard) hadamard_transform(x, threads.thread);
+  }
+}
+
 // The CSA entry that token `index` closes, entry `row` of the step.
 template <int W, class T>
 __device__ __forceinline__ void csa_entry(const Compressor& compressor, int64_t layer, const Token& closing, int index,
@@ -215,13 +235,9 @@ __device__ __forceinline__ void csa_entry(const Compressor& compressor, int64_t 
   const int64_t angles = static_cast<int64_t>(row) * (kRopeDim / 2);
   const Finish finish =
       Finish::load<W>(compressor.norm_weight, compressor.cos + angles, compressor.sin + angles, threads.channel());
-  pooled4(
-      pool_rows<W, kCsaRatio, T>(compressor.tail, compressor.projections, layer, closing, index, 0, threads.channel()),
-      x);
-  finish.apply<W>(x, threads.sum(square_sum(x)), compressor.eps, threads.channel());
-  if constexpr (W == kKeyDim) {
-    if (compressor.hadamard) hadamard_transform(x, threads.thread);
-  }
+  const Partial4 partial =
+      pool_rows<W, kCsaRatio, T>(compressor.tail, compressor.projections, layer, closing, index, 0, threads.channel());
+  finish_csa_entry(compressor, finish, partial, threads, x);
 }
 
 // Four channels of what a token brings to a compressor: overlap half and current half, kv and gate.

@@ -1,0 +1,139 @@
+// What the kernels of prefill share: looking up closing windows, and storing the rows that survive a step.
+//
+// Nothing orders the two, so a request's tail is moved on by one of them: by the blocks that close its first windows,
+// if these pool rows of the tail, else by whoever stores the surviving rows.
+#pragma once
+
+#include "landing.cuh"
+#include "update.cuh"
+
+namespace dsv4::cuda {
+
+// Whether one of the windows that a request closes in a step pools rows of the tail.
+template <int kRatio>
+__device__ __forceinline__ bool closes_from_tail(int start, int next) {
+  return start / kRatio != next / kRatio && (kRatio == kCsaRatio ? start > 0 : start % kRatio != 0);
+}
+
+// Whether this step brought all rows that the window closed by `closing` pools.
+template <int kRatio>
+__device__ __forceinline__ bool all_in_step(const Token& closing) {
+  constexpr int kRows = kRatio == kCsaRatio ? 2 * kRatio : kRatio;
+  return closing.position - (kRows - 1) >= closing.start;
+}
+
+// Moves four channels of a request's tail on, kAtOnce tokens' loads in flight together; of kThreads threads each takes
+// every kThreads-th token. `closing` is token `index`.
+template <int kRatio, int kThreads, int kAtOnce, class T>
+__device__ __forceinline__ void move_tail_on(const Compressor& compressor, int64_t layer, const Token& closing,
+                                             int index, int thread, int channel) {
+  const int open = closing.next - closing.next % kRatio;
+  const int first = max(closing.start, kRatio == kCsaRatio ? open - kRatio : open);
+  for (int position = first + thread; position < closing.next; position += kAtOnce * kThreads) {
+    TokenHalves halves[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = min(position + i * kThreads, closing.next - 1);
+      halves[i] = load_halves<T>(compressor.tail, compressor.projections, index + at - closing.position, channel);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = position + i * kThreads;
+      if (at >= closing.next) continue;
+      const Token token{true, closing.slot, at, closing.start, closing.next};
+      store_halves(compressor.tail, compressor.projections, layer, token, halves[i], channel);
+    }
+  }
+}
+
+// The tokens whose rows may survive: the last `per_request` of each request.
+struct LastTokens {
+  int requests;
+  int per_request;
+};
+
+// One warp stores what survives of the token `back` before a request's last.
+template <class RowT, class T, int kRatio>
+__device__ __forceinline__ void append_last_token(const UpdateParams& params, int place, int back, int lane) {
+  const Plan& plan = params.window.plan;
+  if (back >= *plan.longest()) return;
+  const Request request = request_at(plan, place, static_cast<int>(params.window.window.pages));
+  if (!request.valid || back >= request.next - request.start) return;
+  const int index = plan.query_start()[place + 1] - 1 - back;
+  const Token token{true, request.slot, request.next - 1 - back, request.start, request.next};
+  const int64_t window_layer = *params.window.layer;
+  if (back < params.window.window.rows && has_layer(params.window.window, window_layer)) {
+    store_window_row(params, window_layer, token, index, load_window_row<RowT>(params, index, lane), lane);
+  }
+  if constexpr (kRatio != 0) {
+    const TailGeometry geometry{kRatio};
+    const int64_t layer = *params.kind_layer;
+    if (!has_layer(params.entries.pool, layer) || closes_from_tail<kRatio>(request.start, request.next)) return;
+    if (!geometry.overlap_survives(token.position, token.next) &&
+        !geometry.current_survives(token.position, token.next)) {
+      return;
+    }
+    const Compressor compressor = with_constants<kHeadDim, kRatio>(params.entries.compressor);
+    TokenHalves halves[WarpRow<kHeadDim>::kQuads];
+#pragma unroll
+    for (int q = 0; q < WarpRow<kHeadDim>::kQuads; ++q) {
+      halves[q] = load_halves<T>(compressor.tail, compressor.projections, index, channel_of(q, lane));
+    }
+#pragma unroll
+    for (int q = 0; q < WarpRow<kHeadDim>::kQuads; ++q) {
+      store_halves(compressor.tail, compressor.projections, layer, token, halves[q], channel_of(q, lane));
+    }
+    if constexpr (kRatio == kCsaRatio) {
+      const Compressor keys = with_constants<kKeyDim, kRatio>(params.keys.compressor);
+      append_token<T>(keys.tail, keys.projections, layer, token, index, channel_of(0, lane));
+    }
+  }
+}
+
+// The part of warp `warp` of `warps` in storing all that survives.
+template <class RowT, class T, int kRatio>
+__device__ __forceinline__ void append_last_tokens(const UpdateParams& params, const LastTokens& last, int warp,
+                                                   int warps, int lane) {
+  for (int item = warp; item < last.requests * last.per_request; item += warps) {
+    append_last_token<RowT, T, kRatio>(params, item / last.per_request, item % last.per_request, lane);
+  }
+}
+
+// A closing window, looked up by one thread of a warp that pools nothing, while rows are already on their way.
+struct ClosingWindow {
+  enum Kind { kNone, kStep, kTail } kind;  // kStep: this step brought all its rows
+  int index;
+  int row;              // of the entry in its page
+  uint8_t* entry_page;  // null where there is none
+  uint8_t* key_page;
+  Token closing;
+};
+
+template <int kRatio>
+__device__ __forceinline__ ClosingWindow look_up(const UpdateParams& params, int row) {
+  const int index = params.window.plan.closing(kRatio)[row];
+  const int64_t layer = *params.kind_layer;
+  const Token closing = token_at(params.window.plan, index, params.table.slots);
+  const Pool entries = with_rows<kBlockTokens / kRatio>(params.entries.pool);
+  const int entry = closing.position / kRatio;
+  const int block = block_of_entry(entries, params.table, closing.slot, entry);
+  const bool in_step = all_in_step<kRatio>(closing);
+  ClosingWindow window{ClosingWindow::kNone, index, entry % entries.rows, nullptr, nullptr, closing};
+  if (!closing.valid || !has_layer(entries, layer)) return window;
+  window.kind = in_step ? ClosingWindow::kStep : ClosingWindow::kTail;
+  window.entry_page = place_in_block(entries, layer, block, entry).page;
+  if (kRatio == kCsaRatio) {
+    window.key_page = place_in_block(with_rows<kBlockTokens / kRatio>(params.keys.pool), layer, block, entry).page;
+  }
+  return window;
+}
+
+// The barrier behind which windows are looked up: one warp arrives, the others wait for it.
+constexpr int kLookUpBarrier = 1;
+
+__device__ __forceinline__ void arrive(int barrier, int threads) {
+  __syncwarp();
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+}  // namespace dsv4::cuda

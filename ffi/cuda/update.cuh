@@ -1,0 +1,151 @@
+// What the kernels of an update share, decode's and prefill's: closing a window, storing a window row.
+#pragma once
+
+#include "../common/entries.h"
+#include "hca.cuh"
+#include "launch.cuh"
+#include "running.cuh"
+#include "window.cuh"
+
+namespace dsv4::cuda {
+
+// A step with more tokens than requests, see prefill.cu.
+template <class RowT, class T>
+void launch_prefill(CUstream_st* stream, const UpdateParams& params);
+
+constexpr int kRowThreads = kHeadDim / 4;
+
+// Calls `visit(Codec{})` for the codec at that place of the list; every thread takes the same branch.
+template <class... Codecs, class Visitor>
+__device__ __forceinline__ void visit_on_device(CodecList<Codecs...>, int index, Visitor&& visit) {
+  int place = 0;
+  static_cast<void>(((place++ == index ? (visit(Codecs{}), true) : false) || ...));
+}
+
+template <int W>
+using CodecsOf = std::conditional_t<W == kHeadDim, HeadCodecs, KeyCodecs>;
+
+// Pages that need not be a multiple of 16 bytes are aligned to 4.
+template <class Codec>
+constexpr int kAlignmentOf =
+    (Layout<Codec>::kDataBytes + Layout<Codec>::kScaleBytes) % 16 == 0 || Codec::kPageMultiple % 16 == 0 ? 16 : 4;
+
+// The pool with its rows to a page as a constant.
+template <int kRows>
+__device__ __forceinline__ Pool with_rows(Pool pool) {
+  pool.rows = kRows;
+  return pool;
+}
+
+__device__ __forceinline__ bool has_layer(const Pool& pool, int64_t layer) { return layer >= 0 && layer < pool.layers; }
+
+// The amax of those of four channels that a pool's codec quantizes, where it needs that of the row.
+template <int W>
+__device__ __forceinline__ float amax_for(const Pool& pool, const float (&x)[4], int channel) {
+  float amax = 0.0f;
+  visit_on_device(CodecsOf<W>{}, pool.codec, [&](auto codec) {
+    using Codec = decltype(codec);
+    if constexpr (Codec::kNeedsRowAmax) amax = quad_amax<Codec>(x, channel);
+  });
+  return amax;
+}
+
+// Stores four channels of an entry in its place; nothing if there is none.
+template <int W>
+__device__ __forceinline__ void store_entry(const Pool& pool, const EntryPlace& place, const float (&x)[4], int channel,
+                                            float row_amax) {
+  if (place.page == nullptr) return;
+  visit_on_device(CodecsOf<W>{}, pool.codec, [&](auto codec) {
+    using Codec = decltype(codec);
+    store_part<Codec, kAlignmentOf<Codec>>(stored_row<Codec>(place.page, pool.rows, place.row), x, channel, row_amax,
+                                           pool.global_scale);
+  });
+}
+
+// Closes the CSA window of token `index`, entry `row` of the step.
+template <int W, class T>
+__device__ __forceinline__ void close_csa_window(const Compressor& compressor, const Pool& pool,
+                                                 const BlockTable& table, int64_t layer, const Token& closing,
+                                                 int index, int row, const RowThreads<W>& threads) {
+  const int entry = closing.position / kCsaRatio;
+  const int block = block_of_entry(pool, table, closing.slot, entry);
+  float x[4];
+  csa_entry<W, T>(compressor, layer, closing, index, row, threads, x);
+  const float row_amax = threads.max(amax_for<W>(pool, x, threads.channel()));
+  store_entry<W>(pool, place_in_block(pool, layer, block, entry), x, threads.channel(), row_amax);
+}
+
+// Closes the HCA window of token `index`, entry `row` of the step.
+template <class T>
+__device__ __forceinline__ void close_hca_window(const Compressor& compressor, const Pool& pool,
+                                                 const BlockTable& table, int64_t layer, const Token& closing,
+                                                 int index, int row, const HcaThread& at) {
+  const int entry = closing.position / kHcaRatio;
+  EntryPlace place{nullptr, 0};
+  if (at.split == 0) place = place_of_entry(pool, table, layer, closing.slot, entry);
+  hca_entry<T>(
+      compressor, layer, closing, index, row, at,
+      [&](const float (&x)[4], int channel) { return amax_for<kHeadDim>(pool, x, channel); },
+      [&](const float (&x)[4], int channel, float row_amax) {
+        store_entry<kHeadDim>(pool, place, x, channel, row_amax);
+      });
+}
+
+// Closes the HCA window of token `index`, entry `row` of the step, from a running tail.
+template <class T, int kRowsAtOnce>
+__device__ __forceinline__ void close_running_window(const Compressor& compressor, const Pool& pool,
+                                                     const BlockTable& table, int64_t layer, const Token& closing,
+                                                     int index, int row, const RowThreads<kHeadDim>& threads) {
+  const int entry = closing.position / kHcaRatio;
+  const EntryPlace place = place_of_entry(pool, table, layer, closing.slot, entry);
+  float x[4];
+  running_entry<T, kRowsAtOnce>(compressor, layer, closing, index, row, threads, x);
+  const float row_amax = threads.max(amax_for<kHeadDim>(pool, x, threads.channel()));
+  store_entry<kHeadDim>(pool, place, x, threads.channel(), row_amax);
+}
+
+template <class RowT>
+__device__ __forceinline__ WarpRow<kHeadDim> load_window_row(const UpdateParams& params, int index, int lane) {
+  WarpRow<kHeadDim> row;
+  const RowT* rows = static_cast<const RowT*>(params.window.rows) + static_cast<int64_t>(index) * kHeadDim;
+#pragma unroll
+  for (int q = 0; q < row.kQuads; ++q) load_four(rows + channel_of(q, lane), row.x[q]);
+  return row;
+}
+
+// One warp stores the window row of a token, normalizing and rotating it first where it comes raw.
+__device__ __forceinline__ void store_window_row(const UpdateParams& params, int64_t layer, const Token& token,
+                                                 int index, WarpRow<kHeadDim> row, int lane) {
+  const Pool& window = params.window.window;
+  if (params.norm.weight != nullptr) {
+    float sums[row.kQuads];
+#pragma unroll
+    for (int q = 0; q < row.kQuads; ++q) sums[q] = sum_over_lanes(square_sum(row.x[q]));
+    const float inverse = inverse_rms((sums[0] + sums[1]) + (sums[2] + sums[3]), kHeadDim, params.norm.eps);
+    const int64_t angles = static_cast<int64_t>(index) * (kRopeDim / 2);
+#pragma unroll
+    for (int q = 0; q < row.kQuads; ++q) {
+      float weight[4];
+      load_four(params.norm.weight + channel_of(q, lane), weight);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) row.x[q][i] = row.x[q][i] * inverse * weight[i];
+      const int pair = (channel_of(q, lane) - (kHeadDim - kRopeDim)) / 2;
+      if (channel_of(q, lane) >= kHeadDim - kRopeDim) {
+        rotate_pairs(row.x[q], params.norm.cos + angles, params.norm.sin + angles, pair);
+      }
+    }
+  }
+  const int64_t page = layer * window.pages + token.slot;
+  const int ring_row = token.position % window.rows;
+  visit_on_device(HeadCodecs{}, window.codec, [&](auto codec) {
+    using Codec = decltype(codec);
+    if constexpr (!std::is_base_of_v<Nvfp4Static<kHeadDim>, Codec>) {  // not a window format
+      store_row<Codec, kAlignmentOf<Codec>>(
+          stored_row<Codec>(window.data + page * window.page_bytes, window.rows, ring_row), row, lane,
+          window.global_scale);
+    }
+  });
+  if (lane == 0) params.window.positions[page * window.rows + ring_row] = token.position;
+}
+
+}  // namespace dsv4::cuda
