@@ -40,6 +40,15 @@ DSV4_HOST_DEVICE float max_ignoring_nan(float largest, float value) {
 #endif
 }
 
+// The smaller value, likewise.
+DSV4_HOST_DEVICE float min_ignoring_nan(float smallest, float value) {
+#if defined(__CUDA_ARCH__)
+  return fminf(smallest, value);
+#else
+  return value < smallest ? value : smallest;
+#endif
+}
+
 DSV4_HOST_DEVICE float magnitude(float value) { return float_of(bits_of(value) & 0x7FFFFFFFu); }
 
 DSV4_HOST_DEVICE float clamp(float value, float low, float high) {
@@ -121,26 +130,24 @@ DSV4_HOST_DEVICE float float_from_e4m3(uint8_t code) {
 #endif
 }
 
-// Four E4M3 codes in one word, first value in the lowest byte.
-DSV4_HOST_DEVICE uint32_t e4m3x4_from_float(float a, float b, float c, float d) {
+// Two E4M3 codes, first value in the lower byte.
+DSV4_HOST_DEVICE uint16_t e4m3x2_from_float(float a, float b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-  uint16_t low, high;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
-  return static_cast<uint32_t>(low) | (static_cast<uint32_t>(high) << 16);
+  uint16_t codes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(b), "f"(a));
+  return codes;
 #else
-  return static_cast<uint32_t>(e4m3_from_float(a)) | (static_cast<uint32_t>(e4m3_from_float(b)) << 8) |
-         (static_cast<uint32_t>(e4m3_from_float(c)) << 16) | (static_cast<uint32_t>(e4m3_from_float(d)) << 24);
+  return static_cast<uint16_t>(e4m3_from_float(a) | (e4m3_from_float(b) << 8));
 #endif
 }
 
 // E2M1: 0, .5, 1, 1.5, 2, 3, 4, 6 and a sign. Ties go to the even code, sizes above 6 saturate, NaN becomes +6.
 DSV4_HOST_DEVICE uint32_t e2m1_from_float(float value) {
-  const float size = magnitude(value);
-  if (size != size) return 7u;
-  const uint32_t code = (size > 0.25f) + (size >= 0.75f) + (size > 1.25f) + (size >= 1.75f) + (size > 2.5f) +
-                        (size >= 3.5f) + (size > 5.0f);
-  return code | ((bits_of(value) >> 28) & 8u);
+  const float size = min_ignoring_nan(kE2m1Max, magnitude(value));
+  // Adding `shift`, whose unit in the last place is the distance of the codes around `size`, rounds to one of them.
+  const uint32_t shift = (bits_of(max_ignoring_nan(1.0f, size)) & 0x7F800000u) + (22u << 23);
+  const uint32_t code = bits_of(size + float_of(shift)) - shift + (shift >> 22) - 298u;
+  return value != value ? code : code | ((bits_of(value) >> 28) & 8u);
 }
 
 DSV4_HOST_DEVICE float float_from_e2m1(uint32_t code) {
@@ -157,5 +164,9 @@ DSV4_HOST_DEVICE uint8_t ceil_exponent(float value) {
 }
 
 DSV4_HOST_DEVICE float power_of_two(uint8_t exponent) { return float_of(static_cast<uint32_t>(exponent) << 23); }
+
+// 1 / value for a power of two from 2^-126 to 2^126. A product with it and a quotient by `value` are the same number,
+// rounded once.
+DSV4_HOST_DEVICE float inverse_power_of_two(float value) { return float_of((254u << 23) - bits_of(value)); }
 
 }  // namespace dsv4

@@ -29,6 +29,7 @@ struct CodecBase {
   DSV4_HOST_DEVICE static float row_scale(float /*row_amax*/, float /*global_scale*/) { return 1.0f; }
   DSV4_HOST_DEVICE static uint8_t block_code(float /*block_amax*/, float /*row_scale*/) { return 0; }
   DSV4_HOST_DEVICE static float scale(uint8_t /*block_code*/, float row_scale) { return row_scale; }
+  DSV4_HOST_DEVICE static float in_units(float x, float scale) { return x / scale; }
 };
 
 template <int W>
@@ -68,6 +69,7 @@ struct Fp8DsMla : CodecBase<W> {
     return ceil_exponent(max_ignoring_nan(1e-4f, block_amax) / kE4m3Max);
   }
   DSV4_HOST_DEVICE static float scale(uint8_t block_code, float /*row_scale*/) { return power_of_two(block_code); }
+  DSV4_HOST_DEVICE static float in_units(float x, float scale) { return x * inverse_power_of_two(scale); }
 };
 
 // E4M3 codes with one power-of-two fp32 scale per row (indexer keys).
@@ -81,6 +83,7 @@ struct Fp8Pow2 : CodecBase<W> {
   DSV4_HOST_DEVICE static float row_scale(float row_amax, float /*global_scale*/) {
     return power_of_two(ceil_exponent(max_ignoring_nan(1e-4f, row_amax) / kE4m3Max));
   }
+  DSV4_HOST_DEVICE static float in_units(float x, float scale) { return x * inverse_power_of_two(scale); }
 };
 
 // NVFP4 with a constant global scale: E2M1 codes, an E4M3 scale per 16.
@@ -93,7 +96,8 @@ struct Nvfp4Static : CodecBase<W> {
 
   DSV4_HOST_DEVICE static float row_scale(float /*row_amax*/, float global_scale) { return global_scale; }
   DSV4_HOST_DEVICE static uint8_t block_code(float block_amax, float row_scale) {
-    return e4m3_from_float(clamp(block_amax / kE2m1Max / row_scale, 0.001953125f, kE4m3Max));
+    const float scale = clamp(block_amax / kE2m1Max / row_scale, 0.001953125f, kE4m3Max);
+    return static_cast<uint8_t>(e4m3x2_from_float(scale, 0.0f));
   }
   DSV4_HOST_DEVICE static float scale(uint8_t block_code, float row_scale) {
     return float_from_e4m3(block_code) * row_scale;
@@ -126,6 +130,7 @@ struct Mxfp4 : CodecBase<W> {
     return ceil_exponent(max_ignoring_nan(kFloor, block_amax) / kE2m1Max);
   }
   DSV4_HOST_DEVICE static float scale(uint8_t block_code, float /*row_scale*/) { return power_of_two(block_code); }
+  DSV4_HOST_DEVICE static float in_units(float x, float scale) { return x * inverse_power_of_two(scale); }
 };
 
 // Sizes and offsets that follow from a codec's constants.
@@ -162,9 +167,10 @@ DSV4_HOST_DEVICE void copy_words(void* to, const void* from) {
 #if defined(__CUDA_ARCH__)
   constexpr int kWord = kBytes < kAlignment ? kBytes : kAlignment;
   static_assert(kBytes % kWord == 0, "a whole number of words");
-  using Word =
-      std::conditional_t<kWord == 16, uint4,
-                         std::conditional_t<kWord == 8, uint2, std::conditional_t<kWord == 4, uint32_t, uint16_t>>>;
+  using Word = std::conditional_t<
+      kWord == 16, uint4,
+      std::conditional_t<kWord == 8, uint2,
+                         std::conditional_t<kWord == 4, uint32_t, std::conditional_t<kWord == 2, uint16_t, uint8_t>>>>;
 #pragma unroll
   for (int i = 0; i < kBytes / kWord; ++i) static_cast<Word*>(to)[i] = static_cast<const Word*>(from)[i];
 #else
@@ -172,22 +178,26 @@ DSV4_HOST_DEVICE void copy_words(void* to, const void* from) {
 #endif
 }
 
-// Codes four consecutive channels, `scale` being that of their block. `data` is aligned to kAlignment bytes.
-template <class Codec, int kAlignment>
-DSV4_HOST_DEVICE void store_channels(uint8_t* data, int channel, const float (&x)[4], float scale) {
-  if (channel >= Codec::kQuantized) {
+// Codes N (2 or 4) consecutive channels, `scale` being that of their block. `data` is aligned to kAlignment bytes.
+template <class Codec, int kAlignment, int N>
+DSV4_HOST_DEVICE void store_channels(uint8_t* data, int channel, const float (&x)[N], float scale) {
+  if (Codec::kQuantized == 0 || channel >= Codec::kQuantized) {
     using Plain = typename Codec::Plain;
-    alignas(16) Plain four[4];
-    for (int i = 0; i < 4; ++i) four[i] = from_float<Plain>(x[i]);
+    alignas(16) Plain plain[N];
+    for (int i = 0; i < N; ++i) plain[i] = from_float<Plain>(x[i]);
     const int offset = Layout<Codec>::kCodeBytes + (channel - Codec::kQuantized) * static_cast<int>(sizeof(Plain));
-    copy_words<sizeof four, kAlignment>(data + offset, four);
+    copy_words<sizeof plain, kAlignment>(data + offset, plain);
   } else if constexpr (Codec::kCodeBits == 8) {
-    const uint32_t codes = e4m3x4_from_float(x[0] / scale, x[1] / scale, x[2] / scale, x[3] / scale);
-    copy_words<sizeof codes, kAlignment>(data + channel, &codes);
+    alignas(4) uint16_t codes[N / 2];
+    for (int i = 0; i < N; i += 2) {
+      codes[i / 2] = e4m3x2_from_float(Codec::in_units(x[i], scale), Codec::in_units(x[i + 1], scale));
+    }
+    copy_words<sizeof codes, kAlignment>(data + channel, codes);
   } else {
+    using Packed = std::conditional_t<N == 4, uint16_t, uint8_t>;
     uint32_t codes = 0;
-    for (int i = 0; i < 4; ++i) codes |= e2m1_from_float(x[i] / scale) << (4 * i);
-    const uint16_t packed = static_cast<uint16_t>(codes);
+    for (int i = 0; i < N; ++i) codes |= e2m1_from_float(Codec::in_units(x[i], scale)) << (4 * i);
+    const Packed packed = static_cast<Packed>(codes);
     copy_words<sizeof packed, kAlignment>(data + channel / 2, &packed);
   }
 }

@@ -77,13 +77,17 @@ DSV4_HOST_DEVICE float square_sum(const float (&x)[4]) {
   return (x[0] * x[0] + x[1] * x[1]) + (x[2] * x[2] + x[3] * x[3]);
 }
 
+// Half of a leaf.
+DSV4_HOST_DEVICE float square_sum(const float (&x)[2]) { return x[0] * x[0] + x[1] * x[1]; }
+
 DSV4_HOST_DEVICE float inverse_rms(float sum_of_squares, int width, float eps) {
   return 1.0f / sqrtf(sum_of_squares / static_cast<float>(width) + eps);
 }
 
-// Rotates the pairs (0, 1) and (2, 3) of four channels by the angles of pairs `pair` and `pair + 1`.
-DSV4_HOST_DEVICE void rotate_pairs(float (&x)[4], const float* cos, const float* sin, int pair) {
-  for (int i = 0; i < 2; ++i) {
+// Rotates pairs of neighbouring channels by the angles of pairs `pair`, `pair + 1`, ...
+template <int N>
+DSV4_HOST_DEVICE void rotate_pairs(float (&x)[N], const float* cos, const float* sin, int pair) {
+  for (int i = 0; i < N / 2; ++i) {
     const float c = cos[pair + i], s = sin[pair + i];
     const float even = x[2 * i], odd = x[2 * i + 1];
     x[2 * i] = even * c - odd * s;

@@ -1,12 +1,14 @@
 // All writes of one layer and step.
 //
-// A step with as many requests as tokens (decode) is one launch: a thread block owns a request. It closes the request's
-// windows before it moves the tail on, so nothing is read after it was overwritten, and a tail row that is no longer
-// needed is simply never read again. A step with more tokens than requests is prefill.cu's.
+// A step with as many requests as tokens (decode) is one launch, in which the threads that own a request's channels of
+// a tail also close its windows. They do so before they move that tail on, so nothing is read after it was overwritten,
+// and a tail row that is no longer needed is simply never read again. A step with more tokens than requests is
+// prefill.cu's.
 
 #include "update.cuh"
 
 #include "../common/kernels.h"
+#include "decode.cuh"
 
 namespace dsv4::cuda {
 namespace {
@@ -25,26 +27,20 @@ struct StepRequest {
 };
 
 __device__ __forceinline__ StepRequest step_request(const Plan& plan, int index, int slots) {
-  // Three independent loads; the fourth and fifth only where a request brings more than one token.
-  const int longest = *plan.longest(), slot = plan.request_slot()[index], position = plan.token_position()[index];
-  if (slot < 0 || slot >= slots) return {false, slot, 0, 0, 0};
-  if (longest == 1) return {position >= 0, slot, index, index + 1, position};
   const Request request = request_at(plan, index, slots);
-  return {request.valid, slot, plan.query_start()[index], plan.query_start()[index + 1], request.start};
+  return {request.valid, request.slot, plan.query_start()[index], plan.query_start()[index + 1], request.start};
 }
-// One compressor's work on a request of a decode step. A thread reads and writes only its own channels of the tail. The
-// loads that need nothing of the plan, those of the request's only token, come first.
+
+// One compressor's work on a request of a decode step that brings any number of tokens. A thread reads and writes only
+// its own channels of the tail. Out of line, to leave the usual case short.
 template <int W, class T>
-__device__ __forceinline__ void compress_request(const UpdateParams& params, const Compression& part,
-                                                 const RowThreads<W>& threads) {
+__device__ __noinline__ void compress_request(const UpdateParams& params, const Compression& part, int place,
+                                              RowThreads<W> threads) {
   const Compressor compressor = with_constants<W, kCsaRatio>(part.compressor);
   const Pool pool = with_rows<kBlockTokens / kCsaRatio>(part.pool);
-  const Tail& tail = compressor.tail;
-  const Projections& in = compressor.projections;
-  const TokenHalves own = load_halves<T>(tail, in, blockIdx.x, threads.channel());
   const int64_t layer = *params.kind_layer;
-  const StepRequest request = step_request(params.window.plan, blockIdx.x, params.table.slots);
-  if (!request.valid || !has_layer(part.pool, layer)) return;
+  const StepRequest request = step_request(params.window.plan, place, params.table.slots);
+  if (!request.valid || !has_layer(pool, layer)) return;
   for (int index = request.first; index < request.end; ++index) {
     const Token token = request.token(index);
     if (token.position % kCsaRatio != kCsaRatio - 1) continue;
@@ -52,87 +48,13 @@ __device__ __forceinline__ void compress_request(const UpdateParams& params, con
     threads.sync();  // before the next window reuses the scratch
   }
   for (int index = request.first; index < request.end; ++index) {
-    const TokenHalves halves = index == blockIdx.x ? own : load_halves<T>(tail, in, index, threads.channel());
-    store_halves(tail, in, layer, request.token(index), halves, threads.channel());
-  }
-}
-// The window rows of request `place` of a decode step, by one warp.
-template <class RowT>
-__device__ __forceinline__ void append_window_rows(const UpdateParams& params, int place, int lane) {
-  const WarpRow<kHeadDim> own = load_window_row<RowT>(params, place, lane);
-  const int64_t layer = *params.window.layer;
-  const StepRequest request = step_request(params.window.plan, place, static_cast<int>(params.window.window.pages));
-  if (!request.valid || !has_layer(params.window.window, layer)) return;
-  const int first = max(request.first, request.end - params.window.window.rows);
-  for (int index = first; index < request.end; ++index) {
-    const WarpRow<kHeadDim> row = index == place ? own : load_window_row<RowT>(params, index, lane);
-    store_window_row(params, layer, request.token(index), index, row, lane);
-  }
-}
-constexpr int kCsaThreads = kRowThreads + 2 * kWarp;
-
-// Decode, CSA: four warps on the entry, one on the indexer key, one on the window row.
-template <class RowT, class T>
-__global__ void __launch_bounds__(kCsaThreads) update_csa_kernel(UpdateParams params) {
-  __shared__ float scratch[2 * RowThreads<kHeadDim>::kWarps];
-  const int thread = threadIdx.x;
-  if (thread >= kRowThreads + kWarp) {
-    append_window_rows<RowT>(params, blockIdx.x, thread % kWarp);
-  } else if (thread < kRowThreads) {
-    compress_request<kHeadDim, T>(params, params.entries, {thread, 1, scratch});
-  } else {
-    compress_request<kKeyDim, T>(params, params.keys, {thread % kWarp, 0, nullptr});
+    append_token<T>(compressor.tail, compressor.projections, layer, request.token(index), index, threads.channel());
   }
 }
 
-// Decode, HCA: one block a request. The first threads also move the tail on, a warp of the others stores the window
-// row.
-template <class RowT, class T>
-__global__ void __launch_bounds__(kHcaThreads) update_hca_kernel(UpdateParams params) {
-  const HcaThread at;
-  const int place = blockIdx.x, channel = at.channel();
-  const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
-  const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
-  const Tail& tail = compressor.tail;
-  const Projections& in = compressor.projections;
-  TokenHalves own;
-  if (at.split == 0) own = load_halves<T>(tail, in, place, channel);
-  if (at.split == 1 && at.thread < kWarp) append_window_rows<RowT>(params, place, at.thread);
-  const int64_t layer = *params.kind_layer;
-  const StepRequest request = step_request(params.window.plan, place, params.table.slots);
-  if (!request.valid || !has_layer(pool, layer)) return;
-  const auto append = [&](int index, const TokenHalves& halves) {
-    store_halves(tail, in, layer, request.token(index), halves, channel);
-  };
-  const int next = request.start + request.end - request.first;
-  if (request.start / kHcaRatio == next / kHcaRatio) {  // nothing closes, as in 127 of 128 steps
-    for (int index = request.first; at.split == 0 && index < request.end; ++index) {
-      append(index, index == place ? own : load_halves<T>(tail, in, index, channel));
-    }
-    return;
-  }
-  for (int index = request.first; index < request.end; ++index) {
-    const Token token = request.token(index);
-    if (token.position % kHcaRatio != kHcaRatio - 1) continue;
-    close_hca_window<T>(compressor, pool, params.table, layer, token, index, index, at);
-  }
-  // The barriers of the last window stand between all reads of the tail and these writes.
-  for (int index = request.first; at.split == 0 && index < request.end; ++index) {
-    append(index, load_halves<T>(tail, in, index, channel));
-  }
-}
-
-// Decode, HCA with a running tail: four warps fold the request's tokens into its open window, one stores the window
-// row.
-template <class RowT, class T>
-__global__ void __launch_bounds__(kRowThreads + kWarp) update_running_kernel(UpdateParams params) {
-  __shared__ float scratch[2 * RowThreads<kHeadDim>::kWarps];
-  const int place = blockIdx.x, thread = threadIdx.x;
-  if (thread >= kRowThreads) {
-    append_window_rows<RowT>(params, place, thread % kWarp);
-    return;
-  }
-  const RowThreads<kHeadDim> threads{thread, 1, scratch};
+// A running HCA tail's work on a request of a decode step that brings any number of tokens.
+template <class T>
+__device__ __noinline__ void fold_request(const UpdateParams& params, int place, RowThreads<kHeadDim> threads) {
   const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
   const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
   const int64_t layer = *params.kind_layer;
@@ -148,25 +70,120 @@ __global__ void __launch_bounds__(kRowThreads + kWarp) update_running_kernel(Upd
   append_running<T, 1>(compressor.tail, compressor.projections, layer, whole, request.end, threads.channel());
 }
 
-// Decode, SWA: one warp a request.
+// The window rows of a request of a decode step that brings any number of tokens, by one warp.
 template <class RowT>
-__global__ void update_swa_kernel(UpdateParams params) {
-  const int place = blockIdx.x * kRowWarps + threadIdx.x / kWarp;
-  if (place < params.window.plan.requests) append_window_rows<RowT>(params, place, threadIdx.x % kWarp);
+__device__ __noinline__ void append_window_rows(const UpdateParams& params, int place, int lane) {
+  const Pool& window = params.window.window;
+  const int64_t layer = *params.window.layer;
+  const StepRequest request = step_request(params.window.plan, place, static_cast<int>(window.pages));
+  if (!request.valid || !has_layer(window, layer)) return;
+  for (int index = max(request.first, request.end - window.rows); index < request.end; ++index) {
+    store_window_row(params, layer, request.token(index), index, load_window_row<RowT>(params, index, lane), lane);
+  }
+}
+
+template <class RowT, int N>
+__device__ __forceinline__ void append_window(const UpdateParams& params, const TokenFields& fields, int place,
+                                              const RowThreads<kHeadDim, N>& threads) {
+  append_window_token<RowT>(params, fields, place, threads, [&] {
+    if (threads.thread < kWarp) append_window_rows<RowT>(params, place, threads.thread);
+  });
+}
+
+template <int W, class T>
+__device__ __forceinline__ void compress(const UpdateParams& params, const Compression& part, const TokenFields& fields,
+                                         int place, const RowThreads<W, 2>& threads) {
+  compress_csa_token<W, T>(params, part, fields, place, threads, [&] {
+    const RowThreads<W> quads{threads.thread, threads.barrier, threads.scratch};
+    if (quads.thread < quads.kThreads) compress_request<W, T>(params, part, place, quads);
+  });
+}
+
+using EntryThreads = RowThreads<kHeadDim, 2>;
+using KeyThreads = RowThreads<kKeyDim, 2>;
+
+// Decode, CSA: two blocks a request, one for the entry, one for the indexer key and the window row.
+template <class RowT, class T>
+__global__ void __launch_bounds__(EntryThreads::kThreads, 4)
+    update_csa_kernel(const __grid_constant__ UpdateParams params, TokenFields fields) {
+  __shared__ alignas(16) float scratch[2][2 * EntryThreads::kWarps];
+  const int thread = threadIdx.x, place = blockIdx.x;
+  if (blockIdx.y == 0) {
+    compress<kHeadDim, T>(params, params.entries, fields, place, EntryThreads{thread, 1, scratch[0]});
+  } else if (thread < kRowThreads) {
+    append_window<RowT>(params, fields, place, RowThreads<kHeadDim>{thread, 1, scratch[0]});
+  } else if (thread < kRowThreads + KeyThreads::kThreads) {
+    compress<kKeyDim, T>(params, params.keys, fields, place, KeyThreads{thread - kRowThreads, 2, scratch[1]});
+  }
+}
+
+// Decode, HCA: one block a request. Its last threads store the window row, before they help where a window closes.
+template <class RowT, class T>
+__global__ void __launch_bounds__(kHcaThreads)
+    update_hca_kernel(const __grid_constant__ UpdateParams params, TokenFields fields) {
+  __shared__ alignas(16) float scratch[2 * EntryThreads::kWarps];
+  constexpr int kOthers = kHcaThreads - EntryThreads::kThreads;
+  const HcaThread at;
+  const int thread = threadIdx.x, place = blockIdx.x, channel = at.channel();
+  const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
+  const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
+  const Tail& tail = compressor.tail;
+  const Projections& in = compressor.projections;
+  const OnlyToken only(fields, place, params.kind_layer);
+  if (thread >= kOthers) append_window<RowT>(params, fields, place, EntryThreads{thread - kOthers, 1, scratch});
+  if (leaves_open<kHcaRatio>(only)) {
+    if (at.split == 0 && only.fits(pool, params.table.slots)) append_hca_token<T>(params, only, place, channel);
+    return;
+  }
+  const int64_t layer = *params.kind_layer;
+  const StepRequest request = step_request(params.window.plan, place, params.table.slots);
+  if (!request.valid || !has_layer(pool, layer)) return;
+  for (int index = request.first; index < request.end; ++index) {
+    const Token token = request.token(index);
+    if (token.position % kHcaRatio != kHcaRatio - 1) continue;
+    close_hca_window<T>(compressor, pool, params.table, layer, token, index, index, at);
+  }
+  // The barriers of the last window stand between all reads of the tail and these writes.
+  for (int index = request.first; at.split == 0 && index < request.end; ++index) {
+    append_token<T>(tail, in, layer, request.token(index), index, channel);
+  }
+}
+
+// Decode, HCA with a running tail: one block a request, whose last threads store the window row.
+template <class RowT, class T>
+__global__ void __launch_bounds__(kRowThreads + EntryThreads::kThreads)
+    update_running_kernel(const __grid_constant__ UpdateParams params, TokenFields fields) {
+  __shared__ alignas(16) float scratch[2][2 * EntryThreads::kWarps];
+  const int thread = threadIdx.x, place = blockIdx.x;
+  if (thread >= kRowThreads) {
+    append_window<RowT>(params, fields, place, EntryThreads{thread - kRowThreads, 2, scratch[1]});
+  } else {
+    const RowThreads<kHeadDim> threads{thread, 1, scratch[0]};
+    fold_token<T>(params, fields, place, threads, [&] { fold_request<T>(params, place, threads); });
+  }
+}
+
+// Decode, SWA: one block a request.
+template <class RowT>
+__global__ void __launch_bounds__(EntryThreads::kThreads)
+    update_swa_kernel(const __grid_constant__ UpdateParams params, TokenFields fields) {
+  __shared__ alignas(16) float scratch[2 * EntryThreads::kWarps];
+  append_window<RowT>(params, fields, blockIdx.x, EntryThreads{static_cast<int>(threadIdx.x), 1, scratch});
 }
 
 template <class RowT, class T>
 void launch_decode(CUstream_st* stream, const UpdateParams& params) {
   const unsigned requests = static_cast<unsigned>(params.window.plan.requests);
+  const TokenFields fields(params.window.plan);
   const Tail& tail = params.entries.compressor.tail;
   if (tail.data == nullptr) {
-    update_swa_kernel<RowT><<<blocks_for(requests, kRowWarps), kRowWarps * kWarp, 0, stream>>>(params);
+    update_swa_kernel<RowT><<<requests, EntryThreads::kThreads, 0, stream>>>(params, fields);
   } else if (tail.geometry.overlaps()) {
-    update_csa_kernel<RowT, T><<<requests, kCsaThreads, 0, stream>>>(params);
+    update_csa_kernel<RowT, T><<<dim3(requests, 2), EntryThreads::kThreads, 0, stream>>>(params, fields);
   } else if (tail.running) {
-    update_running_kernel<RowT, T><<<requests, kRowThreads + kWarp, 0, stream>>>(params);
+    update_running_kernel<RowT, T><<<requests, kRowThreads + EntryThreads::kThreads, 0, stream>>>(params, fields);
   } else {
-    update_hca_kernel<RowT, T><<<requests, kHcaThreads, 0, stream>>>(params);
+    update_hca_kernel<RowT, T><<<requests, kHcaThreads, 0, stream>>>(params, fields);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/entries.h"
+#include "device_codecs.cuh"
 #include "hca.cuh"
 #include "launch.cuh"
 #include "running.cuh"
@@ -14,30 +15,6 @@ template <class RowT, class T>
 void launch_prefill(CUstream_st* stream, const UpdateParams& params);
 
 constexpr int kRowThreads = kHeadDim / 4;
-
-// Calls `visit(Codec{})` for the codec at that place of the list; every thread takes the same branch.
-template <class... Codecs, class Visitor>
-__device__ __forceinline__ void visit_on_device(CodecList<Codecs...>, int index, Visitor&& visit) {
-  int place = 0;
-  static_cast<void>(((place++ == index ? (visit(Codecs{}), true) : false) || ...));
-}
-
-template <int W>
-using CodecsOf = std::conditional_t<W == kHeadDim, HeadCodecs, KeyCodecs>;
-
-// Pages that need not be a multiple of 16 bytes are aligned to 4.
-template <class Codec>
-constexpr int kAlignmentOf =
-    (Layout<Codec>::kDataBytes + Layout<Codec>::kScaleBytes) % 16 == 0 || Codec::kPageMultiple % 16 == 0 ? 16 : 4;
-
-// The pool with its rows to a page as a constant.
-template <int kRows>
-__device__ __forceinline__ Pool with_rows(Pool pool) {
-  pool.rows = kRows;
-  return pool;
-}
-
-__device__ __forceinline__ bool has_layer(const Pool& pool, int64_t layer) { return layer >= 0 && layer < pool.layers; }
 
 // The amax of those of four channels that a pool's codec quantizes, where it needs that of the row.
 template <int W>

@@ -30,6 +30,39 @@ __device__ __forceinline__ void load_four(const bfloat16* from, float (&x)[4]) {
   x[2] = float_of(four.y << 16), x[3] = float_of(four.y & 0xFFFF0000u);
 }
 
+// Loads that the compiler leaves where they are written, ahead of branches that may not need them: what depends on
+// nothing, or on the same thing, is then in flight together.
+__device__ __forceinline__ int32_t load_early(const int32_t* from) {
+  int32_t value;
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(value) : "l"(from));
+  return value;
+}
+
+__device__ __forceinline__ void load_early(const float* from, float (&x)[1]) {
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(x[0]) : "l"(from));
+}
+
+__device__ __forceinline__ void load_early(const float* from, float (&x)[2]) {
+  asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "l"(from));
+}
+
+__device__ __forceinline__ void load_early(const float* from, float (&x)[4]) {
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "l"(from));
+}
+
+__device__ __forceinline__ void load_early(const bfloat16* from, float (&x)[2]) {
+  uint32_t two;
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(two) : "l"(from));
+  x[0] = float_of(two << 16), x[1] = float_of(two & 0xFFFF0000u);
+}
+
+__device__ __forceinline__ void load_early(const bfloat16* from, float (&x)[4]) {
+  uint2 four;
+  asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(four.x), "=r"(four.y) : "l"(from));
+  x[0] = float_of(four.x << 16), x[1] = float_of(four.x & 0xFFFF0000u);
+  x[2] = float_of(four.y << 16), x[3] = float_of(four.y & 0xFFFF0000u);
+}
+
 template <class T>
 __device__ __forceinline__ void store_four(T* to, const float (&x)[4]) {
   alignas(16) T four[4];
@@ -38,12 +71,18 @@ __device__ __forceinline__ void store_four(T* to, const float (&x)[4]) {
   copy_words<sizeof four, sizeof four>(to, four);
 }
 
-// The largest value among groups of `kLanes` neighbouring lanes, known to each of them.
+// The largest value among groups of `kLanes` neighbouring lanes, known to each of them; none is below 0.
 template <int kLanes>
 __device__ __forceinline__ float max_over_lanes(float value) {
+  if constexpr (kLanes == kWarp) {
+    return float_of(__reduce_max_sync(kAllLanes, bits_of(value)));  // such floats are ordered like their bits
+  } else {
 #pragma unroll
-  for (int step = 1; step < kLanes; step *= 2) value = max_ignoring_nan(value, __shfl_xor_sync(kAllLanes, value, step));
-  return value;
+    for (int step = 1; step < kLanes; step *= 2) {
+      value = max_ignoring_nan(value, __shfl_xor_sync(kAllLanes, value, step));
+    }
+    return value;
+  }
 }
 
 // A balanced tree over neighbouring lanes.
@@ -53,23 +92,25 @@ __device__ __forceinline__ float sum_over_lanes(float value) {
   return value;
 }
 
-// The amax of four channels, 0 where they are not quantized.
-template <class Codec>
-__device__ __forceinline__ float quad_amax(const float (&x)[4], int channel) {
+// The amax of N neighbouring channels, 0 where they are not quantized.
+template <class Codec, int N>
+__device__ __forceinline__ float quad_amax(const float (&x)[N], int channel) {
   float amax = 0.0f;
-  if (channel >= Codec::kQuantized) return amax;
+  if constexpr (Codec::kQuantized != 0) {
+    if (channel >= Codec::kQuantized) return amax;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) amax = max_ignoring_nan(amax, magnitude(x[i]));
-  return clamp(amax, 0.0f, kFloatMax);
+    for (int i = 0; i < N; ++i) amax = max_ignoring_nan(amax, magnitude(x[i]));
+  }
+  return min_ignoring_nan(kFloatMax, amax);
 }
 
-// Stores four channels and, by the first lane of a block, its scale. All lanes of the warp call this together.
-template <class Codec, int kAlignment>
-__device__ __forceinline__ void store_quad(StoredRow stored, const float (&x)[4], int channel, float amax,
+// Stores N (2 or 4) channels and, by the first lane of a block, its scale. All lanes of the warp call this together.
+template <class Codec, int kAlignment, int N>
+__device__ __forceinline__ void store_quad(StoredRow stored, const float (&x)[N], int channel, float amax,
                                            float row_scale) {
   float scale = row_scale;
   if constexpr (Codec::kBlock != 0) {
-    const float block_amax = max_over_lanes<Codec::kBlock / 4>(amax);
+    const float block_amax = max_over_lanes<Codec::kBlock / N>(amax);
     if (channel < Codec::kQuantized) {
       const uint8_t code = Codec::block_code(block_amax, row_scale);
       if (channel % Codec::kBlock == 0) stored.scales[channel / Codec::kBlock] = code;

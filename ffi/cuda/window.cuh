@@ -15,16 +15,17 @@ __device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// The threads that share a row, and how they exchange values. `thread` counts from 0 within the row.
-template <int W>
+// The threads that share a row, N neighbouring channels each, and how they exchange values. `thread` counts from 0
+// within the row.
+template <int W, int N = 4>
 struct RowThreads {
-  static constexpr int kThreads = W / 4;
+  static constexpr int kThreads = W / N;
   static constexpr int kWarps = kThreads / kWarp;
   int thread;
   int barrier;
   float* scratch;  // shared memory, 2 * kWarps floats; unused by single-warp rows
 
-  __device__ __forceinline__ int channel() const { return 4 * thread; }
+  __device__ __forceinline__ int channel() const { return N * thread; }
 
   __device__ __forceinline__ void sync() const {
     if constexpr (kWarps == 1) {
@@ -35,25 +36,30 @@ struct RowThreads {
   }
 
   __device__ __forceinline__ float sum(float leaf) const {
-    const float of_warp = sum_over_lanes(leaf);
-    if constexpr (kWarps == 1) return of_warp;
-    exchange(scratch, of_warp);
-    return (scratch[0] + scratch[1]) + (scratch[2] + scratch[3]);
+    return over_warps(scratch, sum_over_lanes(leaf), [](float a, float b) { return a + b; });
   }
 
+  // Of values that are not below 0.
   __device__ __forceinline__ float max(float value) const {
-    const float of_warp = max_over_lanes<kWarp>(value);
-    if constexpr (kWarps == 1) return of_warp;
-    exchange(scratch + kWarps, of_warp);
-    const float* of_warps = scratch + kWarps;
-    return max_ignoring_nan(max_ignoring_nan(of_warps[0], of_warps[1]), max_ignoring_nan(of_warps[2], of_warps[3]));
+    return over_warps(scratch + kWarps, max_over_lanes<kWarp>(value), max_ignoring_nan);
   }
 
  private:
-  __device__ __forceinline__ void exchange(float* of_warps, float of_warp) const {
-    static_assert(kWarps == 1 || kWarps == 4, "one or four warps a row");
-    if (thread % kWarp == 0) of_warps[thread / kWarp] = of_warp;
+  // A balanced tree over the warps.
+  template <class Merge>
+  __device__ __forceinline__ float over_warps(float* of_warps, float of_warp, Merge&& merge) const {
+    if constexpr (kWarps == 1) return of_warp;
+    if (thread % kWarp == 0) of_warps[static_cast<unsigned>(thread) / kWarp] = of_warp;
     sync();
+    float values[kWarps];
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) values[i] = of_warps[i];
+#pragma unroll
+    for (int step = 1; step < kWarps; step *= 2) {
+#pragma unroll
+      for (int i = 0; i < kWarps; i += 2 * step) values[i] = merge(values[i], values[i + step]);
+    }
+    return values[0];
   }
 };
 
@@ -178,39 +184,42 @@ __device__ __forceinline__ void hadamard_transform(float (&x)[4], int lane) {
   for (int i = 0; i < 4; ++i) x[i] *= kHadamardScale;
 }
 
-// What finishes four channels of a row: norm weights, and the angles of its two pairs where RoPE applies. Loaded early,
-// to be there when the row is pooled.
-struct Finish {
-  float weight[4];
-  float cos[2];
-  float sin[2];
+// What finishes N channels of a row: norm weights, and the angles of its pairs where RoPE applies. Loaded early, to be
+// there when the row is pooled.
+template <int N>
+struct FinishOf {
+  float weight[N];
+  float cos[N / 2];
+  float sin[N / 2];
 
   template <int W>
-  __device__ __forceinline__ static Finish load(const float* norm_weight, const float* cos, const float* sin,
-                                                int channel) {
-    Finish finish{{}, {1.0f, 1.0f}, {0.0f, 0.0f}};
-    load_four(norm_weight + channel, finish.weight);
-    finish.load_angles<W>(cos, sin, channel);
+  __device__ __forceinline__ static FinishOf load(const float* norm_weight, const float* cos, const float* sin,
+                                                  unsigned channel) {
+    FinishOf finish{};
+    load_early(norm_weight + channel, finish.weight);
+    finish.template load_angles<W>(cos, sin, channel);
     return finish;
   }
 
   template <int W>
-  __device__ __forceinline__ void load_angles(const float* cos_row, const float* sin_row, int channel) {
+  __device__ __forceinline__ void load_angles(const float* cos_row, const float* sin_row, unsigned channel) {
     if (channel < W - kRopeDim) return;
-    const int pair = (channel - (W - kRopeDim)) / 2;
-    cos[0] = cos_row[pair], cos[1] = cos_row[pair + 1];
-    sin[0] = sin_row[pair], sin[1] = sin_row[pair + 1];
+    const unsigned pair = (channel - (W - kRopeDim)) / 2;
+    load_early(cos_row + pair, cos);
+    load_early(sin_row + pair, sin);
   }
 
   // RMSNorm and RoPE, the row's sum of squares being known.
   template <int W>
-  __device__ __forceinline__ void apply(float (&x)[4], float sum_of_squares, float eps, int channel) const {
+  __device__ __forceinline__ void apply(float (&x)[N], float sum_of_squares, float eps, int channel) const {
     const float inverse = inverse_rms(sum_of_squares, W, eps);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = x[i] * inverse * weight[i];
+    for (int i = 0; i < N; ++i) x[i] = x[i] * inverse * weight[i];
     if (channel >= W - kRopeDim) rotate_pairs(x, cos, sin, 0);
   }
 };
+
+using Finish = FinishOf<4>;
 
 __device__ __forceinline__ void pooled4(const Partial4& partial, float (&x)[4]) {
 #pragma unroll
@@ -284,9 +293,9 @@ __device__ __forceinline__ void append_token(const Tail& tail, const Projections
   store_halves(tail, in, layer, token, load_halves<T>(tail, in, index, channel), channel);
 }
 
-// Stores four channels of a row whose threads call this together, the amax of all its quantized channels being known.
-template <class Codec, int kAlignment>
-__device__ __forceinline__ void store_part(StoredRow stored, const float (&x)[4], int channel, float row_amax,
+// Stores N channels of a row whose threads call this together, the amax of all its quantized channels being known.
+template <class Codec, int kAlignment, int N>
+__device__ __forceinline__ void store_part(StoredRow stored, const float (&x)[N], int channel, float row_amax,
                                            float global_scale) {
   const float row_scale = Codec::row_scale(row_amax, global_scale);
   if (channel == 0) store_row_scale<Codec>(stored.scales, row_scale);

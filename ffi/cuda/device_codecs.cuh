@@ -1,0 +1,44 @@
+// Codecs and pools as kernels choose and know them.
+#pragma once
+
+#include <type_traits>
+
+#include "window.cuh"
+
+namespace dsv4::cuda {
+
+// Calls `visit(Codec{})` for the codec at that place of the list; every thread takes the same branch.
+template <class... Codecs, class Visitor>
+__device__ __forceinline__ void visit_on_device(CodecList<Codecs...>, int index, Visitor&& visit) {
+  int place = 0;
+  static_cast<void>(((place++ == index ? (visit(Codecs{}), true) : false) || ...));
+}
+
+template <int W>
+using CodecsOf = std::conditional_t<W == kHeadDim, HeadCodecs, KeyCodecs>;
+
+// Pages that need not be a multiple of 16 bytes are aligned to 4.
+template <class Codec>
+constexpr int kAlignmentOf =
+    (Layout<Codec>::kDataBytes + Layout<Codec>::kScaleBytes) % 16 == 0 || Codec::kPageMultiple % 16 == 0 ? 16 : 4;
+
+// The pool with its rows to a page as a constant.
+template <int kRows>
+__device__ __forceinline__ Pool with_rows(Pool pool) {
+  pool.rows = kRows;
+  return pool;
+}
+
+__device__ __forceinline__ bool has_layer(const Pool& pool, int64_t layer) { return layer >= 0 && layer < pool.layers; }
+
+// Stores a row by all its threads.
+template <class Codec, int N>
+__device__ __forceinline__ void store_spread(StoredRow stored, const float (&x)[N], float global_scale,
+                                             const RowThreads<Codec::kWidth, N>& threads) {
+  const int channel = threads.channel();
+  float row_amax = 0.0f;
+  if constexpr (Codec::kNeedsRowAmax) row_amax = threads.max(quad_amax<Codec>(x, channel));
+  store_part<Codec, kAlignmentOf<Codec>>(stored, x, channel, row_amax, global_scale);
+}
+
+}  // namespace dsv4::cuda
