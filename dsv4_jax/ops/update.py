@@ -101,7 +101,7 @@ def update_csa(
     eps: float,
     hadamard: bool = False,
 ) -> tuple[Window, Compressed, Compressed]:
-    """All writes of a CSA layer and step: one kernel launch where every request may bring one token, else two.
+    """All writes of a CSA layer and step: one kernel launch where every request may bring one token, else at most two.
 
     Stores the same bytes as ``compress`` and ``flush`` (main and indexer), ``append_tail`` and ``append_window``, in
     that order. Tail rows that no later entry will pool keep what they hold; ``rotate`` clears them, and nothing reads

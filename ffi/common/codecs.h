@@ -143,6 +143,9 @@ struct Layout {
   static constexpr int kScaleBytes =
       kBlocks + Codec::kPaddingScaleBytes + (Codec::kStoresRowScale ? static_cast<int>(sizeof(float)) : 0);
 
+  // Whether rows lie at multiples of 16 bytes however many there are to a page; at multiples of 4 they always do.
+  static constexpr bool kAligned16 = kDataBytes % 16 == 0 && (kScaleBytes % 16 == 0 || Codec::kPageMultiple % 16 == 0);
+
   DSV4_HOST_DEVICE static int64_t page_bytes(int64_t rows) {
     const int64_t bytes = rows * (kDataBytes + kScaleBytes);
     return (bytes + Codec::kPageMultiple - 1) / Codec::kPageMultiple * Codec::kPageMultiple;

@@ -44,22 +44,16 @@ struct OnlyToken {
   }
 };
 
-// The page of a valid layer. No factor needs more than 32 bits, which saves multiplications.
+// Addresses of what is in range. No factor needs more than 32 bits, which saves multiplications.
 __device__ __forceinline__ uint8_t* page_at(const Pool& pool, unsigned layer, unsigned page) {
   const uint64_t place = static_cast<uint64_t>(layer) * static_cast<unsigned>(pool.pages) + page;
   return pool.data + place * static_cast<unsigned>(pool.page_bytes);
 }
 
-// The first channel of a request's tail.
-__device__ __forceinline__ float* tail_at(const Tail& tail, const OnlyToken& token) {
+// A request's tail, that many floats long.
+__device__ __forceinline__ float* tail_at(const Tail& tail, const OnlyToken& token, unsigned floats) {
   const uint64_t request = token.layer * static_cast<unsigned>(tail.slots) + token.slot;
-  return tail.data + request * static_cast<unsigned>(2 * tail.geometry.rows() * tail.width);
-}
-
-// The same of a running tail.
-__device__ __forceinline__ float* state_at(const Tail& tail, const OnlyToken& token) {
-  const uint64_t request = token.layer * static_cast<unsigned>(tail.slots) + token.slot;
-  return tail.data + request * static_cast<unsigned>(3 * tail.width);
+  return tail.data + request * floats;
 }
 
 // The window row of request `place`, normalized and rotated first where it comes raw.
@@ -165,7 +159,7 @@ __device__ __forceinline__ void compress_csa_token(const UpdateParams& params, c
 
   const unsigned phase = token.position % kCsaRatio, entry = token.position / kCsaRatio;
   const bool closes = phase == kCsaRatio - 1;
-  float* const rows = tail_at(compressor.tail, token) + channel;
+  float* const rows = tail_at(compressor.tail, token, 2 * kScores) + channel;
   CsaRows window;
   int block = -1;
   if (closes) {
@@ -239,7 +233,7 @@ __device__ __forceinline__ void append_hca_token(const UpdateParams& params, con
   load_early(in.ape + to, ape);
 #pragma unroll
   for (int i = 0; i < 4; ++i) score[i] += ape[i];
-  float* const rows = tail_at(compressor.tail, token);
+  float* const rows = tail_at(compressor.tail, token, 2 * kHcaRatio * kHeadDim);
   store_four(rows + to, kv);
   store_four(rows + to + kHcaRatio * kHeadDim, score);
 }
@@ -261,7 +255,7 @@ __device__ __forceinline__ void fold_token(const UpdateParams& params, const Tok
     return;
   }
   const unsigned phase = token.position % kHcaRatio, entry = token.position / kHcaRatio;
-  float* const state = state_at(compressor.tail, token) + channel;
+  float* const state = tail_at(compressor.tail, token, 3 * kHeadDim) + channel;
   Partial4 open = phase == 0 ? empty4() : load_state(state);
   load_early(in.ape + phase * kHeadDim + channel, ape);
 #pragma unroll

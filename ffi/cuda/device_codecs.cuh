@@ -17,10 +17,8 @@ __device__ __forceinline__ void visit_on_device(CodecList<Codecs...>, int index,
 template <int W>
 using CodecsOf = std::conditional_t<W == kHeadDim, HeadCodecs, KeyCodecs>;
 
-// Pages that need not be a multiple of 16 bytes are aligned to 4.
 template <class Codec>
-constexpr int kAlignmentOf =
-    (Layout<Codec>::kDataBytes + Layout<Codec>::kScaleBytes) % 16 == 0 || Codec::kPageMultiple % 16 == 0 ? 16 : 4;
+constexpr int kAlignmentOf = Layout<Codec>::kAligned16 ? 16 : 4;
 
 // The pool with its rows to a page as a constant.
 template <int kRows>
@@ -37,7 +35,7 @@ __device__ __forceinline__ void store_spread(StoredRow stored, const float (&x)[
                                              const RowThreads<Codec::kWidth, N>& threads) {
   const int channel = threads.channel();
   float row_amax = 0.0f;
-  if constexpr (Codec::kNeedsRowAmax) row_amax = threads.max(quad_amax<Codec>(x, channel));
+  if constexpr (Codec::kNeedsRowAmax) row_amax = threads.max(amax_of<Codec>(x, channel));
   store_part<Codec, kAlignmentOf<Codec>>(stored, x, channel, row_amax, global_scale);
 }
 

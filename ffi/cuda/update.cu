@@ -82,6 +82,7 @@ __device__ __noinline__ void append_window_rows(const UpdateParams& params, int 
   }
 }
 
+// Decode's two ways, by how many tokens its requests bring: the window row, and one CSA compressor's part.
 template <class RowT, int N>
 __device__ __forceinline__ void append_window(const UpdateParams& params, const TokenFields& fields, int place,
                                               const RowThreads<kHeadDim, N>& threads) {
@@ -91,8 +92,8 @@ __device__ __forceinline__ void append_window(const UpdateParams& params, const 
 }
 
 template <int W, class T>
-__device__ __forceinline__ void compress(const UpdateParams& params, const Compression& part, const TokenFields& fields,
-                                         int place, const RowThreads<W, 2>& threads) {
+__device__ __forceinline__ void compress_tokens(const UpdateParams& params, const Compression& part,
+                                                const TokenFields& fields, int place, const RowThreads<W, 2>& threads) {
   compress_csa_token<W, T>(params, part, fields, place, threads, [&] {
     const RowThreads<W> quads{threads.thread, threads.barrier, threads.scratch};
     if (quads.thread < quads.kThreads) compress_request<W, T>(params, part, place, quads);
@@ -109,11 +110,11 @@ __global__ void __launch_bounds__(EntryThreads::kThreads, 4)
   __shared__ alignas(16) float scratch[2][2 * EntryThreads::kWarps];
   const int thread = threadIdx.x, place = blockIdx.x;
   if (blockIdx.y == 0) {
-    compress<kHeadDim, T>(params, params.entries, fields, place, EntryThreads{thread, 1, scratch[0]});
+    compress_tokens<kHeadDim, T>(params, params.entries, fields, place, EntryThreads{thread, 1, scratch[0]});
   } else if (thread < kRowThreads) {
     append_window<RowT>(params, fields, place, RowThreads<kHeadDim>{thread, 1, scratch[0]});
   } else if (thread < kRowThreads + KeyThreads::kThreads) {
-    compress<kKeyDim, T>(params, params.keys, fields, place, KeyThreads{thread - kRowThreads, 2, scratch[1]});
+    compress_tokens<kKeyDim, T>(params, params.keys, fields, place, KeyThreads{thread - kRowThreads, 2, scratch[1]});
   }
 }
 

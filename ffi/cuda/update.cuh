@@ -22,7 +22,7 @@ __device__ __forceinline__ float amax_for(const Pool& pool, const float (&x)[4],
   float amax = 0.0f;
   visit_on_device(CodecsOf<W>{}, pool.codec, [&](auto codec) {
     using Codec = decltype(codec);
-    if constexpr (Codec::kNeedsRowAmax) amax = quad_amax<Codec>(x, channel);
+    if constexpr (Codec::kNeedsRowAmax) amax = amax_of<Codec>(x, channel);
   });
   return amax;
 }

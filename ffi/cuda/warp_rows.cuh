@@ -94,7 +94,7 @@ __device__ __forceinline__ float sum_over_lanes(float value) {
 
 // The amax of N neighbouring channels, 0 where they are not quantized.
 template <class Codec, int N>
-__device__ __forceinline__ float quad_amax(const float (&x)[N], int channel) {
+__device__ __forceinline__ float amax_of(const float (&x)[N], int channel) {
   float amax = 0.0f;
   if constexpr (Codec::kQuantized != 0) {
     if (channel >= Codec::kQuantized) return amax;
@@ -106,8 +106,8 @@ __device__ __forceinline__ float quad_amax(const float (&x)[N], int channel) {
 
 // Stores N (2 or 4) channels and, by the first lane of a block, its scale. All lanes of the warp call this together.
 template <class Codec, int kAlignment, int N>
-__device__ __forceinline__ void store_quad(StoredRow stored, const float (&x)[N], int channel, float amax,
-                                           float row_scale) {
+__device__ __forceinline__ void store_scaled(StoredRow stored, const float (&x)[N], int channel, float amax,
+                                             float row_scale) {
   float scale = row_scale;
   if constexpr (Codec::kBlock != 0) {
     const float block_amax = max_over_lanes<Codec::kBlock / N>(amax);
@@ -127,7 +127,7 @@ __device__ __forceinline__ void store_row(StoredRow stored, const WarpRow<Codec:
   float amax[kQuads], row_amax = 0.0f;
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
-    amax[q] = quad_amax<Codec>(row.x[q], channel_of(q, lane));
+    amax[q] = amax_of<Codec>(row.x[q], channel_of(q, lane));
     row_amax = max_ignoring_nan(row_amax, amax[q]);
   }
   if constexpr (Codec::kNeedsRowAmax) row_amax = max_over_lanes<kWarp>(row_amax);
@@ -135,7 +135,7 @@ __device__ __forceinline__ void store_row(StoredRow stored, const WarpRow<Codec:
   if (lane == 0) store_row_scale<Codec>(stored.scales, row_scale);
 #pragma unroll
   for (int q = 0; q < kQuads; ++q)
-    store_quad<Codec, kAlignment>(stored, row.x[q], channel_of(q, lane), amax[q], row_scale);
+    store_scaled<Codec, kAlignment>(stored, row.x[q], channel_of(q, lane), amax[q], row_scale);
 }
 
 // Reads a stored row and writes it to `to`, dense.

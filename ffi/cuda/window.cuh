@@ -299,7 +299,7 @@ __device__ __forceinline__ void store_part(StoredRow stored, const float (&x)[N]
                                            float global_scale) {
   const float row_scale = Codec::row_scale(row_amax, global_scale);
   if (channel == 0) store_row_scale<Codec>(stored.scales, row_scale);
-  store_quad<Codec, kAlignment>(stored, x, channel, quad_amax<Codec>(x, channel), row_scale);
+  store_scaled<Codec, kAlignment>(stored, x, channel, amax_of<Codec>(x, channel), row_scale);
 }
 
 }  // namespace dsv4::cuda
