@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dsv4_jax._arguments import run_array, step_arrays
+from dsv4_jax._truncation import check_truncation
 from dsv4_jax.allocator import BlockAllocator
 from dsv4_jax.config import LayerKind
 from dsv4_jax.errors import (
     CacheFull,
-    CannotTruncate,
     ContextExceeded,
     InvalidStep,
     StalePlan,
@@ -65,7 +65,6 @@ class CacheManager:
         self._layouts = [PlanLayout(bucket, min(schema.slots, bucket)) for bucket in buckets]
         self._has_csa = schema.spec.count(LayerKind.CSA) > 0
         self._has_hca = schema.spec.count(LayerKind.HCA) > 0
-        self._running = schema.formats.hca_tail == "running"
         # A request needs block i once it has this many tokens more than i blocks hold.
         self._tokens_of_first_entry = LayerKind.CSA.ratio if self._has_csa else LayerKind.HCA.ratio
 
@@ -206,26 +205,8 @@ class CacheManager:
         if length == 0:
             self._forget(slot)
             return
-        peak, ring, window = max(int(self._peaks[slot]), current), self._schema.ring, self._schema.spec.window
-        window_lowest = peak - ring + window - 1 if peak > ring else 1
-        csa, hca = LayerKind.CSA.ratio, LayerKind.HCA.ratio
-        csa_lowest = current // csa * csa if self._has_csa else 1
-        hca_lowest = 1
-        if self._has_hca:
-            hca_lowest = current - ((current - 1) % hca == 0) if self._running else current // hca * hca
-        reason = None
-        if not 0 < length < current:
-            reason = "it never had that length" if length > current else "a length is at least 0"
-        elif length < window_lowest:
-            reason = f"the sliding window there was overwritten when the request grew to {peak}"
-        elif length < csa_lowest:
-            reason = f"the window of {csa} tokens that was open there is closed and its rows are gone"
-        elif length < hca_lowest and length % hca:
-            reason = f"the window of {hca} tokens that was open there is closed and its rows are gone"
-            if self._running:
-                reason = f"a running tail keeps no rows of the window of {hca} tokens that was open there"
-        if reason is not None:
-            raise CannotTruncate(request, current, length, max(window_lowest, csa_lowest, hca_lowest, 1), reason)
+        peak = max(int(self._peaks[slot]), current)
+        check_truncation(self._schema, request, current, peak, length)
         self._keep(slot, length)
         self._peaks[slot] = peak
 
