@@ -8,6 +8,7 @@ from aot import assert_in_place, compile_for_h200
 from harness import POOLS, Driver, assert_same_bytes, random_tokens, random_weights, update
 
 from dsv4_jax import CacheFormats
+from dsv4_jax.formats import HCA_TAILS
 
 STEPS = 12
 LENGTHS = (0, 120, 253, 505)
@@ -53,11 +54,13 @@ LOOPS = pytest.mark.parametrize("loop", [by_scan, by_while])
 class Twins:
     """Two drivers of the same sequences, up to the same lengths: one goes on by single steps, one by a loop."""
 
-    def __init__(self, rng: np.random.Generator, lengths=LENGTHS, **settings):
+    def __init__(self, rng: np.random.Generator, lengths=LENGTHS, formats=None, **settings):
         weights = random_weights(rng)
         sequences = [random_tokens(rng, length + 3 * STEPS) for length in lengths]
         self.drivers = [
-            Driver(weights, CacheFormats(), slots=len(lengths) + 1, buckets=(len(lengths) + 1, 1024), **settings)
+            Driver(
+                weights, formats or CacheFormats(), slots=len(lengths) + 1, buckets=(len(lengths) + 1, 1024), **settings
+            )
             for _ in range(2)
         ]
         self.single, self.loop = self.drivers
@@ -94,8 +97,11 @@ def test_a_loop_over_steps_is_the_steps(device, rng, loop):
 
 
 @LOOPS
-def test_a_stopped_request_stores_nothing_more(device, rng, loop):
-    twins = Twins(rng, blocks=11)  # what the requests need in the end: none may get lost
+@pytest.mark.parametrize("hca_tail", HCA_TAILS)
+def test_a_stopped_request_stores_nothing_more(device, rng, loop, hca_tail):
+    twins = Twins(
+        rng, formats=CacheFormats(hca_tail=hca_tail), blocks=11
+    )  # what the requests need in the end: none may get lost
     last_step = rng.integers(0, STEPS + 1, len(LENGTHS))
     print("the last step of each request:", last_step)
     for step in range(STEPS):
