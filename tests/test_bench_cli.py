@@ -167,6 +167,13 @@ def test_a_program_makes_the_calls_it_says():
     assert changed.sum() == calls * 4
 
 
+def test_a_step_that_verifies_drafts_fits_the_context():
+    for shape in decode.decode_shapes(CSA, "mixed", 64, FULL, tokens=4):
+        assert shape.tokens == 256
+        assert shape.ends.max() <= FULL.context
+        assert shape.closing(4) == 64
+
+
 def test_calls_that_the_compiler_merges_are_an_error():
     merged = formats.quantize("keys", KEY_FORMATS["fp8"], TINY, "native")
     merged = dataclasses.replace(merged, operands=merged.operands[:1], calls=2)

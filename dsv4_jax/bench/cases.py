@@ -79,6 +79,7 @@ def all_cases(scale: Scale) -> list[Case]:
     return [
         Case("floor", floor, quick=True, has_reference=False),
         *_updates(scale),
+        *_drafts(scale),
         *_ops(scale),
         *_prefills(scale),
         *_reads(scale),
@@ -101,6 +102,14 @@ def _updates(scale: Scale) -> Iterator[Case]:
         for batch in batches:
             build = functools.partial(decode.update, kind, hca_tail, boundary, batch)
             yield Case(f"update/{_label(kind, hca_tail)}/{boundary}/b{batch}", build, quick=True)
+
+
+def _drafts(scale: Scale) -> Iterator[Case]:
+    tokens = 4
+    for kind in (CSA, HCA, SWA):
+        for batch in scale.batches[-2:]:
+            build = functools.partial(decode.update, kind, "rows", "mixed", batch, tokens=tokens)
+            yield Case(f"drafts/{kind.value}/{batch}x{tokens}", build)
 
 
 def _label(kind: LayerKind, hca_tail: str) -> str:

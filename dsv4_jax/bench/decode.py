@@ -32,8 +32,8 @@ DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 ROW_ITEMSIZE = 2  # raw window rows are bfloat16
 
 
-def decode_shapes(kind: LayerKind, boundary: str, batch: int, scale: Scale) -> list[StepShape]:
-    """One token for each request of each plan, all in the last 128 tokens of the context.
+def decode_shapes(kind: LayerKind, boundary: str, batch: int, scale: Scale, tokens: int = 1) -> list[StepShape]:
+    """One or a few tokens for each request of each plan, all in the last 256 tokens of the context.
 
     Args:
       kind: whose boundaries.
@@ -41,8 +41,9 @@ def decode_shapes(kind: LayerKind, boundary: str, batch: int, scale: Scale) -> l
         (CSA) or 1 in 128 (HCA), over all plans.
       batch: requests.
       scale: the number of plans, and the context.
+      tokens: of each request, at most 128; boundaries are those of the first.
     """
-    rng, ratio, first = np.random.default_rng(batch), max(kind.ratio, 1), scale.context - 128
+    rng, ratio, first = np.random.default_rng(batch), max(kind.ratio, 1), scale.context - (128 if tokens == 1 else 256)
     shapes = []
     for plan in range(scale.plans):
         request = np.arange(batch)
@@ -53,7 +54,7 @@ def decode_shapes(kind: LayerKind, boundary: str, batch: int, scale: Scale) -> l
         else:
             phase = (request * scale.plans + plan) * ratio // (batch * scale.plans)
         starts = first + rng.integers(0, 128 // ratio, batch) * ratio + phase
-        shapes.append(StepShape(starts, np.ones(batch, np.int64)))
+        shapes.append(StepShape(starts, np.full(batch, tokens)))
     return shapes
 
 
@@ -80,10 +81,12 @@ def update_bytes(kind: LayerKind, shape: StepShape, schema: CacheSchema, itemsiz
     return total
 
 
-def update(kind: LayerKind, hca_tail: str, boundary: str, batch: int, scale: Scale, implementation: str) -> Workload:
-    """One layer's update in a decode step."""
+def update(
+    kind: LayerKind, hca_tail: str, boundary: str, batch: int, scale: Scale, implementation: str, *, tokens: int = 1
+) -> Workload:
+    """One layer's update in a decode step, or, with several tokens a request, in one that verifies drafts."""
     schema = schema_of(model_of(kind, scale.layers), scale.plans * max(scale.batches), scale.context, hca_tail)
-    shapes = decode_shapes(kind, boundary, batch, scale)
+    shapes = decode_shapes(kind, boundary, batch, scale, tokens)
     plans = [plan_of(*pair) for pair in zip(shapes, slot_sets(schema.slots, batch, scale.plans), strict=True)]
     return Workload(
         key=schema,
