@@ -31,6 +31,15 @@ __device__ __forceinline__ StepRequest step_request(const Plan& plan, int index,
   return {request.valid, request.slot, plan.query_start()[index], plan.query_start()[index + 1], request.start};
 }
 
+// Calls `close(token, index)` for each of the request's tokens that closes a window.
+template <int kRatio, class Close>
+__device__ __forceinline__ void for_each_closing(const StepRequest& request, Close&& close) {
+  for (int index = request.first; index < request.end; ++index) {
+    const Token token = request.token(index);
+    if (token.position % kRatio == kRatio - 1) close(token, index);
+  }
+}
+
 // One compressor's work on a request of a decode step that brings any number of tokens. A thread reads and writes only
 // its own channels of the tail. Out of line, to leave the usual case short.
 template <int W, class T>
@@ -41,12 +50,10 @@ __device__ __noinline__ void compress_request(const UpdateParams& params, const 
   const int64_t layer = *params.kind_layer;
   const StepRequest request = step_request(params.window.plan, place, params.table.slots);
   if (!request.valid || !has_layer(pool, layer)) return;
-  for (int index = request.first; index < request.end; ++index) {
-    const Token token = request.token(index);
-    if (token.position % kCsaRatio != kCsaRatio - 1) continue;
+  for_each_closing<kCsaRatio>(request, [&](const Token& token, int index) {
     close_csa_window<W, T>(compressor, pool, params.table, layer, token, index, index, threads);
     threads.sync();  // before the next window reuses the scratch
-  }
+  });
   for (int index = request.first; index < request.end; ++index) {
     append_token<T>(compressor.tail, compressor.projections, layer, request.token(index), index, threads.channel());
   }
@@ -60,12 +67,10 @@ __device__ __noinline__ void fold_request(const UpdateParams& params, int place,
   const int64_t layer = *params.kind_layer;
   const StepRequest request = step_request(params.window.plan, place, params.table.slots);
   if (!request.valid || !has_layer(pool, layer)) return;
-  for (int index = request.first; index < request.end; ++index) {
-    const Token token = request.token(index);
-    if (token.position % kHcaRatio != kHcaRatio - 1) continue;
+  for_each_closing<kHcaRatio>(request, [&](const Token& token, int index) {
     close_running_window<T, 1>(compressor, pool, params.table, layer, token, index, index, threads);
     threads.sync();  // before the next window reuses the scratch
-  }
+  });
   const Request whole{true, request.slot, request.start, request.token(request.end).position};
   append_running<T, 1>(compressor.tail, compressor.projections, layer, whole, request.end, threads.channel());
 }
@@ -139,11 +144,9 @@ __global__ void __launch_bounds__(kHcaThreads)
   const int64_t layer = *params.kind_layer;
   const StepRequest request = step_request(params.window.plan, place, params.table.slots);
   if (!request.valid || !has_layer(pool, layer)) return;
-  for (int index = request.first; index < request.end; ++index) {
-    const Token token = request.token(index);
-    if (token.position % kHcaRatio != kHcaRatio - 1) continue;
+  for_each_closing<kHcaRatio>(request, [&](const Token& token, int index) {
     close_hca_window<T>(compressor, pool, params.table, layer, token, index, index, at);
-  }
+  });
   // The barriers of the last window stand between all reads of the tail and these writes.
   for (int index = request.first; at.split == 0 && index < request.end; ++index) {
     append_token<T>(tail, in, layer, request.token(index), index, channel);
