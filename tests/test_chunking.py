@@ -13,6 +13,7 @@ from harness import (
     random_tokens,
     random_weights,
     tail_rows_in_use,
+    update,
     update_append_first,
     update_op_by_op,
 )
@@ -103,6 +104,26 @@ def test_a_step_with_as_many_requests_as_tokens_may_still_bring_several_of_one(d
             driver.feed(counts)
     for index, request in enumerate(requests):
         assert_same_bytes(expected[index], driver.stored(request), f"request {index}")
+
+
+@TAILS
+def test_a_step_of_thousands_of_tokens_stores_what_separate_ops_do(device, rng, dtype, hca_tail):
+    """So many windows that a thread block closes several, some of them begun by earlier steps."""
+    weights, formats = random_weights(rng), CacheFormats(hca_tail=hca_tail)
+    lengths = rng.integers(1500, 2500, 3).tolist()
+    begun = [0, int(rng.integers(1, 8)), int(rng.integers(8, 300))]
+    print("tokens of each request:", lengths, "of which in an earlier step:", begun)
+    sequences = [random_tokens(rng, length, dtype) for length in lengths]
+    stored = []
+    for step in (update, update_op_by_op):
+        driver = Driver(weights, formats, blocks=64, max_context=2560, buckets=(512, 8192), step=step)
+        requests = [driver.admit(sequence) for sequence in sequences]
+        driver.feed({request: count for request, count in zip(requests, begun, strict=True) if count})
+        rest = [length - count for length, count in zip(lengths, begun, strict=True)]
+        driver.feed(dict(zip(requests, rest, strict=True)))
+        stored.append([driver.stored(request) for request in requests])
+    for index, (one, other) in enumerate(zip(*stored, strict=True)):
+        assert_same_bytes(one, other, f"request {index}")
 
 
 @TAILS
