@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.schema import EMPTY_SCORE, EMPTY_STATE, CacheSchema
+from dsv4_jax.schema import CacheSchema, empty_tail
 
 
 @jax.tree_util.register_dataclass
@@ -72,8 +72,7 @@ def _empty(schema: CacheSchema) -> Cache:
     arrays = {name: jnp.full(array.shape, values.get(name, 0), array.dtype) for name, array in schema.arrays.items()}
     for name in ("csa_tail", "key_tail", "hca_tail"):
         shape = schema.arrays[name].shape
-        empty = jnp.array(EMPTY_STATE if len(shape) == 4 else (0, EMPTY_SCORE), jnp.float32)
-        arrays[name] = jnp.broadcast_to(empty.reshape(-1, *[1] * (len(shape) - 3)), shape)
+        arrays[name] = jnp.broadcast_to(empty_tail(shape), shape)
     return Cache(**arrays, schema=schema)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,6 @@ from dsv4_jax.plan import BLOCK_TOKENS
 EMPTY_SCORE = -1e9
 """The score of a tail row that holds nothing: beside a real score it weighs 0, and being finite it makes no NaN."""
 
-EMPTY_STATE = (EMPTY_SCORE, 0.0, 0.0)
-"""A running tail without rows: max, denominator and sum."""
-
 LARGEST_INDEX = 2**31 - 1
 """Slots, block ids and positions are int32."""
 
@@ -32,6 +29,21 @@ Arrays = Mapping[str, jax.ShapeDtypeStruct]
 
 class SchemaError(ValueError):
     """A cache that cannot be: a size out of range, or more than the memory given for it."""
+
+
+def is_running(tail_shape: Sequence[int]) -> bool:
+    """Whether a tail is a running one, [layers, slots, 3 (max, denominator, sum), width], rather than one of rows."""
+    return len(tail_shape) == 4
+
+
+def empty_tail(tail_shape: Sequence[int]) -> jax.Array:
+    """What a slot of such a tail holds before its first token, fp32, to be broadcast over all of a slot.
+
+    Rows: kv 0 and score -1e9, [2, 1, 1]. Running: max -1e9, denominator and sum 0, [3, 1].
+    """
+    if is_running(tail_shape):
+        return jnp.array([[EMPTY_SCORE], [0], [0]], jnp.float32)
+    return jnp.array([[[0]], [[EMPTY_SCORE]]], jnp.float32)
 
 
 def _bytes(arrays: Arrays) -> dict[str, int]:

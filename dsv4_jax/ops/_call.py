@@ -11,6 +11,7 @@ import numpy as np
 
 from dsv4_jax.formats import HEAD_DIM, ROPE_DIM, VectorFormat
 from dsv4_jax.plan import StepPlan
+from dsv4_jax.schema import is_running
 
 FLOATING = (jnp.float32, jnp.bfloat16)
 
@@ -46,7 +47,7 @@ def check_tail(op: str, name: str, tail: Any, ratio: int) -> None:
     """Raises OperandError unless `tail` is float32 [layers, slots, 2, rows, width] for that ratio, or a running one."""
     if ratio not in (4, 128):
         raise OperandError(f"{op}: ratio is {ratio}, expected 4 (CSA) or 128 (HCA).")
-    if ratio == 128 and len(jnp.shape(tail)) == 4:
+    if ratio == 128 and is_running(jnp.shape(tail)):
         check(op, name, tail, (None, None, 3, HEAD_DIM), jnp.float32)
         return
     check(op, name, tail, (None, None, 2, 12 if ratio == 4 else 128, None), jnp.float32)

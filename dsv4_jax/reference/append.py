@@ -15,8 +15,9 @@ from dsv4_jax.reference.geometry import (
     overlap_survives,
 )
 from dsv4_jax.reference.pages import in_range, write_rows
-from dsv4_jax.reference.running import append_running, is_running
+from dsv4_jax.reference.running import append_running
 from dsv4_jax.reference.scalars import to_float32
+from dsv4_jax.schema import is_running
 
 
 def append_window(
@@ -79,7 +80,7 @@ def append_tail(
     layers, slots, *_, width = tail.shape
     token = all_tokens(plan, slots)
     kv, score = to_float32(kv), to_float32(gate) + jnp.asarray(ape)[token.position % ratio]
-    if is_running(tail):
+    if is_running(tail.shape):
         return append_running(tail, kv, score, plan, layer)
     places = [(current_row, current_survives, slice(-width, None))]
     if kv.shape[1] > width:

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 
 from dsv4_jax.plan import StepPlan
 from dsv4_jax.reference.pages import in_range
-from dsv4_jax.reference.running import empty_state, is_running
-from dsv4_jax.schema import EMPTY_SCORE
+from dsv4_jax.schema import empty_tail
 
 
 def begin_step(
@@ -22,8 +21,7 @@ def begin_step(
     """Make the slots of new requests as new, then apply the step's block-table changes.
 
     As new: no blocks, no window position recorded, every tail row with kv 0 and score -1e9 (a running tail: max -1e9,
-    denominator and sum 0). Entries, keys and window
-    rows are left as they are, since nothing leads to them any more.
+    denominator and sum 0). Entries, keys and window rows are left as they are, since nothing leads to them any more.
 
     Args:
       block_table: int32 [slots, max_blocks].
@@ -41,13 +39,7 @@ def begin_step(
     reset = jnp.where((jnp.asarray(plan.request_reset) != 0) & in_range(slot, slots), slot, slots)
     block_table = block_table.at[reset].set(-1, mode="drop")
     window_positions = window_positions.at[:, reset].set(-1, mode="drop")
-    tails = []
-    for tail in (csa_tail, key_tail, hca_tail):
-        if is_running(tail):
-            tails.append(tail.at[:, reset].set(empty_state(tail.shape[-1]), mode="drop"))
-            continue
-        cleared = tail.at[:, reset, 0].set(0.0, mode="drop")
-        tails.append(cleared.at[:, reset, 1].set(EMPTY_SCORE, mode="drop"))
+    tails = [tail.at[:, reset].set(empty_tail(tail.shape), mode="drop") for tail in (csa_tail, key_tail, hca_tail)]
 
     slot, index = jnp.asarray(plan.table_slot), jnp.asarray(plan.table_index)
     valid = in_range(slot, slots) & in_range(index, max_blocks)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from dsv4_jax.plan import StepPlan
 from dsv4_jax.reference.geometry import Tokens, current_row, overlap_row, overlap_rows, tokens_at
 from dsv4_jax.reference.pages import in_range
-from dsv4_jax.reference.running import fold_rows, is_running, window_state
+from dsv4_jax.reference.running import fold_rows, window_state
 from dsv4_jax.reference.scalars import to_float32
 from dsv4_jax.rotary import Rotary, apply_rotary
-from dsv4_jax.schema import EMPTY_SCORE
+from dsv4_jax.schema import EMPTY_SCORE, is_running
 
 
 def compress(
@@ -58,7 +58,7 @@ def compress(
     closing = tokens_at(plan, index, slots)
     valid = closing.valid & in_range(layer, layers)
     kv, gate, ape = to_float32(kv), to_float32(gate), jnp.asarray(ape)
-    if is_running(tail):
+    if is_running(tail.shape):
         entries = _pool_running(tail, kv, gate, ape, index, closing, layer)
     else:
         entries = _softmax_pool(*_window_rows(tail, kv, gate, ape, index, closing, layer, ratio))
@@ -87,6 +87,15 @@ def hadamard_transform(x: jax.Array) -> jax.Array:
     return y * jnp.float32(n**-0.5)
 
 
+def _tokens_up_to(closing: Tokens, index: jax.Array, rows: int, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The `rows` tokens up to each closing one, oldest first, [C, rows] each: position, whether this step of `tokens`
+    tokens brought it, and at which flat index.
+    """
+    back = jnp.arange(rows)[::-1]
+    position = closing.position[:, None] - back
+    return position, position >= closing.start[:, None], jnp.clip(index[:, None] - back, 0, tokens - 1)
+
+
 def _window_rows(
     tail: jax.Array,
     kv: jax.Array,
@@ -100,24 +109,21 @@ def _window_rows(
     """The rows that every closing window pools, oldest first: kv and score, fp32 [C, rows, d] each."""
     layers, slots, _, _, width = tail.shape
     rows = ratio if overlap_rows(ratio) == 0 else 2 * ratio
-    back = jnp.arange(rows)[::-1]  # how many tokens before the closing one
-    is_overlap = (back >= ratio)[None, :, None]
-    position = closing.position[:, None] - back
+    is_overlap = (jnp.arange(rows) < rows - ratio)[None, :, None]
+    position, from_step, in_step = _tokens_up_to(closing, index, rows, kv.shape[0])
 
     def halves(projection: jax.Array) -> jax.Array:
         return jnp.where(is_overlap, projection[..., :width], projection[..., -width:])
 
-    in_step = jnp.clip(index[:, None] - back, 0, kv.shape[0] - 1)
     step_kv = halves(kv[in_step])
     step_score = halves(gate[in_step] + ape[position % ratio])
 
-    tail_row = jnp.where(back >= ratio, overlap_row(position, ratio), current_row(position, ratio))
+    tail_row = jnp.where(is_overlap[..., 0], overlap_row(position, ratio), current_row(position, ratio))
     layer = jnp.where(in_range(layer, layers), layer, 0)
     slot = jnp.clip(closing.slot, 0, slots - 1)[:, None]
     tail_kv, tail_score = tail[layer, slot, 0, tail_row], tail[layer, slot, 1, tail_row]
 
-    from_step = (position >= closing.start[:, None])[..., None]
-    exists = (position >= 0)[..., None]
+    from_step, exists = from_step[..., None], (position >= 0)[..., None]
     row_kv = jnp.where(exists, jnp.where(from_step, step_kv, tail_kv), 0.0)
     row_score = jnp.where(exists, jnp.where(from_step, step_score, tail_score), EMPTY_SCORE)
     return row_kv, row_score
@@ -139,11 +145,7 @@ def _pool_running(
     layer: jax.Array | int,
 ) -> jax.Array:
     """[C, d]: the window's state from a running tail, and the step's own rows."""
-    rows = ape.shape[0]
-    back = jnp.arange(rows)[::-1]
-    position = closing.position[:, None] - back
-    from_step = position >= closing.start[:, None]
-    in_step = jnp.clip(index[:, None] - back, 0, kv.shape[0] - 1)
+    _, from_step, in_step = _tokens_up_to(closing, index, ape.shape[0], kv.shape[0])
     state = window_state(tail, layer, closing.slot, ~from_step[:, 0])
     _, denominator, total = jnp.moveaxis(fold_rows(state, kv[in_step], gate[in_step] + ape, from_step), 1, 0)
     return total / denominator

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from dsv4_jax.plan import StepPlan
 from dsv4_jax.reference.geometry import all_requests, tail_rows, tail_rows_in_use
 from dsv4_jax.reference.pages import in_range
-from dsv4_jax.reference.running import is_running, rotate_running
-from dsv4_jax.schema import EMPTY_SCORE
+from dsv4_jax.reference.running import rotate_running
+from dsv4_jax.schema import EMPTY_SCORE, is_running
 
 
 def rotate(tail: jax.Array, plan: StepPlan, layer: jax.Array | int, *, ratio: int) -> jax.Array:
@@ -30,7 +30,7 @@ def rotate(tail: jax.Array, plan: StepPlan, layer: jax.Array | int, *, ratio: in
     layers, slots = tail.shape[:2]
     request = all_requests(plan, slots)
     closed = request.valid & (request.start // ratio != request.next // ratio) & in_range(layer, layers)
-    if is_running(tail):
+    if is_running(tail.shape):
         return rotate_running(tail, request._replace(valid=closed), layer)
     clear = closed[:, None] & ~tail_rows_in_use(request.next, ratio)
     slot = jnp.where(clear, request.slot[:, None], slots)

@@ -8,19 +8,9 @@ import jax.numpy as jnp
 from dsv4_jax.plan import StepPlan
 from dsv4_jax.reference.geometry import Requests, all_requests
 from dsv4_jax.reference.pages import in_range
-from dsv4_jax.schema import EMPTY_STATE
+from dsv4_jax.schema import empty_tail
 
 RATIO = 128
-
-
-def is_running(tail: jax.Array) -> bool:
-    """Whether a tail is a running one, [layers, slots, 3 (max, denominator, sum), d], rather than one of rows."""
-    return tail.ndim == 4
-
-
-def empty_state(width: int) -> jax.Array:
-    """The state of a window without rows: fp32 [3, d], max -1e9, denominator and sum 0."""
-    return jnp.broadcast_to(jnp.array(EMPTY_STATE, jnp.float32)[:, None], (3, width))
 
 
 def fold_rows(state: jax.Array, kv: jax.Array, score: jax.Array, present: jax.Array) -> jax.Array:
@@ -77,9 +67,9 @@ def rotate_running(tail: jax.Array, closed: Requests, layer: jax.Array | int) ->
       closed: the requests of a step; valid are those that closed a window.
       layer: int32 scalar; out of range changes nothing.
     """
-    layers, slots, _, width = tail.shape
+    layers, slots = tail.shape[:2]
     clear = closed.valid & (closed.next % RATIO == 0) & in_range(layer, layers)
-    return tail.at[layer, jnp.where(clear, closed.slot, slots)].set(empty_state(width), mode="drop")
+    return tail.at[layer, jnp.where(clear, closed.slot, slots)].set(empty_tail(tail.shape), mode="drop")
 
 
 def window_state(tail: jax.Array, layer: jax.Array | int, slot: jax.Array, resumes: jax.Array) -> jax.Array:
@@ -94,6 +84,6 @@ def window_state(tail: jax.Array, layer: jax.Array | int, slot: jax.Array, resum
     Returns:
       fp32 [N, 3, d]; anything where layer or slot are out of range.
     """
-    layers, slots, _, width = tail.shape
+    layers, slots = tail.shape[:2]
     layer = jnp.where(in_range(layer, layers), layer, 0)
-    return jnp.where(resumes[:, None, None], tail[layer, jnp.clip(slot, 0, slots - 1)], empty_state(width))
+    return jnp.where(resumes[:, None, None], tail[layer, jnp.clip(slot, 0, slots - 1)], empty_tail(tail.shape))
