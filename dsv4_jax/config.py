@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import json
 import math
 import os
@@ -159,7 +160,7 @@ class ModelSpec:
         if not (_is_number(self.norm_eps) and self.norm_eps > 0):
             raise ConfigError(f"{self.name}: norm_eps must be a positive number, got {self.norm_eps!r}.")
 
-    @property
+    @functools.cached_property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of every layer, in order."""
         return tuple(layer.kind for layer in self.layers)
