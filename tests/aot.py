@@ -16,6 +16,8 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dsv4_jax.bench.step import thunk_sequence
+
 # Without driver_version nothing is captured into CUDA graphs.
 H200 = """
 gpu_device_info {
@@ -70,11 +72,10 @@ def compile_for_h200(fn, *args: Any, dump: Path, donate_argnums: int | Sequence[
 
 
 def _read_thunks(dump: Path) -> tuple[tuple[str, bool], ...]:
-    # The first file is written only if a pass changed something, such as capturing calls into a graph.
-    files = [*dump.glob("*.thunk_sequence_after_thunk_passes.txt"), *dump.glob("*.thunk_sequence.txt")]
-    assert files, f"XLA dumped no thunk sequence into {dump}"
+    text = thunk_sequence(dump)
+    assert text is not None, f"XLA dumped no thunk sequence into {dump}"
     thunks, graph_indent = [], None
-    for indent, kind in re.findall(r"^( *)\d+: (k\w+)", files[0].read_text(), re.MULTILINE):
+    for indent, kind in re.findall(r"^( *)\d+: (k\w+)", text, re.MULTILINE):
         if graph_indent is not None and len(indent) <= graph_indent:
             graph_indent = None
         thunks.append((kind, graph_indent is not None))

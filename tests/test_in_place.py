@@ -4,7 +4,6 @@ What XLA compiled is inspected for the CPU and, without one, for an H200 (see ``
 """
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from dsv4_jax import (
     init_cache,
     tiny_spec,
 )
+from dsv4_jax.bench.measure import native_calls
 
 STEPS = 6
 LAYOUTS = {"decode": PlanLayout(8, 8), "prefill": PlanLayout(200, 8)}
@@ -186,11 +186,6 @@ def test_a_step_of_the_whole_model_is_in_place_and_one_cuda_graph(tmp_path):
     assert gpu.graphs == 1
     assert gpu.custom_calls(captured=False) == 0
     assert gpu.custom_calls(captured=True) == native_calls(gpu.compiled) > 43
-
-
-def native_calls(compiled: jax.stages.Compiled) -> int:
-    """How many of our ops the program calls."""
-    return len(re.findall(r'custom_call_target="dsv4_', compiled.as_text()))
 
 
 def _not_donated(cache, plan, weights, brought):

@@ -71,13 +71,9 @@ def layer_update(implementation: str) -> Any:
 def update_bytes(kind: LayerKind, shape: StepShape, schema: CacheSchema, itemsize: int) -> int:
     """The fewest bytes of a layer's update."""
     total = traffic.window_rows(shape, schema.ring, FORMATS.window_format, ROW_ITEMSIZE)
-    if kind is LayerKind.HCA and schema.formats.hca_tail == "running":
-        total += traffic.running_compressor(shape, FORMATS.entry_format, itemsize)
-    elif kind is LayerKind.CSA:
-        total += traffic.compressor(shape, 4, FORMATS.entry_format, itemsize)
-        total += traffic.compressor(shape, 4, FORMATS.key_format, itemsize)
-    elif kind is LayerKind.HCA:
-        total += traffic.compressor(shape, 128, FORMATS.entry_format, itemsize)
+    entry, key = FORMATS.entry_format, FORMATS.key_format
+    for format in {LayerKind.SWA: (), LayerKind.CSA: (entry, key), LayerKind.HCA: (entry,)}[kind]:
+        total += traffic.compressor(shape, kind.ratio, format, itemsize, hca_tail=schema.formats.hca_tail)
     return total
 
 

@@ -20,10 +20,6 @@ HOST_BOUND = 0.9
 """From this share of the host on, a time may be the host's and not the device's."""
 
 
-class PlotError(RuntimeError):
-    """The picture cannot be drawn."""
-
-
 def table(run: Run) -> Table:
     """One line a case."""
     made = Table(title=f"{jax.devices()[0].device_kind}, {run.scale.name} sizes")
@@ -134,21 +130,12 @@ def write_json(run: Run, command: str, path: Path) -> None:
     path.write_text(json.dumps(as_json(run, command), indent=1) + "\n")
 
 
-def require_matplotlib() -> None:
-    """Raises PlotError, with what to do, where matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise PlotError('the picture needs matplotlib: pip install "dsv4-jax[plot]"') from error
-
-
 def plot(run: Run, path: Path) -> None:
     """Draws every case by its bytes and its rate, under the two roofs: the copy's speed, and the smallest call's time.
 
     Raises:
-      PlotError: matplotlib is not installed.
+      ImportError: matplotlib is not installed.
     """
-    require_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")

@@ -12,6 +12,7 @@ import jax
 from dsv4_jax.bench.cases import Case, Target
 from dsv4_jax.bench.measure import Timing, make_scratch, measure, measure_copy
 from dsv4_jax.bench.workload import Scale, Workload
+from dsv4_jax.config import deepseek_v4_pro
 
 REFERENCE_CALLS = 1
 
@@ -129,12 +130,13 @@ def _run(case: Case, scale: Scale, states: _States, reference: bool) -> Result:
 def _with_sums(results: list[Result]) -> list[Result]:
     """Holds the whole step to the sum of its layers' updates, where those were measured in the same run."""
     times = {result.name: result.timing.microseconds for result in results if result.timing}
+    pro = deepseek_v4_pro()
     summed = []
     for result in results:
         batch = result.name.removeprefix("step/pro/")
-        parts = {30: f"update/csa/mixed/{batch}", 31: f"update/hca/mixed/{batch}"}
-        if result.remarks.get("layers") == 61 and all(name in times for name in parts.values()):
-            total = sum(layers * times[name] for layers, name in parts.items())
+        parts = {kind: f"update/{kind.value}/mixed/{batch}" for kind in dict.fromkeys(pro.layer_kinds)}
+        if result.remarks.get("layers") == len(pro.layers) and all(name in times for name in parts.values()):
+            total = sum(pro.count(kind) * times[name] for kind, name in parts.items())
             result = dataclasses.replace(
                 result, target=Target(1.15 * total, 1.05 * total), remarks=result.remarks | {"sum_of_updates": total}
             )

@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv4_jax.bench.decode import layer_update
 from dsv4_jax.bench.measure import MOST_REPLAYS, Outcome, Timing, native_calls, spread
 from dsv4_jax.bench.traffic import StepShape
 from dsv4_jax.bench.workload import (
     Scale,
     Workload,
+    admit,
     compressor_inputs,
     model_of,
     noise,
@@ -64,20 +66,28 @@ def step_inputs(spec: ModelSpec, plan: StepPlan) -> dict[str, Any]:
     return made
 
 
-def decode_step(cache: Cache, plan: StepPlan, inputs: dict[str, Any], implementation: str = "native") -> Cache:
-    """begin_step, the angles of the step, and every layer's update."""
-    spec = cache.schema.spec
-    cache = begin_step(cache, plan, implementation=implementation)
-    ropes = dict.fromkeys(layer.rope for layer in spec.layers)
-    rows = {rope: RawRows(inputs["rows"], inputs["norm"], token_rotary(plan, rope)) for rope in ropes}
+def layer_inputs(spec: ModelSpec, plan: StepPlan, inputs: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """What ``LayerCache.update`` of each layer takes, the angles of the step computed once for all layers."""
+    angles = {rope: token_rotary(plan, rope) for rope in dict.fromkeys(layer.rope for layer in spec.layers)}
     closing = {
         layer: closing_rotary(plan, layer.kind.ratio, layer.rope)
         for layer in dict.fromkeys(spec.layers)
         if layer.kind.ratio
     }
-    for index, layer in enumerate(spec.layers):
-        given = [one._replace(rotary=closing[layer]) for one in inputs.get(layer.kind.value, ())]
-        cache = LayerCache(cache, plan, index, implementation).update(rows[layer.rope], *given).cache
+    return [
+        (
+            RawRows(inputs["rows"], inputs["norm"], angles[layer.rope]),
+            *(one._replace(rotary=closing[layer]) for one in inputs.get(layer.kind.value, ())),
+        )
+        for layer in spec.layers
+    ]
+
+
+def decode_step(cache: Cache, plan: StepPlan, inputs: dict[str, Any], implementation: str = "native") -> Cache:
+    """begin_step, the angles of the step, and every layer's update."""
+    cache = begin_step(cache, plan, implementation=implementation)
+    for index, given in enumerate(layer_inputs(cache.schema.spec, plan, inputs)):
+        cache = LayerCache(cache, plan, index, implementation).update(*given).cache
     return cache
 
 
@@ -88,10 +98,7 @@ def _make(scale: Scale, spec: ModelSpec, steps: int) -> tuple[CacheSchema, Cache
     schema = schema_of(spec, requests, context)
     chunk = max(128 * requests, scale.context)
     manager = CacheManager(schema, token_buckets=(requests, chunk))
-    handles = np.array([manager.admit() for _ in range(requests)])
-    lengths = scale.context - 128 + np.arange(requests) * 128 // requests
-    for handle, length in zip(handles, lengths, strict=True):
-        manager.prepare_forward({int(handle): int(length)})
+    handles = admit(manager, scale.context - 128 + np.arange(requests) * 128 // requests)
     return schema, manager, (handles, np.ones(requests, np.int64))
 
 
@@ -168,9 +175,15 @@ def _compile(run: Callable[..., Cache], *args: Any) -> tuple[jax.stages.Compiled
 
 def count_graphs(dump: Path) -> int | None:
     """CUDA graphs in the thunk sequence that XLA dumped; None if it dumped none."""
+    text = thunk_sequence(dump)
+    return None if text is None else len(re.findall(r"^ *\d+: kCommandBuffer", text, re.MULTILINE))
+
+
+def thunk_sequence(dump: Path) -> str | None:
+    """What XLA says it will run, a line for each thunk, indented inside a CUDA graph; None if it dumped nothing."""
     # The first file is written only if a pass changed something, such as capturing calls into a graph.
     files = [*dump.glob("*.thunk_sequence_after_thunk_passes.txt"), *dump.glob("*.thunk_sequence.txt")]
-    return len(re.findall(r"^ *\d+: kCommandBuffer", files[0].read_text(), re.MULTILINE)) if files else None
+    return files[0].read_text() if files else None
 
 
 def prepare_forward(scale: Scale, implementation: str) -> Outcome:
@@ -179,10 +192,8 @@ def prepare_forward(scale: Scale, implementation: str) -> Outcome:
     context = scale.context + steps + 128
     schema = schema_of(deepseek_v4_pro(), requests, context)
     manager = CacheManager(schema, token_buckets=(requests, scale.context))
-    handles = np.array([manager.admit() for _ in range(requests)])
+    handles = admit(manager, np.random.default_rng(0).integers(1, scale.context, requests))
     counts = np.ones(requests, np.int64)
-    for handle, length in zip(handles, np.random.default_rng(0).integers(1, scale.context, requests), strict=True):
-        manager.prepare_forward({int(handle): int(length)})
     times = []
     for _ in range(steps):
         begin = time.perf_counter()
@@ -225,18 +236,12 @@ def floor(scale: Scale, implementation: str) -> Workload:
     shape = StepShape(np.zeros(1, np.int64), np.ones(1, np.int64))
     padding = plan_of(shape, np.zeros(1, np.int64))
     padding = StepPlan(jnp.full_like(padding.packed, -1), padding.layout)
-    rows = noise((1, HEAD_DIM), jnp.bfloat16)
-
-    def call(cache: Cache, plan: StepPlan, rows: Any, layer: Any) -> tuple[Cache, None]:
-        handle = LayerCache(cache, plan, 0, implementation, layer_index=layer)
-        return handle.update(rows).cache, None
-
     return Workload(
         key=schema,
         state=lambda: init_cache(schema),
-        call=call,
+        call=layer_update(implementation),
         gates=[padding],
-        operands=[rows],
+        operands=[(noise((1, HEAD_DIM), jnp.bfloat16),)],
         layers=2,
         calls=2 * scale.calls,
         bytes_moved=0,

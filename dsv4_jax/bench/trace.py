@@ -16,15 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.bench.step import step_inputs
-from dsv4_jax.bench.workload import FORMATS, noisy_cache
+from dsv4_jax.bench.step import layer_inputs, step_inputs
+from dsv4_jax.bench.workload import FORMATS, admit, noisy_cache
 from dsv4_jax.config import LayerKind, ModelSpec, tiny_spec
 from dsv4_jax.handle import LayerCache, begin_step
 from dsv4_jax.manager import CacheManager
 from dsv4_jax.plan import StepPlan
 from dsv4_jax.pools import Cache
-from dsv4_jax.rotary import closing_rotary, token_rotary
-from dsv4_jax.rows import RawRows
 from dsv4_jax.schema import CacheSchema
 
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*)$", re.MULTILINE)
@@ -69,16 +67,12 @@ def step(cache: Cache, plan: StepPlan, inputs: dict[str, Any], choices: jax.Arra
     with jax.named_scope("step.begin"):
         cache = begin_step(cache, plan)
     with jax.named_scope("step.angles"):
-        angles = {layer.rope: token_rotary(plan, layer.rope) for layer in spec.layers}
-        closing = {
-            layer: closing_rotary(plan, layer.kind.ratio, layer.rope) for layer in spec.layers if layer.kind.ratio
-        }
+        given = layer_inputs(spec, plan, inputs)
     for index, layer in enumerate(spec.layers):
         kind = layer.kind.value
-        given = [one._replace(rotary=closing[layer]) for one in inputs.get(kind, ())]
         handle = LayerCache(cache, plan, index)
         with jax.named_scope(f"{kind}.update"):
-            handle = handle.update(RawRows(inputs["rows"], inputs["norm"], angles[layer.rope]), *given)
+            handle = handle.update(*given[index])
         with jax.named_scope(f"{kind}.window"):
             handle, _ = handle.window()
         if layer.kind is LayerKind.CSA:
@@ -115,9 +109,7 @@ def trace_steps(
     longest = -(-(context + 2 * steps) // 128) * 128
     schema = CacheSchema(spec, FORMATS, requests, requests * longest // 128, longest)
     manager = CacheManager(schema, token_buckets=(requests, context))
-    handles = np.array([manager.admit() for _ in range(requests)])
-    for handle in handles:
-        manager.prepare_forward({int(handle): context})
+    handles = admit(manager, [context] * requests)
     cache, ones = noisy_cache(schema), np.ones(requests, np.int64)
     plans = [manager.prepare_forward((handles, ones)) for _ in range(2 * steps)]
     inputs = step_inputs(spec, StepPlan(jnp.asarray(plans[0].packed), plans[0].layout))

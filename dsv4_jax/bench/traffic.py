@@ -105,23 +105,18 @@ def rotate(shape: StepShape, ratio: int, width: int) -> int:
     return 2 * int(np.where(closed, rows - kept, 0).sum()) * width * FLOAT32
 
 
-def compressor(shape: StepShape, ratio: int, format: VectorFormat, itemsize: int) -> int:
-    """One compressor's part of `update`: projections read, tails read and written, entries stored."""
-    halves = tail_halves_read(shape, ratio) + tail_halves_written(shape, ratio)
+def compressor(shape: StepShape, ratio: int, format: VectorFormat, itemsize: int, *, hca_tail: str = "rows") -> int:
+    """One compressor's part of `update`: projections read, tails read and written, entries stored.
+
+    Of a running tail: the states of windows begun before, and of those left open.
+    """
+    if hca_tail == "running" and ratio == LayerKind.HCA.ratio:
+        tail_rows = 3 * int((shape.starts % ratio > 0).sum() + (shape.ends % ratio > 0).sum())
+    else:
+        tail_rows = tail_halves_read(shape, ratio) + tail_halves_written(shape, ratio)
     return (
         projections(shape, ratio, format.width, itemsize)
-        + halves * format.width * FLOAT32
-        + shape.closing(ratio) * format.row_bytes
-    )
-
-
-def running_compressor(shape: StepShape, format: VectorFormat, itemsize: int) -> int:
-    """The same of an HCA compressor with a running tail: the states of windows begun before, and of those left open."""
-    ratio = LayerKind.HCA.ratio
-    states = int((shape.starts % ratio > 0).sum() + (shape.ends % ratio > 0).sum())
-    return (
-        projections(shape, ratio, format.width, itemsize)
-        + states * 3 * format.width * FLOAT32
+        + tail_rows * format.width * FLOAT32
         + shape.closing(ratio) * format.row_bytes
     )
 

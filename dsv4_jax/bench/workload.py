@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +16,7 @@ from dsv4_jax import ops, reference
 from dsv4_jax.bench.traffic import StepShape
 from dsv4_jax.config import LayerKind, LayerSpec, ModelSpec, deepseek_v4_pro
 from dsv4_jax.formats import HEAD_DIM, KEY_DIM, CacheFormats
+from dsv4_jax.manager import CacheManager
 from dsv4_jax.plan import BLOCK_TOKENS, PlanLayout, StepPlan, build_plan
 from dsv4_jax.pools import Cache
 from dsv4_jax.rotary import closing_rotary, token_rotary
@@ -203,6 +204,15 @@ def slot_sets(slots: int, batch: int, sets: int) -> list[np.ndarray]:
     """Disjoint sets of slots, scattered."""
     order = np.random.default_rng(1).permutation(slots)
     return [order[i * batch : (i + 1) * batch] for i in range(sets)]
+
+
+def admit(manager: CacheManager, lengths: Iterable[int]) -> np.ndarray:
+    """Requests of these lengths, whose plans are as good as run: int64 [requests], their handles."""
+    handles = []
+    for length in lengths:
+        handles.append(manager.admit())
+        manager.prepare_forward({handles[-1]: int(length)})
+    return np.array(handles)
 
 
 def compressor_inputs(plan: StepPlan, spec: LayerSpec, width: int, dtype: Any, seed: int) -> CompressorInputs:

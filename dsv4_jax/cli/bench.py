@@ -14,9 +14,10 @@ import typer
 from rich.console import Console
 
 from dsv4_jax.bench.cases import all_cases
-from dsv4_jax.bench.report import PlotError, plot, require_matplotlib, table, write_json
+from dsv4_jax.bench.report import plot, table, write_json
 from dsv4_jax.bench.runner import run_cases
 from dsv4_jax.bench.workload import FULL, TINY
+from dsv4_jax.cli._plotting import require_matplotlib
 
 
 def bench(
@@ -52,10 +53,7 @@ def bench(
             console.print(case.name, highlight=False)
         return
     if picture is not None:
-        try:
-            require_matplotlib()
-        except PlotError as error:
-            raise typer.BadParameter(str(error), param_hint="--plot") from error
+        require_matplotlib()
 
     begin = time.perf_counter()
     with console.status("copy") as status:

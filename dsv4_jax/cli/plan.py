@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv4_jax.capacity import CapacityPlan, capacity_plan, requests_that_fit
+from dsv4_jax.cli._plotting import require_matplotlib
 from dsv4_jax.cli.decode import EntryFormat, HcaTail, KeyFormat, WindowFormat
 from dsv4_jax.config import ConfigError, ModelSpec, deepseek_v4_flash, deepseek_v4_pro, model_spec, tiny_spec
 from dsv4_jax.formats import PROFILES
@@ -104,12 +105,9 @@ def draw(planned: CapacityPlan, ladder: list[tuple[CapacityPlan, int | None]], p
     Raises:
       typer.BadParameter: matplotlib is not installed, or cannot write such a file.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise typer.BadParameter(
-            "drawing needs matplotlib: pip install 'dsv4-jax[plot]'.", param_hint="--plot"
-        ) from None
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     contexts = [one.context for one, _ in ladder]
     counts = [(one.context, fit) for one, fit in ladder if fit]
     figure = Figure(figsize=(11 if counts else 6, 4.5), layout="constrained")
