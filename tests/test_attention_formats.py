@@ -5,24 +5,18 @@
 
 import dataclasses
 import functools
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden import GOLDEN, META, POSITIONS, golden_attention, golden_tokens, golden_weights
 from harness import SPEC, Driver, inputs_of
 
 from dsv4_jax import PROFILES, LayerCache, begin_step
 from dsv4_jax.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
 
-GOLDEN = np.load(Path(__file__).parent / "data" / "dsv4_golden.npz")
-META = json.loads(GOLDEN["meta.json"].tobytes())
-POSITIONS = GOLDEN["meta.positions_attn"]
 TOKENS, TOPK = META["seq"], META["topk"]
-INPUTS = {"rows": "swa_k", "kv": "kv", "gate": "gate", "index_kv": "idx_kv", "index_gate": "idx_gate"}
-WEIGHTS = {"ape": "ape", "norm": "norm_w", "index_ape": "idx_ape", "index_norm": "idx_norm_w"}
 EXACT = PROFILES["exact"]
 SWA, CSA, HCA = range(3)
 
@@ -33,18 +27,11 @@ ROUND_TRIP = {"fp32": 0, "bf16": 2**-8, "fp8": 0.03, "fp8_ds_mla": 0.03, "nvfp4"
 @functools.cache
 def stored(formats):
     """What the golden request's layers hold after one step: window rows, entries and keys as they are read back."""
-    driver = Driver(_layers(WEIGHTS), formats, slots=1, blocks=8)
+    driver = Driver(golden_weights(), formats, slots=1, blocks=8)
     driver._step = jax.jit(_step_and_read, donate_argnums=0)
-    driver.feed({driver.admit(_layers(INPUTS)): TOKENS})
+    driver.feed({driver.admit(golden_tokens()): TOKENS})
     _, read = driver.cache
     return jax.tree.map(np.asarray, read)
-
-
-def _layers(names):
-    return [
-        {ours: GOLDEN[f"L{layer}.{theirs}"] for ours, theirs in names.items() if f"L{layer}.{theirs}" in GOLDEN}
-        for layer in range(3)
-    ]
 
 
 def _step_and_read(cache, plan, weights, brought):
@@ -86,16 +73,8 @@ def attention(formats):
                 keys.append(read["csa"][chosen(formats, golden_row)])
             elif layer == HCA:
                 keys.append(read["hca"][: (position + 1) // 128])
-            outputs.append(_sink_attention(layer, golden_row, np.concatenate(keys).astype(np.float64)))
+            outputs.append(golden_attention(layer, golden_row, np.concatenate(keys)))
     return np.stack(outputs).reshape(3, len(POSITIONS), *outputs[0].shape)
-
-
-def _sink_attention(layer, golden_row, keys):
-    logits = GOLDEN[f"L{layer}.q"][golden_row].astype(np.float64) @ keys.T * 512**-0.5
-    sinks = GOLDEN[f"L{layer}.sinks"].astype(np.float64)[:, None]
-    top = np.maximum(logits.max(1, keepdims=True), sinks)
-    weights = np.exp(logits - top)
-    return weights @ keys / (weights.sum(1, keepdims=True) + np.exp(sinks - top))
 
 
 def only(component, name, hadamard=False):

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import pytest
+from test_schema import GIB, PUBLISHED, SPECS, windows_only
 
 from dsv4_jax import (
     PROFILES,
@@ -13,20 +14,12 @@ from dsv4_jax import (
     CacheManager,
     SchemaError,
     capacity_plan,
-    deepseek_v4_flash,
-    deepseek_v4_pro,
     init_cache,
     requests_that_fit,
     tiny_spec,
 )
 
-SPECS = {"flash": deepseek_v4_flash(), "pro": deepseek_v4_pro(), "tiny": tiny_spec()}
 ARRAYS = [field.name for field in dataclasses.fields(Cache) if field.name != "schema"]
-GIB = 2**30
-
-
-def windows_only():
-    return dataclasses.replace(tiny_spec(), layers=tiny_spec().layers[:1] * 3)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -47,15 +40,7 @@ def test_a_plan_is_what_is_allocated_to_the_byte(name, profile, device, rng):
         assert plan.bytes_per_request * requests == plan.memory_bytes
 
 
-@pytest.mark.parametrize(
-    ("entries", "indexer", "csa", "hca", "flash_gib", "pro_gib"),
-    [
-        ("bf16", "bf16", 40960, 1024, 6.72, 9.62),
-        ("fp8_ds_mla", "fp8", 23232, 1152, 3.90, 5.59),
-        ("fp8_ds_mla", "mxfp4", 21184, 1152, 3.57, 5.12),
-        ("nvfp4_static", "mxfp4", 11392, 288, 1.87, 2.68),
-    ],
-)
+@pytest.mark.parametrize(("entries", "indexer", "csa", "hca", "flash_gib", "pro_gib"), PUBLISHED)
 def test_the_published_table(entries, indexer, csa, hca, flash_gib, pro_gib):
     """Bytes of a block in one layer, and of a million tokens; the arrays' shapes, traced, say the same."""
     for name, csa_layers, hca_layers, gib in (("flash", 21, 20, flash_gib), ("pro", 30, 31, pro_gib)):

@@ -165,12 +165,22 @@ def test_a_reused_slot_and_block_show_nothing_of_their_former_owner(device, rng,
     assert (stored["window_positions"][:, 6:] == -1).all()
 
 
-def test_truncate_to_a_remembered_length_goes_on_as_if_the_rest_had_not_been(device, rng):
+@pytest.mark.parametrize(
+    ("formats", "at"),
+    [
+        (CacheFormats(), 132),
+        # From a running tail only whole windows can be dropped.
+        (dataclasses.replace(PROFILES["exact"], hca_tail="running"), 128),
+        (dataclasses.replace(PROFILES["exact"], hca_tail="running"), 256),
+    ],
+    ids=["rows-132", "running-128", "running-256"],
+)
+def test_truncate_to_a_remembered_length_goes_on_as_if_the_rest_had_not_been(device, rng, formats, at):
+    """Multiples of 4: three more tokens leave the same CSA window open."""
     weights = random_weights(rng)
     kept, dropped = random_tokens(rng, TOKENS), random_tokens(rng, 3)
-    expected = _one_shot(weights, CacheFormats(), kept)
-    driver = Driver(weights, CacheFormats(), slack=4)
-    at = 132  # a multiple of 4: three more tokens leave the same windows open
+    expected = _one_shot(weights, formats, kept)
+    driver = Driver(weights, formats, slack=4)
     detour = [
         {name: np.concatenate([array[:at], other[name], array[at + 3 :]]) for name, array in layer.items()}
         for layer, other in zip(kept, dropped, strict=True)

@@ -1,36 +1,18 @@
-"""The cache against Hugging Face's implementation (tests/data/dsv4_golden.npz), for every way of cutting the sequence.
-
-What the file holds, and how it was made: 703 tokens through a tiny fp32 model with the full cache geometry, one layer
-of each kind, cache inputs exact in bfloat16.
-"""
+"""The cache against Hugging Face's implementation, for every way of cutting the sequence."""
 
 import dataclasses
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden import GOLDEN, META, POSITIONS, golden_attention, golden_tokens, golden_weights
 from harness import SPEC, Driver, inputs_of, random_chunks
 
 from dsv4_jax import PROFILES, LayerCache, begin_step
 from dsv4_jax.formats import HCA_TAILS
 
-GOLDEN = np.load(Path(__file__).parent / "data" / "dsv4_golden.npz")
-META = json.loads(GOLDEN["meta.json"].tobytes())
 TOKENS, PREFILL = META["seq"], META["prefill"]
-POSITIONS = GOLDEN["meta.positions_attn"]
-NAMES = {"rows": "swa_k", "kv": "kv", "gate": "gate", "index_kv": "idx_kv", "index_gate": "idx_gate"}
-WEIGHTS = {"ape": "ape", "norm": "norm_w", "index_ape": "idx_ape", "index_norm": "idx_norm_w"}
-
-
-def _layers(names):
-    return [
-        {ours: GOLDEN[f"L{layer}.{theirs}"] for ours, theirs in names.items() if f"L{layer}.{theirs}" in GOLDEN}
-        for layer in range(3)
-    ]
-
 
 CHUNKS = {
     "one shot": lambda rng: [TOKENS],
@@ -62,16 +44,6 @@ def _step_and_read(cache, plan, weights, brought):
     return cache, seen
 
 
-def _attention(layer: int, golden_row: int, keys: np.ndarray) -> np.ndarray:
-    """Sink attention of one query in float64, keys = values [n, 512] -> [heads, 512]."""
-    query = GOLDEN[f"L{layer}.q"][golden_row].astype(np.float64)
-    sinks = GOLDEN[f"L{layer}.sinks"].astype(np.float64)[:, None]
-    logits = query @ keys.astype(np.float64).T * 512**-0.5
-    top = np.maximum(logits.max(1, keepdims=True), sinks)
-    weights = np.exp(logits - top)
-    return weights @ keys / (weights.sum(1, keepdims=True) + np.exp(sinks - top))
-
-
 def _check_attention(seen, start: int, count: int) -> None:
     for golden_row, position in enumerate(POSITIONS):
         if not start <= position < start + count:
@@ -87,7 +59,7 @@ def _check_attention(seen, start: int, count: int) -> None:
                 keys.append(np.asarray(entries.values[own_index])[np.asarray(entries.valid[own_index])])
             elif layer == 2:
                 keys.append(np.asarray(entries.values[0])[: (position + 1) // 128])
-            got = _attention(layer, golden_row, np.concatenate(keys))
+            got = golden_attention(layer, golden_row, np.concatenate(keys))
             expected = GOLDEN[f"L{layer}.attn_out"][golden_row]
             np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5, err_msg=f"layer {layer}, position {position}")
 
@@ -97,9 +69,9 @@ def _check_attention(seen, start: int, count: int) -> None:
 def test_entries_keys_tails_window_and_attention(device, rng, name, hca_tail):
     chunks = CHUNKS[name](rng)
     formats = dataclasses.replace(PROFILES["exact"], hca_tail=hca_tail)
-    driver = Driver(_layers(WEIGHTS), formats, slots=2, blocks=8)
+    driver = Driver(golden_weights(), formats, slots=2, blocks=8)
     driver._step = jax.jit(_step_and_read, donate_argnums=0)
-    request = driver.admit(_layers(NAMES))
+    request = driver.admit(golden_tokens())
 
     start = 0
     for count in chunks:

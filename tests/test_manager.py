@@ -441,7 +441,11 @@ def test_cancel_takes_only_this_managers_own_plans():
     ],
 )
 def test_what_can_be_truncated(kinds, slack, length, target, lowest):
-    manager = make_manager(*kinds, slack=slack)
+    assert_truncates(make_manager(*kinds, slack=slack), length, target, lowest)
+
+
+def assert_truncates(manager, length, target, lowest):
+    """A request of that length can be truncated to the target, or not and nothing changes but to `lowest` and above."""
     request = manager.admit()
     grow(manager, request, length)
     if lowest is None:
@@ -472,16 +476,7 @@ def test_what_can_be_truncated(kinds, slack, length, target, lowest):
     ],
 )
 def test_from_a_running_tail_only_whole_windows_can_be_dropped(kinds, length, target, lowest):
-    manager = make_manager(*kinds, hca_tail="running", slack=200)
-    request = manager.admit()
-    grow(manager, request, length)
-    if lowest is None:
-        manager.truncate(request, target)
-        assert manager.length(request) == target
-        return
-    with pytest.raises(CannotTruncate, match=f"possible are 0 and {lowest} to {length}"):
-        manager.truncate(request, target)
-    assert manager.length(request) == length
+    assert_truncates(make_manager(*kinds, hca_tail="running", slack=200), length, target, lowest)
 
 
 def test_rows_overwritten_by_dropped_tokens_stay_lost():

@@ -3,22 +3,19 @@
 import functools
 import importlib
 import itertools
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy_reference
 import pytest
+from golden import GOLDEN, META
 
 from dsv4_jax.config import RopeSpec
 from dsv4_jax.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
 from dsv4_jax.plan import PlanLayout, build_plan
 from dsv4_jax.rotary import closing_rotary
 
-GOLDEN = np.load(Path(__file__).parent / "data" / "dsv4_golden.npz")
-META = json.loads(bytes(GOLDEN["meta.json"]))
 LENGTH, EPS = META["seq"], META["eps"]
 ROPE = RopeSpec(theta=160000.0, factor=16.0)
 INVERSE_FREQUENCIES = GOLDEN["rope.compress_inv_freq"]

@@ -57,25 +57,3 @@ def test_state_and_entries_against_float64(device, rng, spread):
     np.testing.assert_array_equal(largest, score.max(0))
     np.testing.assert_allclose(denominator, weight.sum(0), rtol=1e-5)
     np.testing.assert_allclose(total, (weight * brought["kv"][window]).sum(0), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("at", [128, 256])
-def test_a_request_goes_on_from_a_whole_window_as_if_the_rest_had_not_been(device, rng, at):
-    """With CSA layers beside it: the tokens dropped are those of an open CSA window."""
-    weights = random_weights(rng)
-    kept, dropped = random_tokens(rng, TOKENS), random_tokens(rng, 3)
-    detour = [
-        {name: np.concatenate([array[:at], other[name]]) for name, array in layer.items()}
-        for layer, other in zip(kept, dropped, strict=True)
-    ]
-    driver = Driver(weights, RUNNING, slack=4)
-    request = driver.admit(detour)
-    driver.feed({request: at})
-    driver.feed({request: 3})
-    driver.manager.truncate(request, at)
-    driver.sequences[request] = kept
-    for count in random_chunks(rng, TOKENS - at, 50):
-        driver.feed({request: count})
-    stored, expected = driver.stored(request), _fed(weights, RUNNING, kept, [TOKENS])
-    for name in ("csa_entries", "csa_keys", "hca_entries", "csa_tail", "key_tail", "hca_tail"):
-        assert_same_bytes({name: expected[name]}, stored, "after truncate")

@@ -22,13 +22,19 @@ def windows_only():
     return dataclasses.replace(spec, layers=spec.layers[:1] * 3)
 
 
+PUBLISHED = (
+    ("bf16", "bf16", 40960, 1024, 6.72, 9.62),
+    ("fp8_ds_mla", "fp8", 23232, 1152, 3.90, 5.59),
+    ("fp8_ds_mla", "mxfp4", 21184, 1152, 3.57, 5.12),
+    ("nvfp4_static", "mxfp4", 11392, 288, 1.87, 2.68),
+)
+"""Formats of entries and keys, bytes of a CSA and an HCA block, GiB of a million tokens in Flash and in Pro."""
+
+
 @pytest.mark.parametrize(
     ("entries", "indexer", "csa", "hca", "flash_gib", "pro_gib"),
     [
-        ("bf16", "bf16", 40960, 1024, 6.72, 9.62),
-        ("fp8_ds_mla", "fp8", 23232, 1152, 3.90, 5.59),
-        ("fp8_ds_mla", "mxfp4", 21184, 1152, 3.57, 5.12),
-        ("nvfp4_static", "mxfp4", 11392, 288, 1.87, 2.68),
+        *PUBLISHED,
         ("fp32", "fp32", 32 * (2048 + 512), 2048, None, None),
         ("fp8", "nvfp4", 32 * (580 + 76), 580, None, None),
     ],
