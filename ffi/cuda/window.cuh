@@ -1,7 +1,6 @@
-// A closing window on the GPU: reading its rows, pooling them, and finishing the entry, four channels a thread.
-//
-// A row is spread over W / 4 neighbouring threads: one warp for indexer keys, four for entries. Reductions over a row
-// follow the balanced tree of ffi/common/pooling.h.
+// A closing window on the GPU: reading its rows, pooling them, and finishing the entry, four channels a thread (where
+// decode needs less code a warp: two). Reductions over the threads of a row follow the balanced tree of
+// ffi/common/pooling.h.
 #pragma once
 
 #include "../common/pooling.h"
