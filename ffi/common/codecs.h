@@ -1,4 +1,4 @@
-// Storage formats: for each codec its byte layout, its scales and the coding of four consecutive channels.
+// Storage formats: for each codec its byte layout, its scales and the coding of a few consecutive channels.
 //
 // A page of P rows holds the data of every row (row i at kDataBytes * i), then the scales of every row
 // (row i at kDataBytes * P + kScaleBytes * i). Within a row the first kQuantized channels are codes of kCodeBits bits;

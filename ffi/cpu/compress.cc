@@ -31,7 +31,7 @@ void read_row(const Compressor& compressor, int64_t layer, const Token& closing,
   }
 }
 
-float pool_channel(const std::vector<float>& kv, const std::vector<float>& score, int rows, int width, int channel) {
+float pool_channel(const float* kv, const float* score, int rows, int width, int channel) {
   SoftmaxPartial partials[kMaxGroups];
   int groups = rows / kGroupRows;
   for (int group = 0; group < groups; ++group) {
@@ -49,29 +49,34 @@ float pool_channel(const std::vector<float>& kv, const std::vector<float>& score
   return pooled(partials[0]);
 }
 
-// Pools the window that token `index` closes, from its rows.
-void pool_rows(const Compressor& compressor, int64_t layer, const Token& closing, int index, float* entry) {
+// Pools the window that token `index` closes, from its rows. `scratch` is memory for all windows of a call.
+void pool_rows(const Compressor& compressor, int64_t layer, const Token& closing, int index,
+               std::vector<float>& scratch, float* entry) {
   const int width = compressor.tail.width, rows = pooled_rows(compressor.tail.geometry);
-  std::vector<float> kv(static_cast<size_t>(rows) * width), score(kv.size());
+  const size_t floats = static_cast<size_t>(rows) * width;
+  scratch.resize(2 * floats);
+  float *kv = scratch.data(), *score = kv + floats;
   for (int i = 0; i < rows; ++i) {
     const size_t first = static_cast<size_t>(i) * width;
-    read_row(compressor, layer, closing, index, i, &kv[first], &score[first]);
+    read_row(compressor, layer, closing, index, i, kv + first, score + first);
   }
   for (int channel = 0; channel < width; ++channel) entry[channel] = pool_channel(kv, score, rows, width, channel);
 }
 
 // The same from a running tail, which it leaves as it is.
-void pool_running(const Compressor& compressor, int64_t layer, const Token& closing, int index, float* entry) {
+void pool_running(const Compressor& compressor, int64_t layer, const Token& closing, int index,
+                  std::vector<float>& scratch, float* entry) {
   const int width = compressor.tail.width;
   const WindowTokens tokens = window_tokens(closing.start, closing.position, index);
-  std::vector<float> state(3 * static_cast<size_t>(width));
+  scratch.resize(3 * static_cast<size_t>(width));
+  float* state = scratch.data();
   if (tokens.resumes) {
-    std::copy_n(running_state(compressor.tail, layer, closing.slot), state.size(), state.data());
+    std::copy_n(running_state(compressor.tail, layer, closing.slot), scratch.size(), state);
   } else {
-    clear_state(state.data(), width);
+    clear_state(state, width);
   }
-  fold_tokens(compressor.projections, tokens, width, state.data());
-  for (int channel = 0; channel < width; ++channel) entry[channel] = pooled(partial_of(state.data(), width, channel));
+  fold_tokens(compressor.projections, tokens, width, state);
+  for (int channel = 0; channel < width; ++channel) entry[channel] = pooled(partial_of(state, width, channel));
 }
 
 void normalize_row(float* x, int width, const float* weight, float eps) {
@@ -114,6 +119,7 @@ void compress(const CompressParams& params) {
   const Tail& tail = compressor.tail;
   const int width = tail.width;
   const int64_t layer = *params.layer;
+  std::vector<float> scratch;
   for (int row = 0; row < params.closing; ++row) {
     float* entry = params.entries + static_cast<int64_t>(row) * width;
     const int index = params.plan.closing(tail.geometry.ratio)[row];
@@ -122,7 +128,7 @@ void compress(const CompressParams& params) {
       std::fill(entry, entry + width, 0.0f);
       continue;
     }
-    (tail.running ? pool_running : pool_rows)(compressor, layer, closing, index, entry);
+    (tail.running ? pool_running : pool_rows)(compressor, layer, closing, index, scratch, entry);
     normalize_row(entry, width, compressor.norm_weight, compressor.eps);
     apply_rope(entry, width, compressor.cos + row * (kRopeDim / 2), compressor.sin + row * (kRopeDim / 2));
     if (compressor.hadamard) hadamard_transform(entry, width);
