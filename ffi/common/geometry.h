@@ -106,10 +106,12 @@ struct Request {
 
 DSV4_HOST_DEVICE Request request_at(const Plan& plan, int index, int slots) {
   Request request{false, plan.request_slot()[index], -1, -1};
-  if (request.slot < 0 || request.slot >= slots) return request;
-  const Token token = token_at(plan, plan.query_start()[index], slots);
-  if (!token.valid || token.slot != request.slot) return request;
-  return {true, request.slot, token.start, token.next};
+  const int first = plan.query_start()[index], end = plan.query_start()[index + 1];
+  if (request.slot < 0 || request.slot >= slots || first < 0 || first >= end || end > plan.tokens) return request;
+  request.start = plan.token_position()[first];
+  request.next = request.start + (end - first);
+  request.valid = request.start >= 0 && plan.token_slot()[first] == request.slot;
+  return request;
 }
 
 }  // namespace dsv4

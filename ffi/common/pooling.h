@@ -12,16 +12,24 @@ namespace dsv4 {
 
 constexpr int kGroupRows = 8;  // rows of a softmax group: a CSA entry is one group, an HCA entry 16
 
+constexpr float kLog2E = 1.44269504f;
+
+#if defined(__CUDACC__)
+__device__ __forceinline__ float two_to_the(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+#endif
+
 // e^x for x <= 0, within 2 ulp near 0; 0 below -87. The GPU takes its own exponential, an order of magnitude faster
 // than arithmetic that a CPU could follow to the bit: pooled values of the two agree within rounding.
 DSV4_HOST_DEVICE float exp_nonpositive(float x) {
 #if defined(__CUDA_ARCH__)
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
-  return result;
+  return two_to_the(x * kLog2E);
 #else
   if (!(x >= -87.0f)) return x != x ? x : 0.0f;
-  const float n = round_to_even(x * 1.44269504f);
+  const float n = round_to_even(x * kLog2E);
   float r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   float p = 1.9875691500e-4f;
@@ -35,6 +43,15 @@ DSV4_HOST_DEVICE float exp_nonpositive(float x) {
 #endif
 }
 
+// a * b + c. Rounded once on the GPU, whose pooled values are its own anyway.
+DSV4_HOST_DEVICE float multiply_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // One channel of a partly pooled window.
 struct SoftmaxPartial {
   float max;
@@ -42,22 +59,52 @@ struct SoftmaxPartial {
   float sum;
 };
 
+// Pooling by groups keeps its maxima on a scale of its own, on the GPU powers of two: a weight then costs one
+// multiplication fewer, and its exponent is rounded once.
+DSV4_HOST_DEVICE float to_group_scale(float score) {
+#if defined(__CUDA_ARCH__)
+  return score * kLog2E;
+#else
+  return score;
+#endif
+}
+
+// The weight of a score beside a maximum on that scale.
+DSV4_HOST_DEVICE float group_weight(float score, float max) {
+#if defined(__CUDA_ARCH__)
+  return two_to_the(fmaf(score, kLog2E, -max));
+#else
+  return exp_nonpositive(score - max);
+#endif
+}
+
+// The weight of a maximum beside a larger one, both on that scale.
+DSV4_HOST_DEVICE float max_weight(float max, float larger) {
+#if defined(__CUDA_ARCH__)
+  return two_to_the(max - larger);
+#else
+  return exp_nonpositive(max - larger);
+#endif
+}
+
 DSV4_HOST_DEVICE SoftmaxPartial pool_group(const float (&kv)[kGroupRows], const float (&score)[kGroupRows]) {
-  float max = score[0];
-  for (int row = 1; row < kGroupRows; ++row) max = max_ignoring_nan(max, score[row]);
+  float largest = score[0];
+  for (int row = 1; row < kGroupRows; ++row) largest = max_ignoring_nan(largest, score[row]);
+  const float max = to_group_scale(largest);
   float denominator = 0.0f, sum = 0.0f;
   for (int row = 0; row < kGroupRows; ++row) {
-    const float weight = exp_nonpositive(score[row] - max);
+    const float weight = group_weight(score[row], max);
     denominator += weight;
-    sum += weight * kv[row];
+    sum = multiply_add(weight, kv[row], sum);
   }
   return {max, denominator, sum};
 }
 
 DSV4_HOST_DEVICE SoftmaxPartial merge(const SoftmaxPartial& a, const SoftmaxPartial& b) {
   const float max = max_ignoring_nan(a.max, b.max);
-  const float scale_a = exp_nonpositive(a.max - max), scale_b = exp_nonpositive(b.max - max);
-  return {max, a.denominator * scale_a + b.denominator * scale_b, a.sum * scale_a + b.sum * scale_b};
+  const float scale_a = max_weight(a.max, max), scale_b = max_weight(b.max, max);
+  return {max, multiply_add(a.denominator, scale_a, b.denominator * scale_b),
+          multiply_add(a.sum, scale_a, b.sum * scale_b)};
 }
 
 constexpr SoftmaxPartial kEmptyPartial{kClearedScore, 0.0f, 0.0f};
@@ -67,10 +114,19 @@ DSV4_HOST_DEVICE SoftmaxPartial fold(const SoftmaxPartial& open, float kv, float
   const bool heavier = score > open.max;
   const float lighter = exp_nonpositive(heavier ? open.max - score : score - open.max);
   const float keep = heavier ? lighter : 1.0f, weight = heavier ? 1.0f : lighter;
-  return {heavier ? score : open.max, open.denominator * keep + weight, open.sum * keep + weight * kv};
+  return {heavier ? score : open.max, multiply_add(open.denominator, keep, weight),
+          multiply_add(open.sum, keep, weight * kv)};
 }
 
-DSV4_HOST_DEVICE float pooled(const SoftmaxPartial& partial) { return partial.sum / partial.denominator; }
+DSV4_HOST_DEVICE float pooled(const SoftmaxPartial& partial) {
+#if defined(__CUDA_ARCH__)
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(partial.denominator));
+  return partial.sum * inverse;
+#else
+  return partial.sum / partial.denominator;
+#endif
+}
 
 // The leaf of RMSNorm's sum: four consecutive channels. Sums of neighbouring leaves are added pairwise up to the row.
 DSV4_HOST_DEVICE float square_sum(const float (&x)[4]) {

@@ -9,6 +9,8 @@
 namespace dsv4::cuda {
 namespace {
 
+constexpr int kHcaRanks = 4;
+
 __device__ __forceinline__ Token closing_token(const CompressParams& params, int row, int* index) {
   *index = params.plan.closing(params.compressor.tail.geometry.ratio)[row];
   return token_at(params.plan, *index, params.compressor.tail.slots);
@@ -27,26 +29,28 @@ __global__ void __launch_bounds__(W / 4) compress_csa_kernel(CompressParams para
   if (closing.valid && layer >= 0 && layer < compressor.tail.layers) {
     csa_entry<W, T>(compressor, layer, closing, index, blockIdx.x, threads, x);
   }
-  store_four(params.entries + static_cast<int64_t>(blockIdx.x) * W + threads.channel(), x);
+  store_values(params.entries + static_cast<int64_t>(blockIdx.x) * W + threads.channel(), x);
 }
 
-// HCA: one block an entry.
+// HCA: a cluster of blocks an entry.
 template <class T>
-__global__ void __launch_bounds__(kHcaThreads) compress_hca_kernel(CompressParams params) {
-  const HcaThread at;
+__global__ void __cluster_dims__(kHcaRanks, 1, 1) __launch_bounds__(kHcaThreads)
+    compress_hca_kernel(CompressParams params) {
+  const HcaThread<kHcaRanks, kHcaThreads> at;
   const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.compressor);
-  const int row = blockIdx.x;
+  const int row = blockIdx.x / kHcaRanks;
   float* entry = params.entries + static_cast<int64_t>(row) * kHeadDim;
   const int64_t layer = *params.layer;
   int index;
   const Token closing = closing_token(params, row, &index);
   if (!closing.valid || layer < 0 || layer >= compressor.tail.layers) {
-    if (at.split == 0) store_four(entry + at.channel(), {0.0f, 0.0f, 0.0f, 0.0f});
+    if (at.finishes()) store_values(entry + at.channel(), {0.0f, 0.0f, 0.0f, 0.0f});
     return;
   }
-  hca_entry<T>(
-      compressor, layer, closing, index, row, at, [](const float (&)[4], int) { return 0.0f; },
-      [&](const float (&x)[4], int channel, float) { store_four(entry + channel, x); });
+  finish_hca_entry(
+      compressor, row, at, pool_hca_rows<T>(compressor, layer, closing, index, at),
+      [](const float (&)[4], int) { return 0.0f; },
+      [&](const float (&x)[4], int channel, float) { store_values(entry + channel, x); });
 }
 
 // HCA from a running tail: one block an entry.
@@ -62,7 +66,7 @@ __global__ void __launch_bounds__(kHeadDim / 4) compress_running_kernel(Compress
     running_entry<T, kRowsInFlight>(with_constants<kHeadDim, kHcaRatio>(params.compressor), layer, closing, index,
                                     blockIdx.x, threads, x);
   }
-  store_four(params.entries + static_cast<int64_t>(blockIdx.x) * kHeadDim + threads.channel(), x);
+  store_values(params.entries + static_cast<int64_t>(blockIdx.x) * kHeadDim + threads.channel(), x);
 }
 
 template <class T>
@@ -72,11 +76,11 @@ __global__ void __launch_bounds__(kHeadDim / 4) normalize_kernel(NormalizeParams
   const int64_t row = blockIdx.x, angles = row * (kRopeDim / 2);
   const int channel = threads.channel();
   float x[4];
-  load_four(static_cast<const T*>(params.rows) + row * kHeadDim + channel, x);
+  load_values(static_cast<const T*>(params.rows) + row * kHeadDim + channel, x);
   const Finish finish =
       Finish::load<kHeadDim>(params.norm.weight, params.norm.cos + angles, params.norm.sin + angles, channel);
   finish.apply<kHeadDim>(x, threads.sum(square_sum(x)), params.norm.eps, channel);
-  store_four(params.out + row * kHeadDim + channel, x);
+  store_values(params.out + row * kHeadDim + channel, x);
 }
 
 }  // namespace
@@ -91,7 +95,7 @@ const char* compress(CUstream_st* stream, const CompressParams& params) {
     if (tail.running) {
       compress_running_kernel<T><<<closing, kHeadDim / 4, 0, stream>>>(params);
     } else if (!tail.geometry.overlaps()) {
-      compress_hca_kernel<T><<<closing, kHcaThreads, 0, stream>>>(params);
+      compress_hca_kernel<T><<<closing * kHcaRanks, kHcaThreads, 0, stream>>>(params);
     } else if (tail.width == kHeadDim) {
       compress_csa_kernel<kHeadDim, T><<<closing, kHeadDim / 4, 0, stream>>>(params);
     } else {

@@ -90,10 +90,6 @@ __device__ __forceinline__ void append_window_token(const UpdateParams& params, 
   });
 }
 
-__device__ __forceinline__ void store_two(float* to, const float (&x)[2]) {
-  *reinterpret_cast<float2*>(to) = make_float2(x[0], x[1]);
-}
-
 __device__ __forceinline__ void hadamard_transform(float (&x)[2], const RowThreads<kKeyDim, 2>& threads) {
   const float a = x[0] + x[1], b = x[0] - x[1];
   x[0] = a, x[1] = b;
@@ -118,19 +114,6 @@ __device__ __forceinline__ void hadamard_transform(float (&x)[2], const RowThrea
 struct CsaRows {
   float kv[kGroupRows][2];
   float score[kGroupRows][2];
-
-  __device__ __forceinline__ void pool(float (&x)[2]) const {
-    SoftmaxPartial partial[2];
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      float kv_of[kGroupRows], score_of[kGroupRows];
-#pragma unroll
-      for (int i = 0; i < kGroupRows; ++i) kv_of[i] = kv[i][c], score_of[i] = score[i][c];
-      partial[c] = pool_group(kv_of, score_of);
-    }
-#pragma unroll
-    for (int c = 0; c < 2; ++c) x[c] = pooled(partial[c]);
-  }
 };
 
 // One CSA compressor's work on request `place`. A thread reads and writes only its own channels of the tail.
@@ -182,8 +165,8 @@ __device__ __forceinline__ void compress_csa_token(const UpdateParams& params, c
     for (int i = 0; i < 2; ++i) score[half][i] += ape[i];
   }
   const auto store = [&](int half, float* to) {
-    store_two(to, kv[half]);
-    store_two(to + kScores, score[half]);
+    store_values(to, kv[half]);
+    store_values(to + kScores, score[half]);
   };
   store(0, rows + token.position % (2 * kCsaRatio) * W);
   if (!closes) {
@@ -204,7 +187,7 @@ __device__ __forceinline__ void compress_csa_token(const UpdateParams& params, c
   visit_on_device(CodecsOf<W>{}, pool.codec, [&](auto codec) {
     using Codec = decltype(codec);
     float x[2];
-    window.pool(x);
+    pooled(pool_group(window.kv, window.score), x);
     finish.template apply<W>(x, threads.sum(square_sum(x)), compressor.eps, channel);
     if constexpr (W == kKeyDim) {
       if (compressor.hadamard) hadamard_transform(x, threads);
@@ -212,12 +195,6 @@ __device__ __forceinline__ void compress_csa_token(const UpdateParams& params, c
     store_spread<Codec>(stored_row<Codec>(page_at(pool, token.layer, block), pool.rows, entry % pool.rows), x,
                         pool.global_scale, threads);
   });
-}
-
-// Whether a request's only token closes no window, as in HCA in 127 of 128 steps.
-template <int kRatio>
-__device__ __forceinline__ bool leaves_open(const OnlyToken& token) {
-  return token.is_only() && token.position % kRatio != kRatio - 1;
 }
 
 // Keeps what an HCA token brings, four channels a thread.
@@ -234,8 +211,8 @@ __device__ __forceinline__ void append_hca_token(const UpdateParams& params, con
 #pragma unroll
   for (int i = 0; i < 4; ++i) score[i] += ape[i];
   float* const rows = tail_at(compressor.tail, token, 2 * kHcaRatio * kHeadDim);
-  store_four(rows + to, kv);
-  store_four(rows + to + kHcaRatio * kHeadDim, score);
+  store_values(rows + to, kv);
+  store_values(rows + to + kHcaRatio * kHeadDim, score);
 }
 
 // A running HCA tail's work on request `place`: its token goes into the open window, which it may close.
@@ -256,11 +233,11 @@ __device__ __forceinline__ void fold_token(const UpdateParams& params, const Tok
   }
   const unsigned phase = token.position % kHcaRatio, entry = token.position / kHcaRatio;
   float* const state = tail_at(compressor.tail, token, 3 * kHeadDim) + channel;
-  Partial4 open = phase == 0 ? empty4() : load_state(state);
+  Partials<4> open = phase == 0 ? empty_partials() : load_state(state);
   load_early(in.ape + phase * kHeadDim + channel, ape);
 #pragma unroll
   for (int i = 0; i < 4; ++i) score[i] += ape[i];
-  open = fold4(open, kv, score);
+  open = fold(open, kv, score);
   if (phase != kHcaRatio - 1) {
     store_state(state, open);
     return;
@@ -274,7 +251,7 @@ __device__ __forceinline__ void fold_token(const UpdateParams& params, const Tok
   visit_on_device(HeadCodecs{}, pool.codec, [&](auto codec) {
     using Codec = decltype(codec);
     float x[4];
-    pooled4(open, x);
+    pooled(open, x);
     finish.template apply<kHeadDim>(x, threads.sum(square_sum(x)), compressor.eps, channel);
     store_spread<Codec>(stored_row<Codec>(at.page, pool.rows, at.row), x, pool.global_scale, threads);
   });

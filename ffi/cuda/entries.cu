@@ -25,7 +25,7 @@ __global__ void flush_kernel(FlushParams params) {
   WarpRow<Codec::kWidth> entry;
 #pragma unroll
   for (int q = 0; q < entry.kQuads; ++q)
-    load_four(params.entries + row * Codec::kWidth + channel_of(q, lane), entry.x[q]);
+    load_values(params.entries + row * Codec::kWidth + channel_of(q, lane), entry.x[q]);
   store_row<Codec, kAlignment>(stored_row<Codec>(place.page, params.pool.rows, place.row), entry, lane,
                                params.pool.global_scale);
 }
@@ -43,7 +43,7 @@ __global__ void quantize_kernel(QuantizeParams params) {
   WarpRow<Codec::kWidth> row;
 #pragma unroll
   for (int q = 0; q < row.kQuads; ++q) {
-    load_four(static_cast<const T*>(params.rows) + index * Codec::kWidth + channel_of(q, lane), row.x[q]);
+    load_values(static_cast<const T*>(params.rows) + index * Codec::kWidth + channel_of(q, lane), row.x[q]);
   }
   store_row<Codec, kAlignment>(stored_row<Codec>(page.data, page.rows, index), row, lane, page.global_scale);
 }

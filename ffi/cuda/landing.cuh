@@ -49,24 +49,24 @@ struct Landing {
   }
 
   // Pools four channels of what has landed, `bias` being ape's rows.
-  __device__ __forceinline__ Partial4 pool(const float (&bias)[kGroupRows][4], int lane) const {
+  __device__ __forceinline__ Partials<4> pool(const float (&bias)[kGroupRows][4], int lane) const {
     const T* own = reinterpret_cast<const T*>(rows) + 4 * lane;
     float kv[kGroupRows][4], score[kGroupRows][4];
 #pragma unroll
     for (int i = 0; i < kGroupRows; ++i) {
-      load_four(own + i * kQuadChannels, kv[i]);
-      load_four(own + (kGroupRows + i) * kQuadChannels, score[i]);
+      load_values(own + i * kQuadChannels, kv[i]);
+      load_values(own + (kGroupRows + i) * kQuadChannels, score[i]);
 #pragma unroll
       for (int c = 0; c < 4; ++c) score[i][c] += bias[i][c];
     }
-    return pool_group4(kv, score);
+    return pool_group(kv, score);
   }
 
   __device__ __forceinline__ static void load_bias(const Projections& in, int group, int channel,
                                                    float (&bias)[kGroupRows][4]) {
 #pragma unroll
     for (int i = 0; i < kGroupRows; ++i) {
-      load_four(in.ape + (kOverlaps ? i % kRatio : group * kGroupRows + i) * kColumns + half(i) + channel, bias[i]);
+      load_values(in.ape + (kOverlaps ? i % kRatio : group * kGroupRows + i) * kColumns + half(i) + channel, bias[i]);
     }
   }
 };

@@ -1,7 +1,7 @@
 // Prefill: the writes of one layer in a step with more tokens than requests.
 //
-// One launch closes windows, and its blocks' last warps store the rows that survive, unless these are many: then they
-// are a launch of their own.
+// One launch closes windows and stores the rows that survive; with CSA, where these are many, they are a launch of
+// their own.
 
 #include "prefill_csa.cuh"
 #include "prefill_hca.cuh"
@@ -21,39 +21,47 @@ __global__ void __launch_bounds__(kAppendWarps* kWarp) append_last_tokens_kernel
 
 // As many blocks as the multiprocessors hold, or a multiple of it: runs differ by one window at most.
 unsigned run_blocks(int rows, int at_once) {
-  int device = 0, multiprocessors = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  const int64_t slots = int64_t{multiprocessors} * at_once;
+  const int64_t slots = int64_t{multiprocessors()} * at_once;
   return static_cast<unsigned>(std::min<int64_t>(rows, slots * blocks_for(rows, slots * kLongestRun)));
 }
 
-constexpr int kInPassing = 4;  // tokens that a closing block stores at most
+constexpr int kInPassing = 4;  // tokens that a block which closes CSA windows stores at most
+
+template <class Kernel, class... Args>
+void launch_with_shared(Kernel kernel, unsigned blocks, int threads, int shared_bytes, CUstream_st* stream,
+                        const Args&... args) {
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  kernel<<<blocks, threads, shared_bytes, stream>>>(args...);
+}
 
 template <class RowT, class T, int kRatio>
-void launch(CUstream_st* stream, const UpdateParams& params) {
-  const Plan& plan = params.window.plan;
-  const int rows = kRatio == 0 ? 0 : closing_capacity(plan.tokens, plan.requests, kRatio);
-  unsigned blocks = static_cast<unsigned>(rows * kHalves);
-  if constexpr (kRatio == kCsaRatio) blocks = run_blocks(rows, kRunBlocks<T>);
+void launch_append(CUstream_st* stream, const UpdateParams& params, const LastTokens& last) {
+  append_last_tokens_kernel<RowT, T, kRatio>
+      <<<blocks_for(last.count(), kAppendWarps), kAppendWarps * kWarp, 0, stream>>>(params, last);
+}
 
-  const int kept = kRatio == 0 ? 0 : params.entries.compressor.tail.geometry.rows();
-  const LastTokens last{plan.requests, std::min(plan.tokens, std::max(params.window.window.rows, kept))};
-  const int64_t tokens = static_cast<int64_t>(last.requests) * last.per_request;
-  const bool in_passing = tokens <= static_cast<int64_t>(blocks) * kInPassing;
+template <class RowT, class T>
+void launch_csa(CUstream_st* stream, const UpdateParams& params) {
+  const Plan& plan = params.window.plan;
+  const LastTokens last = last_tokens<kCsaRatio>(params);
+  const int rows = closing_capacity(plan.tokens, plan.requests, kCsaRatio);
+  const unsigned blocks = run_blocks(rows, kRunBlocks<T>);
+  const bool in_passing = last.count() <= static_cast<int64_t>(blocks) * kInPassing;
   if (blocks > 0) {
-    const LastTokens passed = in_passing ? last : LastTokens{0, 0};
-    const auto close = [&](auto kernel, int threads, int shared_bytes) {
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-      kernel<<<blocks, threads, shared_bytes, stream>>>(params, rows, passed);
-    };
-    if constexpr (kRatio == kCsaRatio) close(prefill_csa_kernel<RowT, T>, kRunThreads, kRunBytes<T>);
-    if constexpr (kRatio == kHcaRatio) close(prefill_hca_kernel<RowT, T>, kHalfThreads, kHalfBytes<T>);
+    launch_with_shared(prefill_csa_kernel<RowT, T>, blocks, kRunThreads, kRunBytes<T>, stream, params,
+                       Runs(rows, static_cast<int>(blocks)), in_passing ? last : LastTokens{0, 0});
   }
-  if (!in_passing) {
-    append_last_tokens_kernel<RowT, T, kRatio>
-        <<<blocks_for(tokens, kAppendWarps), kAppendWarps * kWarp, 0, stream>>>(params, last);
-  }
+  if (!in_passing) launch_append<RowT, T, kCsaRatio>(stream, params, last);
+}
+
+template <class RowT, class T>
+void launch_hca(CUstream_st* stream, const UpdateParams& params) {
+  const Plan& plan = params.window.plan;
+  const LastTokens last = last_tokens<kHcaRatio>(params);
+  const int rows = closing_capacity(plan.tokens, plan.requests, kHcaRatio);
+  const unsigned blocks = rows * kHalves + kHalves * blocks_for(last.count(), kHalves * kHalfWarps);
+  launch_with_shared(prefill_hca_kernel<RowT, T>, blocks, kHalfWarps * kWarp, kHalfBytes<T>, stream, params, rows,
+                     last);
 }
 
 template <class T>
@@ -69,14 +77,14 @@ template <class RowT, class T>
 void launch_prefill(CUstream_st* stream, const UpdateParams& params) {
   const Tail& tail = params.entries.compressor.tail;
   if (tail.data == nullptr) {
-    launch<RowT, T, 0>(stream, params);
+    launch_append<RowT, T, 0>(stream, params, last_tokens<0>(params));
   } else if (tail.geometry.overlaps()) {
-    launch<RowT, T, kCsaRatio>(stream, params);
+    launch_csa<RowT, T>(stream, params);
   } else if (tail.running) {
     launch_running<T>(stream, params);
-    launch<RowT, T, 0>(stream, params);  // the window
+    launch_append<RowT, T, 0>(stream, params, last_tokens<0>(params));  // the window
   } else {
-    launch<RowT, T, kHcaRatio>(stream, params);
+    launch_hca<RowT, T>(stream, params);
   }
 }
 

@@ -30,7 +30,7 @@ __device__ __forceinline__ void move_tail_on(const Compressor& compressor, int64
   const int open = closing.next - closing.next % kRatio;
   const int first = max(closing.start, kRatio == kCsaRatio ? open - kRatio : open);
   for (int position = first + thread; position < closing.next; position += kAtOnce * kThreads) {
-    TokenHalves halves[kAtOnce];
+    TokenHalves<4> halves[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int at = min(position + i * kThreads, closing.next - 1);
@@ -50,20 +50,32 @@ __device__ __forceinline__ void move_tail_on(const Compressor& compressor, int64
 struct LastTokens {
   int requests;
   int per_request;
+
+  int64_t count() const { return static_cast<int64_t>(requests) * per_request; }
 };
+
+template <int kRatio>
+LastTokens last_tokens(const UpdateParams& params) {
+  const Plan& plan = params.window.plan;
+  const int kept = kRatio == 0 ? 0 : TailGeometry{kRatio}.rows();
+  return {plan.requests, std::min(plan.tokens, std::max(params.window.window.rows, kept))};
+}
 
 // One warp stores what survives of the token `back` before a request's last.
 template <class RowT, class T, int kRatio>
 __device__ __forceinline__ void append_last_token(const UpdateParams& params, int place, int back, int lane) {
   const Plan& plan = params.window.plan;
-  if (back >= *plan.longest()) return;
+  const int first = plan.query_start()[place], end = plan.query_start()[place + 1], index = end - 1 - back;
+  if (first < 0 || index < first || end > plan.tokens) return;
+  const bool keeps_row = back < params.window.window.rows;
+  LoadedWindowRow row;
+  if (keeps_row) row = load_window_row<RowT>(params, index, lane);  // on its way while the request is looked up
   const Request request = request_at(plan, place, static_cast<int>(params.window.window.pages));
-  if (!request.valid || back >= request.next - request.start) return;
-  const int index = plan.query_start()[place + 1] - 1 - back;
+  if (!request.valid) return;
   const Token token{true, request.slot, request.next - 1 - back, request.start, request.next};
   const int64_t window_layer = *params.window.layer;
-  if (back < params.window.window.rows && has_layer(params.window.window, window_layer)) {
-    store_window_row(params, window_layer, token, index, load_window_row<RowT>(params, index, lane), lane);
+  if (keeps_row && has_layer(params.window.window, window_layer)) {
+    store_window_row(params, window_layer, token, row, lane);
   }
   if constexpr (kRatio != 0) {
     const TailGeometry geometry{kRatio};
@@ -74,7 +86,7 @@ __device__ __forceinline__ void append_last_token(const UpdateParams& params, in
       return;
     }
     const Compressor compressor = with_constants<kHeadDim, kRatio>(params.entries.compressor);
-    TokenHalves halves[WarpRow<kHeadDim>::kQuads];
+    TokenHalves<4> halves[WarpRow<kHeadDim>::kQuads];
 #pragma unroll
     for (int q = 0; q < WarpRow<kHeadDim>::kQuads; ++q) {
       halves[q] = load_halves<T>(compressor.tail, compressor.projections, index, channel_of(q, lane));

@@ -1,4 +1,4 @@
-// Prefill, CSA: a block closes a run of windows, copying the next two while it pools one. Four warps make the entries,
+// Prefill, CSA: a block closes a run of windows, copying the next while it finishes one. Four warps make the entries,
 // one the indexer keys, and the last looks the windows up and stores rows that survive.
 #pragma once
 
@@ -9,24 +9,40 @@ namespace dsv4::cuda {
 constexpr int kPoolThreads = kRowThreads + kWarp;
 constexpr int kRunThreads = kPoolThreads + kWarp;
 constexpr int kLongestRun = kWarp - 1;
-constexpr int kAhead = 2;
-
 template <class T>
 constexpr int kRunBlocks = sizeof(T) == 4 ? 2 : 3;  // that fit on a multiprocessor
 
 template <class T>
-constexpr int kRunBytes = kAhead * (kPoolThreads / kWarp) * Landing<kHeadDim, kCsaRatio, T>::kBytes;
+constexpr int kRunBytes = kPoolThreads / kWarp * Landing<kHeadDim, kCsaRatio, T>::kBytes;
 
-// The rows of the step's list of closing windows that a block closes.
+// How the rows of the step's list of closing windows are spread over blocks. Runs differ by one window, but the first
+// is shorter by `head`: a step of one request has there what pools rows of the tail, which takes longer.
+struct Runs {
+  int rows;
+  int each;
+  int longer;  // blocks whose run is longer by one
+  int head;
+
+  Runs(int rows, int blocks) : rows(rows), head(rows / blocks > kHead ? kHead : 0) {
+    each = (rows + head) / blocks, longer = (rows + head) % blocks;
+  }
+
+  __device__ __forceinline__ int first(int block) const {
+    return block == 0 ? 0 : block * each + min(block, longer) - head;
+  }
+
+ private:
+  static constexpr int kHead = 2;
+};
+
+// The rows of that list that a block closes.
 struct Run {
   int first;
   int count;
   bool more;  // another row comes behind
 
-  __device__ Run(int rows)
-      : first(static_cast<int>(int64_t{rows} * blockIdx.x / gridDim.x)),
-        count(static_cast<int>(int64_t{rows} * (blockIdx.x + 1) / gridDim.x) - first),
-        more(first + count < rows) {}
+  __device__ __forceinline__ Run(const Runs& runs, int block)
+      : first(runs.first(block)), count(runs.first(block + 1) - first), more(first + count < runs.rows) {}
 };
 
 // The windows that pool rows of a request's tail, two at most, are closed by one block, which then moves the tail on.
@@ -50,39 +66,35 @@ __device__ __forceinline__ void close_run(const UpdateParams& params, const Comp
   const Pool pool = with_rows<kBlockTokens / kCsaRatio>(part.pool);
   const Projections& in = compressor.projections;
   const int channel = threads.channel(), lane = threads.thread % kWarp;
-  const auto landed = [&](int place) { return Rows{landing + place % kAhead * (Rows::kBytes)}; };
+  const Rows landed{landing};
   // Whether a window is valid, and where its rows are, is known later: rows of this step can be read at any rate.
-  const auto copy = [&](int place, int index) {
+  const auto copy = [&](int index) {
     if (index >= kGroupRows - 1 && index < params.window.plan.tokens) {
-      landed(place).copy(in, index - (kGroupRows - 1), channel - 4 * lane, lane);
+      landed.copy(in, index - (kGroupRows - 1), channel - 4 * lane, lane);
     }
     commit_copies();
   };
   const auto closing = params.window.plan.closing(kCsaRatio) + run.first;
   int64_t angles = static_cast<int64_t>(run.first) * (kRopeDim / 2);
-  Finish next = Finish::load<W>(compressor.norm_weight, compressor.cos + angles, compressor.sin + angles, channel);
-#pragma unroll
-  for (int place = 0; place < kAhead; ++place) copy(place, place < run.count ? closing[place] : -1);
+  Finish finish;
+  load_early(compressor.norm_weight + channel, finish.weight);
+  copy(run.count > 0 ? closing[0] : -1);
   sync_threads(kLookUpBarrier, kRunThreads);
 
 #pragma unroll 1
   for (int place = 0; place < run.count + run.more; ++place) {
     const ClosingWindow& window = windows[place];
-    const auto kind = window.kind;
-    const Finish finish = next;
+    finish.load_angles<W>(compressor.cos + angles, compressor.sin + angles, channel);
     angles += kRopeDim / 2;
-    if (place + 1 < run.count + run.more) {
-      next.load_angles<W>(compressor.cos + angles, compressor.sin + angles, channel);
-    }
-    Partial4 partial;
     float bias[kGroupRows][4];
     Rows::load_bias(in, 0, channel, bias);
-    wait_copies<kAhead - 1>();
-    if (kind == ClosingWindow::kStep) partial = landed(place).pool(bias, lane);
+    wait_copies<0>();
+    Partials<4> partial;
+    if (window.kind == ClosingWindow::kStep) partial = landed.pool(bias, lane);
     __syncwarp();
-    copy(place + kAhead, place + kAhead < run.count ? windows[place + kAhead].index : -1);
-    if (kind == ClosingWindow::kNone) continue;
-    if (kind == ClosingWindow::kTail) {
+    copy(place + 1 < run.count ? windows[place + 1].index : -1);
+    if (window.kind == ClosingWindow::kNone) continue;
+    if (window.kind == ClosingWindow::kTail) {
       const int64_t layer = *params.kind_layer;
       const Token token = window.closing;
       partial = pool_rows<W, kCsaRatio, T>(compressor.tail, in, layer, token, window.index, 0, channel);
@@ -101,20 +113,19 @@ __device__ __forceinline__ void close_run(const UpdateParams& params, const Comp
 
 template <class RowT, class T>
 __global__ void __launch_bounds__(kRunThreads, kRunBlocks<T>)
-    prefill_csa_kernel(UpdateParams params, int rows, LastTokens last) {
+    prefill_csa_kernel(const __grid_constant__ UpdateParams params, Runs runs, LastTokens last) {
   extern __shared__ uint4 landings[];
   __shared__ ClosingWindow windows[kLongestRun + 1];
   __shared__ float scratch[2 * RowThreads<kHeadDim>::kWarps];
   const int thread = threadIdx.x;
-  const Run run(rows);
+  const Run run(runs, blockIdx.x);
   if (thread >= kPoolThreads) {
     look_up_run(params, run, windows, thread % kWarp);
     arrive(kLookUpBarrier, kRunThreads);
     append_last_tokens<RowT, T, kCsaRatio>(params, last, blockIdx.x, gridDim.x, thread % kWarp);
     return;
   }
-  char* landing =
-      reinterpret_cast<char*>(landings) + thread / kWarp * (kAhead * Landing<kHeadDim, kCsaRatio, T>::kBytes);
+  char* landing = reinterpret_cast<char*>(landings) + thread / kWarp * Landing<kHeadDim, kCsaRatio, T>::kBytes;
   if (thread < kRowThreads) {
     close_run<kHeadDim, T>(params, params.entries, run, windows, landing, {thread, 2, scratch});
   } else {

@@ -1,133 +1,71 @@
-// Prefill, HCA: a cluster of two blocks closes a window, each half of the channels: the two exchange no more than the
-// row's sum of squares and its amax. Three quarters of a window are on their way at once.
+// Prefill, HCA: a cluster of two blocks closes a window, each half of the channels. A warp copies its next group of
+// rows while it pools one. More blocks store the rows that survive.
 #pragma once
-
-#include <cooperative_groups.h>
 
 #include "prefill.cuh"
 
 namespace dsv4::cuda {
 
 constexpr int kHalves = 2;
-constexpr int kHalfWarps = kHeadDim / kHalves / kQuadChannels;  // of a row
-constexpr int kSplits = 4;
-constexpr int kHalfThreads = (kHalfWarps * kSplits + 1) * kWarp;
-constexpr int kSplitGroups = kHcaRatio / kGroupRows / kSplits;
-constexpr int kGroupsAhead = 3;
+constexpr int kHalfWarps = 8;
+using HalfThread = HcaThread<kHalves, kHalfWarps * kWarp>;
 
 template <class T>
-constexpr int kHalfBytes = kHalfWarps * kSplits * kGroupsAhead * Landing<kHeadDim, kHcaRatio, T>::kBytes;
-
-// What the warps of a row tell each other, in the order of their channels.
-struct alignas(16) OfRow {
-  float values[kHalves * kHalfWarps];
-};
-
-// Gives `value` to both blocks; it is there after the next barrier of the cluster.
-__device__ __forceinline__ void tell(OfRow* row, int warp, float value, int lane) {
-  if (lane < kHalves) cooperative_groups::this_cluster().map_shared_rank(row, lane)->values[warp] = value;
-}
+constexpr int kHalfBytes = kHalfWarps * Landing<kHeadDim, kHcaRatio, T>::kBytes;
 
 template <class RowT, class T>
-__global__ void __cluster_dims__(kHalves, 1, 1) __launch_bounds__(kHalfThreads, 1)
-    prefill_hca_kernel(UpdateParams params, int rows, LastTokens last) {
+__global__ void __cluster_dims__(kHalves, 1, 1) __launch_bounds__(kHalfWarps* kWarp, 2)
+    prefill_hca_kernel(const __grid_constant__ UpdateParams params, int rows, LastTokens last) {
   using Rows = Landing<kHeadDim, kHcaRatio, T>;
   extern __shared__ uint4 landings[];
-  __shared__ Partial4 partials[kSplits][kHalfWarps * kWarp];
-  __shared__ OfRow sums, amaxes;
-  __shared__ ClosingWindow window;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, row = blockIdx.x / kHalves;
-  if (warp == kHalfWarps * kSplits) {
-    if (lane == 0) window = look_up<kHcaRatio>(params, row);
-    arrive(kLookUpBarrier, kHalfThreads);
-    append_last_tokens<RowT, T, kHcaRatio>(params, last, blockIdx.x, gridDim.x, lane);
+  if (row >= rows) {
+    const int closing = rows * kHalves;
+    append_last_tokens<RowT, T, kHcaRatio>(params, last, (blockIdx.x - closing) * kHalfWarps + warp,
+                                           (gridDim.x - closing) * kHalfWarps, lane);
     return;
   }
-  const auto cluster = cooperative_groups::this_cluster();
+  const HalfThread at;
   const Plan& plan = params.window.plan;
   const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
   const Projections& in = compressor.projections;
   const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
-  const int split = warp / kHalfWarps;
-  const int warp_of_row = blockIdx.x % kHalves * kHalfWarps + warp % kHalfWarps;
-  const int channel = channel_of(warp_of_row, lane);
+  const int channel = at.channel();
 
   const int index = plan.closing(kHcaRatio)[row], first = index - (kHcaRatio - 1);
-  const auto landed = [&](int g) {
-    return Rows{reinterpret_cast<char*>(landings) + (warp * kGroupsAhead + g % kGroupsAhead) * Rows::kBytes};
-  };
+  const Rows landed{reinterpret_cast<char*>(landings) + warp * Rows::kBytes};
   // Whether a window is valid, and where its rows are, is known later: rows of this step can be read at any rate.
-  const auto copy = [&](int g) {
-    if (g < kSplitGroups && first >= 0 && index < plan.tokens) {
-      landed(g).copy(in, first + (split * kSplitGroups + g) * kGroupRows, channel_of(warp_of_row, 0), lane);
+  const auto copy = [&](int group) {
+    if (first >= 0 && index < plan.tokens) {
+      landed.copy(in, first + group * kGroupRows, channel - 4 * lane, lane);
     }
     commit_copies();
   };
-  Finish finish;
-  if (split == 0) {
-    const int64_t angles = static_cast<int64_t>(row) * (kRopeDim / 2);
-    finish = Finish::load<kHeadDim>(compressor.norm_weight, compressor.cos + angles, compressor.sin + angles, channel);
-  }
+  copy(at.split * at.kGroups);
   float bias[kGroupRows][4];
-  Rows::load_bias(in, split * kSplitGroups, channel, bias);
-#pragma unroll 1
-  for (int g = 0; g < kGroupsAhead; ++g) copy(g);
-  sync_threads(kLookUpBarrier, kHalfThreads);
-  const bool in_step = window.kind == ClosingWindow::kStep;
-  if (window.kind == ClosingWindow::kNone) {
-    wait_copies<0>();
-    return;
-  }
-  if (split == 0) cluster.barrier_arrive();
+  Rows::load_bias(in, at.split * at.kGroups, channel, bias);
+  const ClosingWindow window = look_up<kHcaRatio>(params, row);
+  if (window.kind == ClosingWindow::kNone) return;
 
-  Partial4 partial, even;
-#pragma unroll 1
-  for (int g = 0; g < kSplitGroups; ++g) {
-    const int group = split * kSplitGroups + g;
-    wait_copies<kGroupsAhead - 1>();
-    Partial4 one;
-    if (in_step) {
-      one = landed(g).pool(bias, lane);
-    } else {
-      one = pool_rows<kHeadDim, kHcaRatio, T>(compressor.tail, in, *params.kind_layer, window.closing, index, group,
-                                              channel);
-    }
-    __syncwarp();
-    copy(g + kGroupsAhead);
-    if (g + 1 < kSplitGroups) Rows::load_bias(in, group + 1, channel, bias);
-    if (g % 2 == 0) {
-      even = one;
-    } else {
-      even = merge4(even, one);
-      if (g == 1) {
-        partial = even;
-      } else {
-        partial = merge4(partial, even);
+  Partials<4> partial;
+  if (window.kind == ClosingWindow::kStep) {
+    partial = pool_groups(at, [&](int group) {
+      wait_copies<0>();
+      const Partials<4> one = landed.pool(bias, lane);
+      __syncwarp();
+      if ((group + 1) % at.kGroups != 0) {
+        copy(group + 1);
+        Rows::load_bias(in, group + 1, channel, bias);
       }
-    }
+      return one;
+    });
+  } else {
+    partial = pool_hca_rows<T>(compressor, *params.kind_layer, window.closing, index, at);
   }
-  const int thread = warp % kHalfWarps * kWarp + lane;
-  if (split != 0) partials[split][thread] = partial;
-  __syncthreads();
-  if (!in_step) {
-    move_tail_on<kHcaRatio, kSplits, 8, T>(compressor, *params.kind_layer, window.closing, index, split, channel);
+  store_hca_entry(compressor, pool, {window.entry_page, window.row}, row, at, partial);
+  if (window.kind == ClosingWindow::kTail) {  // all reads of the tail are behind the barriers of the entry
+    move_tail_on<kHcaRatio, at.kSplits, 8, T>(compressor, *params.kind_layer, window.closing, index, at.split, channel);
   }
-  if (split != 0) return;
-
-  partial = merge4(merge4(partial, partials[1][thread]), merge4(partials[2][thread], partials[3][thread]));
-  float x[4];
-  pooled4(partial, x);
-  const float sum = sum_over_lanes(square_sum(x));
-  cluster.barrier_wait();  // both blocks are there to be told
-  tell(&sums, warp_of_row, sum, lane);
-  cluster.sync();
-  finish.apply<kHeadDim>(x, (sums.values[0] + sums.values[1]) + (sums.values[2] + sums.values[3]), compressor.eps,
-                         channel);
-  tell(&amaxes, warp_of_row, max_over_lanes<kWarp>(amax_for<kHeadDim>(pool, x, channel)), lane);
-  cluster.sync();
-  store_entry<kHeadDim>(pool, {window.entry_page, window.row}, x, channel,
-                        max_ignoring_nan(max_ignoring_nan(amaxes.values[0], amaxes.values[1]),
-                                         max_ignoring_nan(amaxes.values[2], amaxes.values[3])));
 }
 
 }  // namespace dsv4::cuda

@@ -5,39 +5,33 @@
 
 namespace dsv4::cuda {
 
-__device__ __forceinline__ Partial4 empty4() {
-  Partial4 empty;
+__device__ __forceinline__ Partials<4> empty_partials() {
+  Partials<4> empty;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    empty.max[i] = kEmptyPartial.max, empty.denominator[i] = kEmptyPartial.denominator,
-    empty.sum[i] = kEmptyPartial.sum;
-  }
+  for (int i = 0; i < 4; ++i) empty.set(i, {kEmptyPartial.max, kEmptyPartial.denominator, kEmptyPartial.sum});
   return empty;
 }
 
-__device__ __forceinline__ Partial4 fold4(const Partial4& open, const float (&kv)[4], const float (&score)[4]) {
-  Partial4 folded;
+__device__ __forceinline__ Partials<4> fold(const Partials<4>& open, const float (&kv)[4], const float (&score)[4]) {
+  Partials<4> folded;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const SoftmaxPartial one = fold({open.max[i], open.denominator[i], open.sum[i]}, kv[i], score[i]);
-    folded.max[i] = one.max, folded.denominator[i] = one.denominator, folded.sum[i] = one.sum;
-  }
+  for (int i = 0; i < 4; ++i) folded.set(i, fold(open[i], kv[i], score[i]));
   return folded;
 }
 
 // `state` points at the first of the four channels.
-__device__ __forceinline__ Partial4 load_state(const float* state) {
-  Partial4 open;
-  load_four(state, open.max);
-  load_four(state + kHeadDim, open.denominator);
-  load_four(state + 2 * kHeadDim, open.sum);
+__device__ __forceinline__ Partials<4> load_state(const float* state) {
+  Partials<4> open;
+  load_values(state, open.max);
+  load_values(state + kHeadDim, open.denominator);
+  load_values(state + 2 * kHeadDim, open.sum);
   return open;
 }
 
-__device__ __forceinline__ void store_state(float* state, const Partial4& open) {
-  store_four(state, open.max);
-  store_four(state + kHeadDim, open.denominator);
-  store_four(state + 2 * kHeadDim, open.sum);
+__device__ __forceinline__ void store_state(float* state, const Partials<4>& open) {
+  store_values(state, open.max);
+  store_values(state + kHeadDim, open.denominator);
+  store_values(state + 2 * kHeadDim, open.sum);
 }
 
 constexpr int kRowsInFlight = 8;  // of many tokens; in decode, where one comes at a time, 1
@@ -54,9 +48,9 @@ struct TokenRows {
     for (int i = 0; i < kRowsAtOnce; ++i) {
       const int token = min(first + i, tokens.count - 1);
       const int64_t projection = static_cast<int64_t>(tokens.index + token) * kHeadDim + channel;
-      load_four(static_cast<const T*>(in.kv) + projection, kv[i]);
-      load_four(static_cast<const T*>(in.gate) + projection, gate[i]);
-      load_four(in.ape + (tokens.position % kHcaRatio + token) * kHeadDim + channel, ape[i]);
+      load_values(static_cast<const T*>(in.kv) + projection, kv[i]);
+      load_values(static_cast<const T*>(in.gate) + projection, gate[i]);
+      load_values(in.ape + (tokens.position % kHcaRatio + token) * kHeadDim + channel, ape[i]);
     }
   }
 };
@@ -64,9 +58,9 @@ struct TokenRows {
 // The tokens of this step in a window, after what `state` holds of earlier ones. The next rows are on their way while
 // these are folded.
 template <class T, int kRowsAtOnce>
-__device__ __forceinline__ Partial4 fold_tokens(const Projections& in, const float* state, const WindowTokens& tokens,
-                                                int channel) {
-  Partial4 open = tokens.resumes ? load_state(state) : empty4();
+__device__ __forceinline__ Partials<4> fold_tokens(const Projections& in, const float* state,
+                                                   const WindowTokens& tokens, int channel) {
+  Partials<4> open = tokens.resumes ? load_state(state) : empty_partials();
   TokenRows<T, kRowsAtOnce> rows, next;
   rows.load(in, tokens, 0, channel);
 #pragma unroll 1
@@ -77,7 +71,7 @@ __device__ __forceinline__ Partial4 fold_tokens(const Projections& in, const flo
       float score[4];
 #pragma unroll
       for (int c = 0; c < 4; ++c) score[c] = rows.gate[i][c] + rows.ape[i][c];
-      if (first + i < tokens.count) open = fold4(open, rows.kv[i], score);
+      if (first + i < tokens.count) open = fold(open, rows.kv[i], score);
     }
     rows = next;
   }
@@ -94,7 +88,7 @@ __device__ __forceinline__ void running_entry(const Compressor& compressor, int6
       Finish::load<kHeadDim>(compressor.norm_weight, compressor.cos + angles, compressor.sin + angles, channel);
   const WindowTokens tokens = window_tokens(closing.start, closing.position, index);
   const float* state = running_state(compressor.tail, layer, closing.slot) + channel;
-  pooled4(fold_tokens<T, kRowsAtOnce>(compressor.projections, state, tokens, channel), x);
+  pooled(fold_tokens<T, kRowsAtOnce>(compressor.projections, state, tokens, channel), x);
   finish.apply<kHeadDim>(x, threads.sum(square_sum(x)), compressor.eps, channel);
 }
 

@@ -26,7 +26,7 @@ __device__ void clear_tail(const Tail& tail, int64_t layer, int slot, int64_t fi
     return;
   }
   float* state = running_state(tail, layer, slot);
-  for (int64_t i = first; i < tail.width / 4; i += stride) store_state(state + 4 * i, empty4());
+  for (int64_t i = first; i < tail.width / 4; i += stride) store_state(state + 4 * i, empty_partials());
 }
 
 // What a slot owns, item by item: its table row, then each layer of each pool. blockIdx.x is the item, blockIdx.y
@@ -86,8 +86,8 @@ __global__ void append_window_kernel(AppendWindowParams params) {
   WarpRow<Codec::kWidth> row;
 #pragma unroll
   for (int q = 0; q < row.kQuads; ++q) {
-    load_four(static_cast<const T*>(params.rows) + static_cast<int64_t>(index) * Codec::kWidth + channel_of(q, lane),
-              row.x[q]);
+    load_values(static_cast<const T*>(params.rows) + static_cast<int64_t>(index) * Codec::kWidth + channel_of(q, lane),
+                row.x[q]);
   }
   const int64_t page = layer * window.pages + token.slot;
   const int ring_row = token.position % window.rows;

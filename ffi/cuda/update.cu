@@ -83,7 +83,7 @@ __device__ __noinline__ void append_window_rows(const UpdateParams& params, int 
   const StepRequest request = step_request(params.window.plan, place, static_cast<int>(window.pages));
   if (!request.valid || !has_layer(window, layer)) return;
   for (int index = max(request.first, request.end - window.rows); index < request.end; ++index) {
-    store_window_row(params, layer, request.token(index), index, load_window_row<RowT>(params, index, lane), lane);
+    store_window_row(params, layer, request.token(index), load_window_row<RowT>(params, index, lane), lane);
   }
 }
 
@@ -123,24 +123,13 @@ __global__ void __launch_bounds__(EntryThreads::kThreads, 4)
   }
 }
 
-// Decode, HCA: one block a request. Its last threads store the window row, before they help where a window closes.
-template <class RowT, class T>
-__global__ void __launch_bounds__(kHcaThreads)
-    update_hca_kernel(const __grid_constant__ UpdateParams params, TokenFields fields) {
-  __shared__ alignas(16) float scratch[2 * EntryThreads::kWarps];
-  constexpr int kOthers = kHcaThreads - EntryThreads::kThreads;
-  const HcaThread at;
-  const int thread = threadIdx.x, place = blockIdx.x, channel = at.channel();
+// One block's work on an HCA request of a decode step that brings any number of tokens. A thread writes only channels
+// of the tail that its own block reads.
+template <class T, class At>
+__device__ __noinline__ void compress_hca_request(const UpdateParams& params, int place) {
+  const At at;
   const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
   const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
-  const Tail& tail = compressor.tail;
-  const Projections& in = compressor.projections;
-  const OnlyToken only(fields, place, params.kind_layer);
-  if (thread >= kOthers) append_window<RowT>(params, fields, place, EntryThreads{thread - kOthers, 1, scratch});
-  if (leaves_open<kHcaRatio>(only)) {
-    if (at.split == 0 && only.fits(pool, params.table.slots)) append_hca_token<T>(params, only, place, channel);
-    return;
-  }
   const int64_t layer = *params.kind_layer;
   const StepRequest request = step_request(params.window.plan, place, params.table.slots);
   if (!request.valid || !has_layer(pool, layer)) return;
@@ -148,14 +137,44 @@ __global__ void __launch_bounds__(kHcaThreads)
     close_hca_window<T>(compressor, pool, params.table, layer, token, index, index, at);
   });
   // The barriers of the last window stand between all reads of the tail and these writes.
-  for (int index = request.first; at.split == 0 && index < request.end; ++index) {
-    append_token<T>(tail, in, layer, request.token(index), index, channel);
+  for (int index = request.first; at.finishes() && index < request.end; ++index) {
+    append_token<T>(compressor.tail, compressor.projections, layer, request.token(index), index, at.channel());
+  }
+}
+
+// Decode, HCA: a cluster of blocks a request, so that the 512 KiB of a closing window come by many multiprocessors. The
+// last block's last threads store the window row first.
+template <class RowT, class T, int kRanks>
+__global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(kHcaThreads)
+    update_hca_kernel(const __grid_constant__ UpdateParams params, TokenFields fields) {
+  __shared__ alignas(16) float scratch[2 * EntryThreads::kWarps];
+  constexpr int kOthers = kHcaThreads - EntryThreads::kThreads;
+  using At = HcaThread<kRanks, kHcaThreads>;
+  const At at;
+  const int thread = threadIdx.x, place = blockIdx.x / kRanks;
+  const OnlyToken only(fields, place, params.kind_layer);
+  if (at.rank == kRanks - 1 && thread >= kOthers) {
+    append_window<RowT>(params, fields, place, EntryThreads{thread - kOthers, 1, scratch});
+  }
+  if (!only.is_only()) {
+    compress_hca_request<T, At>(params, place);
+    return;
+  }
+  const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
+  const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
+  if (!only.fits(pool, params.table.slots)) return;
+  if (only.position % kHcaRatio != kHcaRatio - 1) {
+    if (at.finishes()) append_hca_token<T>(params, only, place, at.channel());
+  } else {
+    const int position = static_cast<int>(only.position);
+    const Token token{true, static_cast<int>(only.slot), position, position, position + 1};
+    close_hca_window<T>(compressor, pool, params.table, only.layer, token, place, place, at);
   }
 }
 
 // Decode, HCA with a running tail: one block a request, whose last threads store the window row.
 template <class RowT, class T>
-__global__ void __launch_bounds__(kRowThreads + EntryThreads::kThreads)
+__global__ void __launch_bounds__(kRowThreads + EntryThreads::kThreads, 2)
     update_running_kernel(const __grid_constant__ UpdateParams params, TokenFields fields) {
   __shared__ alignas(16) float scratch[2][2 * EntryThreads::kWarps];
   const int thread = threadIdx.x, place = blockIdx.x;
@@ -187,7 +206,18 @@ void launch_decode(CUstream_st* stream, const UpdateParams& params) {
   } else if (tail.running) {
     update_running_kernel<RowT, T><<<requests, kRowThreads + EntryThreads::kThreads, 0, stream>>>(params, fields);
   } else {
-    update_hca_kernel<RowT, T><<<requests, kHcaThreads, 0, stream>>>(params, fields);
+    const auto launch = [&](auto ranks) {
+      constexpr int kRanks = decltype(ranks)::value;
+      update_hca_kernel<RowT, T, kRanks><<<requests * kRanks, kHcaThreads, 0, stream>>>(params, fields);
+    };
+    const unsigned ranks = multiprocessors() / requests;
+    if (ranks >= 4) {
+      launch(std::integral_constant<int, 4>{});
+    } else if (ranks >= 2) {
+      launch(std::integral_constant<int, 2>{});
+    } else {
+      launch(std::integral_constant<int, 1>{});
+    }
   }
 }
 

@@ -16,9 +16,9 @@ void launch_prefill(CUstream_st* stream, const UpdateParams& params);
 
 constexpr int kRowThreads = kHeadDim / 4;
 
-// The amax of those of four channels that a pool's codec quantizes, where it needs that of the row.
-template <int W>
-__device__ __forceinline__ float amax_for(const Pool& pool, const float (&x)[4], int channel) {
+// The amax of those of N channels that a pool's codec quantizes, where it needs that of the row.
+template <int W, int N>
+__device__ __forceinline__ float amax_for(const Pool& pool, const float (&x)[N], int channel) {
   float amax = 0.0f;
   visit_on_device(CodecsOf<W>{}, pool.codec, [&](auto codec) {
     using Codec = decltype(codec);
@@ -27,9 +27,9 @@ __device__ __forceinline__ float amax_for(const Pool& pool, const float (&x)[4],
   return amax;
 }
 
-// Stores four channels of an entry in its place; nothing if there is none.
-template <int W>
-__device__ __forceinline__ void store_entry(const Pool& pool, const EntryPlace& place, const float (&x)[4], int channel,
+// Stores N channels of an entry in its place; nothing if there is none.
+template <int W, int N>
+__device__ __forceinline__ void store_entry(const Pool& pool, const EntryPlace& place, const float (&x)[N], int channel,
                                             float row_amax) {
   if (place.page == nullptr) return;
   visit_on_device(CodecsOf<W>{}, pool.codec, [&](auto codec) {
@@ -52,20 +52,26 @@ __device__ __forceinline__ void close_csa_window(const Compressor& compressor, c
   store_entry<W>(pool, place_in_block(pool, layer, block, entry), x, threads.channel(), row_amax);
 }
 
-// Closes the HCA window of token `index`, entry `row` of the step.
-template <class T>
-__device__ __forceinline__ void close_hca_window(const Compressor& compressor, const Pool& pool,
-                                                 const BlockTable& table, int64_t layer, const Token& closing,
-                                                 int index, int row, const HcaThread& at) {
-  const int entry = closing.position / kHcaRatio;
-  EntryPlace place{nullptr, 0};
-  if (at.split == 0) place = place_of_entry(pool, table, layer, closing.slot, entry);
-  hca_entry<T>(
-      compressor, layer, closing, index, row, at,
+// Stores entry `row` of the step, an HCA entry of what the threads of the cluster have pooled.
+template <class At>
+__device__ __forceinline__ void store_hca_entry(const Compressor& compressor, const Pool& pool, const EntryPlace& place,
+                                                int row, const At& at, const Partials<4>& partial) {
+  finish_hca_entry(
+      compressor, row, at, partial,
       [&](const float (&x)[4], int channel) { return amax_for<kHeadDim>(pool, x, channel); },
       [&](const float (&x)[4], int channel, float row_amax) {
         store_entry<kHeadDim>(pool, place, x, channel, row_amax);
       });
+}
+
+// Closes the HCA window of token `index`, entry `row` of the step.
+template <class T, class At>
+__device__ __forceinline__ void close_hca_window(const Compressor& compressor, const Pool& pool,
+                                                 const BlockTable& table, int64_t layer, const Token& closing,
+                                                 int index, int row, const At& at) {
+  EntryPlace place{nullptr, 0};
+  if (at.finishes()) place = place_of_entry(pool, table, layer, closing.slot, closing.position / kHcaRatio);
+  store_hca_entry(compressor, pool, place, row, at, pool_hca_rows<T>(compressor, layer, closing, index, at));
 }
 
 // Closes the HCA window of token `index`, entry `row` of the step, from a running tail.
@@ -81,36 +87,52 @@ __device__ __forceinline__ void close_running_window(const Compressor& compresso
   store_entry<kHeadDim>(pool, place, x, threads.channel(), row_amax);
 }
 
-template <class RowT>
-__device__ __forceinline__ WarpRow<kHeadDim> load_window_row(const UpdateParams& params, int index, int lane) {
+// What a warp makes a window row of, all of it loaded at once.
+struct LoadedWindowRow {
   WarpRow<kHeadDim> row;
+  WarpRow<kHeadDim> weight;  // this and the angles only where the row comes raw
+  float cos[2];
+  float sin[2];
+};
+
+// Channels that RoPE applies to are the upper half of a warp's last quad.
+static_assert(kRopeDim == kQuadChannels / 2);
+
+template <class RowT>
+__device__ __forceinline__ LoadedWindowRow load_window_row(const UpdateParams& params, int index, int lane) {
+  LoadedWindowRow loaded;
   const RowT* rows = static_cast<const RowT*>(params.window.rows) + static_cast<int64_t>(index) * kHeadDim;
 #pragma unroll
-  for (int q = 0; q < row.kQuads; ++q) load_four(rows + channel_of(q, lane), row.x[q]);
-  return row;
+  for (int q = 0; q < loaded.row.kQuads; ++q) load_values(rows + channel_of(q, lane), loaded.row.x[q]);
+  if (params.norm.weight == nullptr) return loaded;
+#pragma unroll
+  for (int q = 0; q < loaded.row.kQuads; ++q) {
+    load_values(params.norm.weight + channel_of(q, lane), loaded.weight.x[q]);
+  }
+  if (lane >= kWarp / 2) {
+    const int64_t pair = static_cast<int64_t>(index) * (kRopeDim / 2) + 2 * (lane - kWarp / 2);
+    load_values(params.norm.cos + pair, loaded.cos);
+    load_values(params.norm.sin + pair, loaded.sin);
+  }
+  return loaded;
 }
 
 // One warp stores the window row of a token, normalizing and rotating it first where it comes raw.
 __device__ __forceinline__ void store_window_row(const UpdateParams& params, int64_t layer, const Token& token,
-                                                 int index, WarpRow<kHeadDim> row, int lane) {
+                                                 const LoadedWindowRow& loaded, int lane) {
   const Pool& window = params.window.window;
+  WarpRow<kHeadDim> row = loaded.row;
   if (params.norm.weight != nullptr) {
     float sums[row.kQuads];
 #pragma unroll
     for (int q = 0; q < row.kQuads; ++q) sums[q] = sum_over_lanes(square_sum(row.x[q]));
     const float inverse = inverse_rms((sums[0] + sums[1]) + (sums[2] + sums[3]), kHeadDim, params.norm.eps);
-    const int64_t angles = static_cast<int64_t>(index) * (kRopeDim / 2);
 #pragma unroll
     for (int q = 0; q < row.kQuads; ++q) {
-      float weight[4];
-      load_four(params.norm.weight + channel_of(q, lane), weight);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) row.x[q][i] = row.x[q][i] * inverse * weight[i];
-      const int pair = (channel_of(q, lane) - (kHeadDim - kRopeDim)) / 2;
-      if (channel_of(q, lane) >= kHeadDim - kRopeDim) {
-        rotate_pairs(row.x[q], params.norm.cos + angles, params.norm.sin + angles, pair);
-      }
+      for (int i = 0; i < 4; ++i) row.x[q][i] = row.x[q][i] * inverse * loaded.weight.x[q][i];
     }
+    if (lane >= kWarp / 2) rotate_pairs(row.x[row.kQuads - 1], loaded.cos, loaded.sin, 0);
   }
   const int64_t page = layer * window.pages + token.slot;
   const int ring_row = token.position % window.rows;

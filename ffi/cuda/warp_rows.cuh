@@ -19,12 +19,23 @@ struct WarpRow {
 
 __device__ __forceinline__ int channel_of(int quad, int lane) { return quad * kQuadChannels + 4 * lane; }
 
-__device__ __forceinline__ void load_four(const float* from, float (&x)[4]) {
+// Loads and stores neighbouring channels, all of a thread's in one access.
+__device__ __forceinline__ void load_values(const float* from, float (&x)[2]) {
+  const float2 two = *reinterpret_cast<const float2*>(from);
+  x[0] = two.x, x[1] = two.y;
+}
+
+__device__ __forceinline__ void load_values(const float* from, float (&x)[4]) {
   const float4 four = *reinterpret_cast<const float4*>(from);
   x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
 }
 
-__device__ __forceinline__ void load_four(const bfloat16* from, float (&x)[4]) {
+__device__ __forceinline__ void load_values(const bfloat16* from, float (&x)[2]) {
+  const uint32_t two = *reinterpret_cast<const uint32_t*>(from);
+  x[0] = float_of(two << 16), x[1] = float_of(two & 0xFFFF0000u);
+}
+
+__device__ __forceinline__ void load_values(const bfloat16* from, float (&x)[4]) {
   const uint2 four = *reinterpret_cast<const uint2*>(from);
   x[0] = float_of(four.x << 16), x[1] = float_of(four.x & 0xFFFF0000u);
   x[2] = float_of(four.y << 16), x[3] = float_of(four.y & 0xFFFF0000u);
@@ -63,12 +74,12 @@ __device__ __forceinline__ void load_early(const bfloat16* from, float (&x)[4]) 
   x[2] = float_of(four.y << 16), x[3] = float_of(four.y & 0xFFFF0000u);
 }
 
-template <class T>
-__device__ __forceinline__ void store_four(T* to, const float (&x)[4]) {
-  alignas(16) T four[4];
+template <class T, int N>
+__device__ __forceinline__ void store_values(T* to, const float (&x)[N]) {
+  alignas(N * sizeof(T)) T values[N];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) four[i] = from_float<T>(x[i]);
-  copy_words<sizeof four, sizeof four>(to, four);
+  for (int i = 0; i < N; ++i) values[i] = from_float<T>(x[i]);
+  copy_words<sizeof values, sizeof values>(to, values);
 }
 
 // The largest value among groups of `kLanes` neighbouring lanes, known to each of them; none is below 0.
@@ -150,7 +161,7 @@ __device__ __forceinline__ void load_row(StoredRow stored, T* to, int lane, floa
                                      load_scale<Codec>(stored.scales, channel, global_scale));
   }
 #pragma unroll
-  for (int q = 0; q < kQuads; ++q) store_four(to + channel_of(q, lane), row.x[q]);
+  for (int q = 0; q < kQuads; ++q) store_values(to + channel_of(q, lane), row.x[q]);
 }
 
 }  // namespace dsv4::cuda

@@ -71,59 +71,70 @@ __device__ __forceinline__ Compressor with_constants(Compressor compressor) {
   return compressor;
 }
 
-// Four channels of a partly pooled window.
-struct alignas(16) Partial4 {
-  float max[4];
-  float denominator[4];
-  float sum[4];
+// N channels of a partly pooled window.
+template <int N>
+struct alignas(4 * N) Partials {
+  float max[N];
+  float denominator[N];
+  float sum[N];
+
+  __device__ __forceinline__ SoftmaxPartial operator[](int i) const { return {max[i], denominator[i], sum[i]}; }
+  __device__ __forceinline__ void set(int i, const SoftmaxPartial& one) {
+    max[i] = one.max, denominator[i] = one.denominator, sum[i] = one.sum;
+  }
 };
 
-__device__ __forceinline__ Partial4 merge4(const Partial4& a, const Partial4& b) {
-  Partial4 merged;
+template <int N>
+__device__ __forceinline__ Partials<N> merge(const Partials<N>& a, const Partials<N>& b) {
+  Partials<N> merged;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const SoftmaxPartial one = merge({a.max[i], a.denominator[i], a.sum[i]}, {b.max[i], b.denominator[i], b.sum[i]});
-    merged.max[i] = one.max, merged.denominator[i] = one.denominator, merged.sum[i] = one.sum;
-  }
+  for (int i = 0; i < N; ++i) merged.set(i, merge(a[i], b[i]));
   return merged;
 }
 
-// Pools eight rows of four channels.
-__device__ __forceinline__ Partial4 pool_group4(const float (&kv)[kGroupRows][4], const float (&score)[kGroupRows][4]) {
-  Partial4 partial;
+// Pools eight rows.
+template <int N>
+__device__ __forceinline__ Partials<N> pool_group(const float (&kv)[kGroupRows][N],
+                                                  const float (&score)[kGroupRows][N]) {
+  Partials<N> partials;
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
+  for (int c = 0; c < N; ++c) {
     float kv_of[kGroupRows], score_of[kGroupRows];
 #pragma unroll
     for (int i = 0; i < kGroupRows; ++i) kv_of[i] = kv[i][c], score_of[i] = score[i][c];
-    const SoftmaxPartial one = pool_group(kv_of, score_of);
-    partial.max[c] = one.max, partial.denominator[c] = one.denominator, partial.sum[c] = one.sum;
+    partials.set(c, dsv4::pool_group(kv_of, score_of));
   }
-  return partial;
+  return partials;
+}
+
+template <int N>
+__device__ __forceinline__ void pooled(const Partials<N>& partials, float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = pooled(partials[i]);
 }
 
 // Rows 8 group .. 8 group + 7 of the window that token `index` closes, pooled. The same rows as window_row's, at
 // addresses that differ by constants, and loaded without branches between, so that all of a group's loads are in flight
 // together.
-template <int W, int kRatio, class T>
-__device__ __forceinline__ Partial4 pool_rows(const Tail& tail, const Projections& in, int64_t layer,
-                                              const Token& closing, int index, int group, int channel) {
+template <int W, int kRatio, class T, int N = 4>
+__device__ __forceinline__ Partials<N> pool_rows(const Tail& tail, const Projections& in, int64_t layer,
+                                                 const Token& closing, int index, int group, int channel) {
   constexpr bool kOverlaps = kRatio == kCsaRatio;
   constexpr int kRows = kOverlaps ? 2 * kRatio : kRatio, kColumns = kOverlaps ? 2 * W : W;
   const int back = kRows - 1 - group * kGroupRows, first = closing.position - back;
   const auto column = [&](int i) { return (kOverlaps && i >= kRatio ? W : 0) + channel; };
 
-  float kv[kGroupRows][4], score[kGroupRows][4];
+  float kv[kGroupRows][N], score[kGroupRows][N];
   const auto load_projection = [&](int i, int from) {
     const int64_t offset = static_cast<int64_t>(index - back) * kColumns + from * kColumns + column(from);
-    load_four(static_cast<const T*>(in.kv) + offset, kv[i]);
-    load_four(static_cast<const T*>(in.gate) + offset, score[i]);
+    load_values(static_cast<const T*>(in.kv) + offset, kv[i]);
+    load_values(static_cast<const T*>(in.gate) + offset, score[i]);
   };
   const auto add_bias = [&](int i) {
-    float ape[4];
-    load_four(in.ape + (kOverlaps ? i % kRatio : group * kGroupRows + i) * kColumns + column(i), ape);
+    float ape[N];
+    load_values(in.ape + (kOverlaps ? i % kRatio : group * kGroupRows + i) * kColumns + column(i), ape);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) score[i][c] += ape[c];
+    for (int c = 0; c < N; ++c) score[i][c] += ape[c];
   };
 
   if (first >= closing.start || (first < 0 && closing.start == 0)) {
@@ -145,8 +156,8 @@ __device__ __forceinline__ Partial4 pool_rows(const Tail& tail, const Projection
 #pragma unroll
     for (int i = 0; i < kGroupRows; ++i) {
       const int row = !kOverlaps ? group * kGroupRows + i : i < kRatio ? previous + i : kRatio + i;
-      load_four(rows + row * W, kv[i]);
-      load_four(rows + (tail.geometry.rows() + row) * W, score[i]);
+      load_values(rows + row * W, kv[i]);
+      load_values(rows + (tail.geometry.rows() + row) * W, score[i]);
     }
     if (first + kGroupRows > closing.start) {
 #pragma unroll
@@ -161,10 +172,10 @@ __device__ __forceinline__ Partial4 pool_rows(const Tail& tail, const Projection
 #pragma unroll
     for (int i = 0; i < kRatio; ++i) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) kv[i][c] = 0.0f, score[i][c] = kClearedScore;
+      for (int c = 0; c < N; ++c) kv[i][c] = 0.0f, score[i][c] = kClearedScore;
     }
   }
-  return pool_group4(kv, score);
+  return pool_group(kv, score);
 }
 
 __device__ __forceinline__ void hadamard_transform(float (&x)[4], int lane) {
@@ -220,16 +231,12 @@ struct FinishOf {
 
 using Finish = FinishOf<4>;
 
-__device__ __forceinline__ void pooled4(const Partial4& partial, float (&x)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) x[i] = pooled({partial.max[i], partial.denominator[i], partial.sum[i]});
-}
-
 // A CSA entry from its pooled rows.
 template <int W>
 __device__ __forceinline__ void finish_csa_entry(const Compressor& compressor, const Finish& finish,
-                                                 const Partial4& partial, const RowThreads<W>& threads, float (&x)[4]) {
-  pooled4(partial, x);
+                                                 const Partials<4>& partial, const RowThreads<W>& threads,
+                                                 float (&x)[4]) {
+  pooled(partial, x);
   finish.apply<W>(x, threads.sum(square_sum(x)), compressor.eps, threads.channel());
   if constexpr (W == kKeyDim) {
     if (compressor.hadamard) hadamard_transform(x, threads.thread);
@@ -243,42 +250,44 @@ __device__ __forceinline__ void csa_entry(const Compressor& compressor, int64_t 
   const int64_t angles = static_cast<int64_t>(row) * (kRopeDim / 2);
   const Finish finish =
       Finish::load<W>(compressor.norm_weight, compressor.cos + angles, compressor.sin + angles, threads.channel());
-  const Partial4 partial =
+  const Partials<4> partial =
       pool_rows<W, kCsaRatio, T>(compressor.tail, compressor.projections, layer, closing, index, 0, threads.channel());
   finish_csa_entry(compressor, finish, partial, threads, x);
 }
 
-// Four channels of what a token brings to a compressor: overlap half and current half, kv and gate.
+// N channels of what a token brings to a compressor: overlap half and current half, kv and gate.
+template <int N>
 struct TokenHalves {
-  float kv[2][4];
-  float gate[2][4];
+  float kv[2][N];
+  float gate[2][N];
 };
 
-template <class T>
-__device__ __forceinline__ TokenHalves load_halves(const Tail& tail, const Projections& in, int index, int channel) {
-  TokenHalves halves;
+template <class T, int N = 4>
+__device__ __forceinline__ TokenHalves<N> load_halves(const Tail& tail, const Projections& in, int index, int channel) {
+  TokenHalves<N> halves;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int first_column = half == 0 ? 0 : in.columns - tail.width;  // one and the same without overlap
     const int64_t projection = static_cast<int64_t>(index) * in.columns + first_column + channel;
-    load_four(static_cast<const T*>(in.kv) + projection, halves.kv[half]);
-    load_four(static_cast<const T*>(in.gate) + projection, halves.gate[half]);
+    load_values(static_cast<const T*>(in.kv) + projection, halves.kv[half]);
+    load_values(static_cast<const T*>(in.gate) + projection, halves.gate[half]);
   }
   return halves;
 }
 
 // Keeps the halves of a token that later entries will pool.
+template <int N>
 __device__ __forceinline__ void store_halves(const Tail& tail, const Projections& in, int64_t layer, const Token& token,
-                                             const TokenHalves& halves, int channel) {
+                                             const TokenHalves<N>& halves, int channel) {
   const TailGeometry& geometry = tail.geometry;
   const auto write = [&](int half, int row, int first_column) {
-    float ape[4], score[4];
-    load_four(in.ape + static_cast<int64_t>(token.position % geometry.ratio) * in.columns + first_column + channel,
-              ape);
+    float ape[N], score[N];
+    load_values(in.ape + static_cast<int64_t>(token.position % geometry.ratio) * in.columns + first_column + channel,
+                ape);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) score[i] = halves.gate[half][i] + ape[i];
-    store_four(tail_row(tail, layer, token.slot, 0, row) + channel, halves.kv[half]);
-    store_four(tail_row(tail, layer, token.slot, 1, row) + channel, score);
+    for (int i = 0; i < N; ++i) score[i] = halves.gate[half][i] + ape[i];
+    store_values(tail_row(tail, layer, token.slot, 0, row) + channel, halves.kv[half]);
+    store_values(tail_row(tail, layer, token.slot, 1, row) + channel, score);
   };
   if (geometry.overlap_survives(token.position, token.next)) write(0, geometry.overlap_row(token.position), 0);
   if (geometry.current_survives(token.position, token.next)) {
@@ -286,10 +295,10 @@ __device__ __forceinline__ void store_halves(const Tail& tail, const Projections
   }
 }
 
-template <class T>
+template <class T, int N = 4>
 __device__ __forceinline__ void append_token(const Tail& tail, const Projections& in, int64_t layer, const Token& token,
                                              int index, int channel) {
-  store_halves(tail, in, layer, token, load_halves<T>(tail, in, index, channel), channel);
+  store_halves(tail, in, layer, token, load_halves<T, N>(tail, in, index, channel), channel);
 }
 
 // Stores N channels of a row whose threads call this together, the amax of all its quantized channels being known.
