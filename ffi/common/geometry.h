@@ -81,19 +81,20 @@ struct Token {
   int next;   // the request's position after this step
 };
 
-DSV4_HOST_DEVICE Token token_at(const Plan& plan, int index, int slots) {
-  Token token{false, -1, -1, -1, -1};
-  if (index < 0 || index >= plan.tokens) return token;
-  token.slot = plan.token_slot()[index];
-  token.position = plan.token_position()[index];
-  const int request = plan.token_request()[index];
-  if (token.slot < 0 || token.slot >= slots || token.position < 0 || request < 0 || request >= plan.requests)
-    return token;
-  const int first = plan.query_start()[request], end = plan.query_start()[request + 1];
-  token.start = token.position - (index - first);
-  token.next = token.position + (end - index);
+// Token `index` of the step, of a request whose tokens are first .. end - 1.
+DSV4_HOST_DEVICE Token token_of(const Plan& plan, int index, int slot, int position, int first, int end) {
+  Token token{false, slot, position, position - (index - first), position + (end - index)};
   token.valid = first >= 0 && first <= index && index < end && end <= plan.tokens && token.start >= 0;
   return token;
+}
+
+DSV4_HOST_DEVICE Token token_at(const Plan& plan, int index, int slots) {
+  const Token none{false, -1, -1, -1, -1};
+  if (index < 0 || index >= plan.tokens) return none;
+  const int slot = plan.token_slot()[index], position = plan.token_position()[index];
+  const int request = plan.token_request()[index];
+  if (slot < 0 || slot >= slots || position < 0 || request < 0 || request >= plan.requests) return none;
+  return token_of(plan, index, slot, position, plan.query_start()[request], plan.query_start()[request + 1]);
 }
 
 // One request of a step, by its place in the plan.

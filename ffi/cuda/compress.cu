@@ -49,8 +49,7 @@ __global__ void __cluster_dims__(kHcaRanks, 1, 1) __launch_bounds__(kHcaThreads)
   }
   finish_hca_entry(
       compressor, row, at, pool_hca_rows<T>(compressor, layer, closing, index, at),
-      [](const float (&)[4], int) { return 0.0f; },
-      [&](const float (&x)[4], int channel, float) { store_values(entry + channel, x); });
+      [&](const float (&x)[4], const RowThreads<kHeadDim>& threads) { store_values(entry + threads.channel(), x); });
 }
 
 // HCA from a running tail: one block an entry.

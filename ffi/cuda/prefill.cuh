@@ -111,7 +111,7 @@ __device__ __forceinline__ void append_last_tokens(const UpdateParams& params, c
   }
 }
 
-// A closing window, looked up by one thread of a warp that pools nothing, while rows are already on their way.
+// A closing window, looked up while rows are already on their way.
 struct ClosingWindow {
   enum Kind { kNone, kStep, kTail } kind;  // kStep: this step brought all its rows
   int index;
@@ -121,18 +121,27 @@ struct ClosingWindow {
   Token closing;
 };
 
+// As token_at and block_of_entry, but with as few loads as possible one behind the other.
 template <int kRatio>
 __device__ __forceinline__ ClosingWindow look_up(const UpdateParams& params, int row) {
-  const int index = params.window.plan.closing(kRatio)[row];
-  const int64_t layer = *params.kind_layer;
-  const Token closing = token_at(params.window.plan, index, params.table.slots);
+  const Plan& plan = params.window.plan;
   const Pool entries = with_rows<kBlockTokens / kRatio>(params.entries.pool);
-  const int entry = closing.position / kRatio;
-  const int block = block_of_entry(entries, params.table, closing.slot, entry);
-  const bool in_step = all_in_step<kRatio>(closing);
-  ClosingWindow window{ClosingWindow::kNone, index, entry % entries.rows, nullptr, nullptr, closing};
-  if (!closing.valid || !has_layer(entries, layer)) return window;
-  window.kind = in_step ? ClosingWindow::kStep : ClosingWindow::kTail;
+  const BlockTable& table = params.table;
+  ClosingWindow window{ClosingWindow::kNone, load_early(plan.closing(kRatio) + row), 0, nullptr, nullptr, {}};
+  const int64_t layer = load_early(params.kind_layer);
+  const int index = window.index;
+  if (index < 0 || index >= plan.tokens || !has_layer(entries, layer)) return window;
+  const int slot = load_early(plan.token_slot() + index), position = load_early(plan.token_position() + index);
+  const int request = load_early(plan.token_request() + index);
+  if (slot < 0 || slot >= table.slots || position < 0 || request < 0 || request >= plan.requests) return window;
+  const int first = load_early(plan.query_start() + request), end = load_early(plan.query_start() + request + 1);
+  const int entry = position / kRatio, place = entry / entries.rows;
+  int block = -1;
+  if (place < table.max_blocks) block = load_early(table.data + static_cast<int64_t>(slot) * table.max_blocks + place);
+  window.closing = token_of(plan, index, slot, position, first, end);
+  if (!window.closing.valid) return window;
+  window.kind = all_in_step<kRatio>(window.closing) ? ClosingWindow::kStep : ClosingWindow::kTail;
+  window.row = entry % entries.rows;
   window.entry_page = place_in_block(entries, layer, block, entry).page;
   if (kRatio == kCsaRatio) {
     window.key_page = place_in_block(with_rows<kBlockTokens / kRatio>(params.keys.pool), layer, block, entry).page;

@@ -1,5 +1,5 @@
-// Prefill, HCA: a cluster of two blocks closes a window, each half of the channels. A warp copies its next group of
-// rows while it pools one. More blocks store the rows that survive.
+// Prefill, HCA: a cluster of two blocks closes a window, each half of its rows. A warp copies its next group of rows
+// while it merges one. More blocks store the rows that survive.
 #pragma once
 
 #include "prefill.cuh"
@@ -41,9 +41,9 @@ __global__ void __cluster_dims__(kHalves, 1, 1) __launch_bounds__(kHalfWarps* kW
     }
     commit_copies();
   };
-  copy(at.split * at.kGroups);
+  copy(at.first_group());
   float bias[kGroupRows][4];
-  Rows::load_bias(in, at.split * at.kGroups, channel, bias);
+  Rows::load_bias(in, at.first_group(), channel, bias);
   const ClosingWindow window = look_up<kHcaRatio>(params, row);
   if (window.kind == ClosingWindow::kNone) return;
 
@@ -63,8 +63,9 @@ __global__ void __cluster_dims__(kHalves, 1, 1) __launch_bounds__(kHalfWarps* kW
     partial = pool_hca_rows<T>(compressor, *params.kind_layer, window.closing, index, at);
   }
   store_hca_entry(compressor, pool, {window.entry_page, window.row}, row, at, partial);
-  if (window.kind == ClosingWindow::kTail) {  // all reads of the tail are behind the barriers of the entry
-    move_tail_on<kHcaRatio, at.kSplits, 8, T>(compressor, *params.kind_layer, window.closing, index, at.split, channel);
+  if (window.kind == ClosingWindow::kTail) {
+    move_tail_on<kHcaRatio, HalfThread::kRanks * HalfThread::kSplits, 8, T>(
+        compressor, *params.kind_layer, window.closing, index, at.rank * at.kSplits + at.split, channel);
   }
 }
 

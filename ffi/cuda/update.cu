@@ -123,8 +123,7 @@ __global__ void __launch_bounds__(EntryThreads::kThreads, 4)
   }
 }
 
-// One block's work on an HCA request of a decode step that brings any number of tokens. A thread writes only channels
-// of the tail that its own block reads.
+// One block's work on an HCA request of a decode step that brings any number of tokens.
 template <class T, class At>
 __device__ __noinline__ void compress_hca_request(const UpdateParams& params, int place) {
   const At at;
@@ -136,7 +135,7 @@ __device__ __noinline__ void compress_hca_request(const UpdateParams& params, in
   for_each_closing<kHcaRatio>(request, [&](const Token& token, int index) {
     close_hca_window<T>(compressor, pool, params.table, layer, token, index, index, at);
   });
-  // The barriers of the last window stand between all reads of the tail and these writes.
+  // The barriers of the last entry stand between all reads of the tail and these writes.
   for (int index = request.first; at.finishes() && index < request.end; ++index) {
     append_token<T>(compressor.tail, compressor.projections, layer, request.token(index), index, at.channel());
   }

@@ -16,9 +16,9 @@ void launch_prefill(CUstream_st* stream, const UpdateParams& params);
 
 constexpr int kRowThreads = kHeadDim / 4;
 
-// The amax of those of N channels that a pool's codec quantizes, where it needs that of the row.
-template <int W, int N>
-__device__ __forceinline__ float amax_for(const Pool& pool, const float (&x)[N], int channel) {
+// The amax of those of four channels that a pool's codec quantizes, where it needs that of the row.
+template <int W>
+__device__ __forceinline__ float amax_for(const Pool& pool, const float (&x)[4], int channel) {
   float amax = 0.0f;
   visit_on_device(CodecsOf<W>{}, pool.codec, [&](auto codec) {
     using Codec = decltype(codec);
@@ -27,9 +27,9 @@ __device__ __forceinline__ float amax_for(const Pool& pool, const float (&x)[N],
   return amax;
 }
 
-// Stores N channels of an entry in its place; nothing if there is none.
-template <int W, int N>
-__device__ __forceinline__ void store_entry(const Pool& pool, const EntryPlace& place, const float (&x)[N], int channel,
+// Stores four channels of an entry in its place; nothing if there is none.
+template <int W>
+__device__ __forceinline__ void store_entry(const Pool& pool, const EntryPlace& place, const float (&x)[4], int channel,
                                             float row_amax) {
   if (place.page == nullptr) return;
   visit_on_device(CodecsOf<W>{}, pool.codec, [&](auto codec) {
@@ -56,12 +56,10 @@ __device__ __forceinline__ void close_csa_window(const Compressor& compressor, c
 template <class At>
 __device__ __forceinline__ void store_hca_entry(const Compressor& compressor, const Pool& pool, const EntryPlace& place,
                                                 int row, const At& at, const Partials<4>& partial) {
-  finish_hca_entry(
-      compressor, row, at, partial,
-      [&](const float (&x)[4], int channel) { return amax_for<kHeadDim>(pool, x, channel); },
-      [&](const float (&x)[4], int channel, float row_amax) {
-        store_entry<kHeadDim>(pool, place, x, channel, row_amax);
-      });
+  finish_hca_entry(compressor, row, at, partial, [&](const float (&x)[4], const RowThreads<kHeadDim>& threads) {
+    const float row_amax = threads.max(amax_for<kHeadDim>(pool, x, threads.channel()));
+    store_entry<kHeadDim>(pool, place, x, threads.channel(), row_amax);
+  });
 }
 
 // Closes the HCA window of token `index`, entry `row` of the step.
