@@ -54,13 +54,13 @@ __global__ void __cluster_dims__(kHcaRanks, 1, 1) __launch_bounds__(kHcaThreads)
 
 // HCA from a running tail: one block an entry.
 template <class T>
-__global__ void __launch_bounds__(kHeadDim / 4) compress_running_kernel(CompressParams params) {
-  __shared__ float scratch[2 * RowThreads<kHeadDim>::kWarps];
-  const RowThreads<kHeadDim> threads{static_cast<int>(threadIdx.x), 1, scratch};
+__global__ void __launch_bounds__(RunningThreads::kThreads) compress_running_kernel(CompressParams params) {
+  __shared__ float scratch[2 * RunningThreads::kWarps];
+  const RunningThreads threads{static_cast<int>(threadIdx.x), 1, scratch};
   const int64_t layer = *params.layer;
   int index;
   const Token closing = closing_token(params, blockIdx.x, &index);
-  float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  float x[2] = {0.0f, 0.0f};
   if (closing.valid && layer >= 0 && layer < params.compressor.tail.layers) {
     running_entry<T, kRowsInFlight>(with_constants<kHeadDim, kHcaRatio>(params.compressor), layer, closing, index,
                                     blockIdx.x, threads, x);
@@ -92,7 +92,7 @@ const char* compress(CUstream_st* stream, const CompressParams& params) {
   with_element(params.compressor.projections.element, [&](auto element) {
     using T = decltype(element);
     if (tail.running) {
-      compress_running_kernel<T><<<closing, kHeadDim / 4, 0, stream>>>(params);
+      compress_running_kernel<T><<<closing, RunningThreads::kThreads, 0, stream>>>(params);
     } else if (!tail.geometry.overlaps()) {
       compress_hca_kernel<T><<<closing * kHcaRanks, kHcaThreads, 0, stream>>>(params);
     } else if (tail.width == kHeadDim) {

@@ -233,7 +233,7 @@ __device__ __forceinline__ void fold_token(const UpdateParams& params, const Tok
   }
   const unsigned phase = token.position % kHcaRatio, entry = token.position / kHcaRatio;
   float* const state = tail_at(compressor.tail, token, 3 * kHeadDim) + channel;
-  Partials<4> open = phase == 0 ? empty_partials() : load_state(state);
+  Partials<4> open = phase == 0 ? empty_partials<4>() : load_state<4>(state);
   load_early(in.ape + phase * kHeadDim + channel, ape);
 #pragma unroll
   for (int i = 0; i < 4; ++i) score[i] += ape[i];

@@ -10,20 +10,16 @@ __device__ __forceinline__ void copy_async(unsigned shared, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
 }
 
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Waits until no more than the newest `kNewest` commits of this warp are on their way.
-template <int kNewest>
+// Waits until no copies of this warp are on their way.
 __device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+  asm volatile("cp.async.wait_all;" ::: "memory");
   __syncwarp();
 }
 
-// Where the eight rows of a group land, 128 channels of them: kv, then gates.
-template <int W, int kRatio, class T>
+// Where the eight rows that a CSA window pools land, 128 channels of them: kv, then gates.
+template <int W, class T>
 struct Landing {
-  static constexpr bool kOverlaps = kRatio == kCsaRatio;
-  static constexpr int kColumns = kOverlaps ? 2 * W : W;
+  static constexpr int kColumns = 2 * W;
   static constexpr int kLaneBytes = 16;
   static constexpr int kRowBytes = kQuadChannels * static_cast<int>(sizeof(T));
   static constexpr int kRowsAtOnce = kWarp * kLaneBytes / kRowBytes;
@@ -31,7 +27,8 @@ struct Landing {
 
   char* rows;
 
-  __device__ __forceinline__ static constexpr int half(int i) { return kOverlaps && i >= kRatio ? W : 0; }
+  // Where row i's half of a token's columns begins: the window before is pooled by its overlap halves.
+  __device__ __forceinline__ static constexpr int half(int i) { return i < kCsaRatio ? 0 : W; }
 
   // Begins copying the rows of tokens `first` .. `first` + 7, `channel` being the warp's first.
   __device__ __forceinline__ void copy(const Projections& in, int first, int channel, int lane) const {
@@ -62,11 +59,10 @@ struct Landing {
     return pool_group(kv, score);
   }
 
-  __device__ __forceinline__ static void load_bias(const Projections& in, int group, int channel,
-                                                   float (&bias)[kGroupRows][4]) {
+  __device__ __forceinline__ static void load_bias(const Projections& in, int channel, float (&bias)[kGroupRows][4]) {
 #pragma unroll
     for (int i = 0; i < kGroupRows; ++i) {
-      load_values(in.ape + (kOverlaps ? i % kRatio : group * kGroupRows + i) * kColumns + half(i) + channel, bias[i]);
+      load_values(in.ape + i % kCsaRatio * kColumns + half(i) + channel, bias[i]);
     }
   }
 };

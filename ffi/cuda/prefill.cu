@@ -27,13 +27,6 @@ unsigned run_blocks(int rows, int at_once) {
 
 constexpr int kInPassing = 4;  // tokens that a block which closes CSA windows stores at most
 
-template <class Kernel, class... Args>
-void launch_with_shared(Kernel kernel, unsigned blocks, int threads, int shared_bytes, CUstream_st* stream,
-                        const Args&... args) {
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  kernel<<<blocks, threads, shared_bytes, stream>>>(args...);
-}
-
 template <class RowT, class T, int kRatio>
 void launch_append(CUstream_st* stream, const UpdateParams& params, const LastTokens& last) {
   append_last_tokens_kernel<RowT, T, kRatio>
@@ -46,10 +39,12 @@ void launch_csa(CUstream_st* stream, const UpdateParams& params) {
   const LastTokens last = last_tokens<kCsaRatio>(params);
   const int rows = closing_capacity(plan.tokens, plan.requests, kCsaRatio);
   const unsigned blocks = run_blocks(rows, kRunBlocks<T>);
-  const bool in_passing = last.count() <= static_cast<int64_t>(blocks) * kInPassing;
+  const bool in_passing = last.count() <= static_cast<int>(blocks) * kInPassing;
   if (blocks > 0) {
-    launch_with_shared(prefill_csa_kernel<RowT, T>, blocks, kRunThreads, kRunBytes<T>, stream, params,
-                       Runs(rows, static_cast<int>(blocks)), in_passing ? last : LastTokens{0, 0});
+    const auto kernel = prefill_csa_kernel<RowT, T>;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRunBytes<T>);
+    kernel<<<blocks, kRunThreads, kRunBytes<T>, stream>>>(params, Runs(rows, static_cast<int>(blocks)),
+                                                          in_passing ? last : LastTokens{0, 1, 0});
   }
   if (!in_passing) launch_append<RowT, T, kCsaRatio>(stream, params, last);
 }
@@ -59,16 +54,26 @@ void launch_hca(CUstream_st* stream, const UpdateParams& params) {
   const Plan& plan = params.window.plan;
   const LastTokens last = last_tokens<kHcaRatio>(params);
   const int rows = closing_capacity(plan.tokens, plan.requests, kHcaRatio);
-  const unsigned blocks = rows * kHalves + kHalves * blocks_for(last.count(), kHalves * kHalfWarps);
-  launch_with_shared(prefill_hca_kernel<RowT, T>, blocks, kHalfWarps * kWarp, kHalfBytes<T>, stream, params, rows,
-                     last);
+  const auto launch = [&](auto threads, int most_others) {
+    constexpr int kThreads = decltype(threads)::value;
+    const int others = std::min<int>(most_others, blocks_for(last.count(), kHalves * kThreads / kWarp));
+    prefill_hca_kernel<RowT, T, kThreads><<<kHalves*(rows + others), kThreads, 0, stream>>>(params, rows, last);
+  };
+  const int at_once = static_cast<int>(multiprocessors()) / kHalves;  // clusters
+  if (rows < at_once) {
+    launch(std::integral_constant<int, kHcaThreads>{}, at_once - rows);
+  } else {
+    launch(std::integral_constant<int, kHcaThreads / 2>{}, last.count());
+  }
 }
 
-template <class T>
+template <class RowT, class T>
 void launch_running(CUstream_st* stream, const UpdateParams& params) {
   const Plan& plan = params.window.plan;
+  const LastTokens last = last_tokens<0>(params);
   const int rows = closing_capacity(plan.tokens, plan.requests, kHcaRatio);
-  prefill_running_kernel<T><<<rows + plan.requests, kRowThreads, 0, stream>>>(params, rows);
+  const unsigned blocks = rows + plan.requests + blocks_for(last.count(), RunningThreads::kWarps);
+  prefill_running_kernel<RowT, T><<<blocks, RunningThreads::kThreads, 0, stream>>>(params, rows, last);
 }
 
 }  // namespace
@@ -81,8 +86,7 @@ void launch_prefill(CUstream_st* stream, const UpdateParams& params) {
   } else if (tail.geometry.overlaps()) {
     launch_csa<RowT, T>(stream, params);
   } else if (tail.running) {
-    launch_running<T>(stream, params);
-    launch_append<RowT, T, 0>(stream, params, last_tokens<0>(params));  // the window
+    launch_running<RowT, T>(stream, params);
   } else {
     launch_hca<RowT, T>(stream, params);
   }

@@ -4,7 +4,6 @@
 // if these pool rows of the tail, else by whoever stores the surviving rows.
 #pragma once
 
-#include "landing.cuh"
 #include "update.cuh"
 
 namespace dsv4::cuda {
@@ -46,19 +45,21 @@ __device__ __forceinline__ void move_tail_on(const Compressor& compressor, int64
   }
 }
 
-// The tokens whose rows may survive: the last `per_request` of each request.
+// The tokens whose rows may survive: the last `per_request` of each request, or if that makes fewer, all of the step.
 struct LastTokens {
   int requests;
   int per_request;
+  int tokens;
 
-  int64_t count() const { return static_cast<int64_t>(requests) * per_request; }
+  __host__ __device__ bool all() const { return tokens < int64_t{requests} * per_request; }
+  __host__ __device__ int count() const { return all() ? tokens : requests * per_request; }
 };
 
 template <int kRatio>
 LastTokens last_tokens(const UpdateParams& params) {
   const Plan& plan = params.window.plan;
   const int kept = kRatio == 0 ? 0 : TailGeometry{kRatio}.rows();
-  return {plan.requests, std::min(plan.tokens, std::max(params.window.window.rows, kept))};
+  return {plan.requests, std::max(params.window.window.rows, kept), plan.tokens};
 }
 
 // One warp stores what survives of the token `back` before a request's last.
@@ -106,12 +107,20 @@ __device__ __forceinline__ void append_last_token(const UpdateParams& params, in
 template <class RowT, class T, int kRatio>
 __device__ __forceinline__ void append_last_tokens(const UpdateParams& params, const LastTokens& last, int warp,
                                                    int warps, int lane) {
-  for (int item = warp; item < last.requests * last.per_request; item += warps) {
-    append_last_token<RowT, T, kRatio>(params, item / last.per_request, item % last.per_request, lane);
+  const Plan& plan = params.window.plan;
+  for (int item = warp; item < last.count(); item += warps) {
+    int place = item / last.per_request, back = item % last.per_request;
+    if (last.all()) {
+      place = plan.token_request()[item];
+      if (place < 0 || place >= last.requests) continue;
+      back = plan.query_start()[place + 1] - 1 - item;
+      if (back < 0 || back >= last.per_request) continue;
+    }
+    append_last_token<RowT, T, kRatio>(params, place, back, lane);
   }
 }
 
-// A closing window, looked up while rows are already on their way.
+// A closing window, looked up.
 struct ClosingWindow {
   enum Kind { kNone, kStep, kTail } kind;  // kStep: this step brought all its rows
   int index;
@@ -147,14 +156,6 @@ __device__ __forceinline__ ClosingWindow look_up(const UpdateParams& params, int
     window.key_page = place_in_block(with_rows<kBlockTokens / kRatio>(params.keys.pool), layer, block, entry).page;
   }
   return window;
-}
-
-// The barrier behind which windows are looked up: one warp arrives, the others wait for it.
-constexpr int kLookUpBarrier = 1;
-
-__device__ __forceinline__ void arrive(int barrier, int threads) {
-  __syncwarp();
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 }  // namespace dsv4::cuda

@@ -2,6 +2,7 @@
 // one the indexer keys, and the last looks the windows up and stores rows that survive.
 #pragma once
 
+#include "landing.cuh"
 #include "prefill.cuh"
 
 namespace dsv4::cuda {
@@ -9,11 +10,19 @@ namespace dsv4::cuda {
 constexpr int kPoolThreads = kRowThreads + kWarp;
 constexpr int kRunThreads = kPoolThreads + kWarp;
 constexpr int kLongestRun = kWarp - 1;
+
+// The barrier behind which windows are looked up: one warp arrives, the others wait for it.
+constexpr int kLookUpBarrier = 1;
+
+__device__ __forceinline__ void arrive(int barrier, int threads) {
+  __syncwarp();
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 template <class T>
 constexpr int kRunBlocks = sizeof(T) == 4 ? 2 : 3;  // that fit on a multiprocessor
 
 template <class T>
-constexpr int kRunBytes = kPoolThreads / kWarp * Landing<kHeadDim, kCsaRatio, T>::kBytes;
+constexpr int kRunBytes = kPoolThreads / kWarp * Landing<kHeadDim, T>::kBytes;
 
 // How the rows of the step's list of closing windows are spread over blocks. Runs differ by one window, but the first
 // is shorter by `head`: a step of one request has there what pools rows of the tail, which takes longer.
@@ -61,7 +70,7 @@ __device__ __forceinline__ void look_up_run(const UpdateParams& params, const Ru
 template <int W, class T>
 __device__ __forceinline__ void close_run(const UpdateParams& params, const Compression& part, const Run& run,
                                           const ClosingWindow* windows, char* landing, const RowThreads<W>& threads) {
-  using Rows = Landing<W, kCsaRatio, T>;
+  using Rows = Landing<W, T>;
   const Compressor compressor = with_constants<W, kCsaRatio>(part.compressor);
   const Pool pool = with_rows<kBlockTokens / kCsaRatio>(part.pool);
   const Projections& in = compressor.projections;
@@ -72,7 +81,6 @@ __device__ __forceinline__ void close_run(const UpdateParams& params, const Comp
     if (index >= kGroupRows - 1 && index < params.window.plan.tokens) {
       landed.copy(in, index - (kGroupRows - 1), channel - 4 * lane, lane);
     }
-    commit_copies();
   };
   const auto closing = params.window.plan.closing(kCsaRatio) + run.first;
   int64_t angles = static_cast<int64_t>(run.first) * (kRopeDim / 2);
@@ -87,8 +95,8 @@ __device__ __forceinline__ void close_run(const UpdateParams& params, const Comp
     finish.load_angles<W>(compressor.cos + angles, compressor.sin + angles, channel);
     angles += kRopeDim / 2;
     float bias[kGroupRows][4];
-    Rows::load_bias(in, 0, channel, bias);
-    wait_copies<0>();
+    Rows::load_bias(in, channel, bias);
+    wait_copies();
     Partials<4> partial;
     if (window.kind == ClosingWindow::kStep) partial = landed.pool(bias, lane);
     __syncwarp();
@@ -125,7 +133,7 @@ __global__ void __launch_bounds__(kRunThreads, kRunBlocks<T>)
     append_last_tokens<RowT, T, kCsaRatio>(params, last, blockIdx.x, gridDim.x, thread % kWarp);
     return;
   }
-  char* landing = reinterpret_cast<char*>(landings) + thread / kWarp * Landing<kHeadDim, kCsaRatio, T>::kBytes;
+  char* landing = reinterpret_cast<char*>(landings) + thread / kWarp * Landing<kHeadDim, T>::kBytes;
   if (thread < kRowThreads) {
     close_run<kHeadDim, T>(params, params.entries, run, windows, landing, {thread, 2, scratch});
   } else {

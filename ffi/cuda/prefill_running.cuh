@@ -1,25 +1,33 @@
-// Prefill, HCA with a running tail: a block closes a window, or moves a request's state on.
+// Prefill, HCA with a running tail: a block closes a window, moves a request's state on, or stores window rows that
+// survive.
 #pragma once
 
 #include "prefill.cuh"
 
 namespace dsv4::cuda {
 
-// The first `rows` blocks close windows, the others own a request each. A state that a closing window goes on from is
-// moved on by the block that closes it, any other by its request's block.
-template <class T>
-__global__ void __launch_bounds__(kRowThreads) prefill_running_kernel(UpdateParams params, int rows) {
-  __shared__ float scratch[2 * RowThreads<kHeadDim>::kWarps];
-  const RowThreads<kHeadDim> threads{static_cast<int>(threadIdx.x), 1, scratch};
+// The first `rows` blocks close windows, the next own a request each, the others store window rows. A state that a
+// closing window goes on from is moved on by the block that closes it, any other by its request's block.
+template <class RowT, class T>
+__global__ void __launch_bounds__(RunningThreads::kThreads)
+    prefill_running_kernel(UpdateParams params, int rows, LastTokens last) {
+  __shared__ float scratch[2 * RunningThreads::kWarps];
+  const RunningThreads threads{static_cast<int>(threadIdx.x), 1, scratch};
   const Plan& plan = params.window.plan;
   const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
   const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
+  const int row = blockIdx.x, states = rows + plan.requests;
+  if (row >= states) {
+    append_last_tokens<RowT, T, 0>(params, last, (row - states) * threads.kWarps + threads.thread / kWarp,
+                                   (gridDim.x - states) * threads.kWarps, threads.thread % kWarp);
+    return;
+  }
   const int64_t layer = *params.kind_layer;
   if (!has_layer(pool, layer)) return;
   const auto append = [&](const Request& request, int end) {
-    append_running<T, kRowsInFlight>(compressor.tail, compressor.projections, layer, request, end, threads.channel());
+    append_running<T, kRowsInFlight, 2>(compressor.tail, compressor.projections, layer, request, end,
+                                        threads.channel());
   };
-  const int row = blockIdx.x;
   if (row < rows) {
     const int index = plan.closing(kHcaRatio)[row];
     const Token closing = token_at(plan, index, params.table.slots);

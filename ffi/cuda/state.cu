@@ -26,7 +26,7 @@ __device__ void clear_tail(const Tail& tail, int64_t layer, int slot, int64_t fi
     return;
   }
   float* state = running_state(tail, layer, slot);
-  for (int64_t i = first; i < tail.width / 4; i += stride) store_state(state + 4 * i, empty_partials());
+  for (int64_t i = first; i < tail.width / 4; i += stride) store_state(state + 4 * i, empty_partials<4>());
 }
 
 // What a slot owns, item by item: its table row, then each layer of each pool. blockIdx.x is the item, blockIdx.y
@@ -106,15 +106,15 @@ __global__ void append_tail_kernel(AppendTailParams params) {
   append_token<T>(tail, params.projections, layer, token, blockIdx.x, 4 * threadIdx.x);
 }
 
-// One block a request, four channels a thread.
+// One block a request.
 template <class T>
-__global__ void __launch_bounds__(kHeadDim / 4) append_running_kernel(AppendTailParams params) {
+__global__ void __launch_bounds__(RunningThreads::kThreads) append_running_kernel(AppendTailParams params) {
   const Tail& tail = params.tail;
   const int64_t layer = *params.layer;
   const Request request = request_at(params.plan, blockIdx.x, tail.slots);
   if (!request.valid || layer < 0 || layer >= tail.layers) return;
-  append_running<T, kRowsInFlight>(tail, params.projections, layer, request, params.plan.query_start()[blockIdx.x + 1],
-                                   4 * threadIdx.x);
+  append_running<T, kRowsInFlight, 2>(tail, params.projections, layer, request,
+                                      params.plan.query_start()[blockIdx.x + 1], 2 * threadIdx.x);
 }
 
 // One block a request and tail row, four channels a thread.
@@ -164,7 +164,9 @@ const char* append_tail(CUstream_st* stream, const AppendTailParams& params) {
   with_element(params.projections.element, [&](auto element) {
     using T = decltype(element);
     if (params.tail.running) {
-      if (params.plan.requests > 0) append_running_kernel<T><<<params.plan.requests, kHeadDim / 4, 0, stream>>>(params);
+      if (params.plan.requests > 0) {
+        append_running_kernel<T><<<params.plan.requests, RunningThreads::kThreads, 0, stream>>>(params);
+      }
       return;
     }
     append_tail_kernel<T><<<params.plan.tokens, params.tail.width / 4, 0, stream>>>(params);

@@ -16,9 +16,9 @@ void launch_prefill(CUstream_st* stream, const UpdateParams& params);
 
 constexpr int kRowThreads = kHeadDim / 4;
 
-// The amax of those of four channels that a pool's codec quantizes, where it needs that of the row.
-template <int W>
-__device__ __forceinline__ float amax_for(const Pool& pool, const float (&x)[4], int channel) {
+// The amax of those of N channels that a pool's codec quantizes, where it needs that of the row.
+template <int W, int N>
+__device__ __forceinline__ float amax_for(const Pool& pool, const float (&x)[N], int channel) {
   float amax = 0.0f;
   visit_on_device(CodecsOf<W>{}, pool.codec, [&](auto codec) {
     using Codec = decltype(codec);
@@ -27,9 +27,9 @@ __device__ __forceinline__ float amax_for(const Pool& pool, const float (&x)[4],
   return amax;
 }
 
-// Stores four channels of an entry in its place; nothing if there is none.
-template <int W>
-__device__ __forceinline__ void store_entry(const Pool& pool, const EntryPlace& place, const float (&x)[4], int channel,
+// Stores N channels of an entry in its place; nothing if there is none.
+template <int W, int N>
+__device__ __forceinline__ void store_entry(const Pool& pool, const EntryPlace& place, const float (&x)[N], int channel,
                                             float row_amax) {
   if (place.page == nullptr) return;
   visit_on_device(CodecsOf<W>{}, pool.codec, [&](auto codec) {
@@ -73,13 +73,13 @@ __device__ __forceinline__ void close_hca_window(const Compressor& compressor, c
 }
 
 // Closes the HCA window of token `index`, entry `row` of the step, from a running tail.
-template <class T, int kRowsAtOnce>
+template <class T, int kRowsAtOnce, int N>
 __device__ __forceinline__ void close_running_window(const Compressor& compressor, const Pool& pool,
                                                      const BlockTable& table, int64_t layer, const Token& closing,
-                                                     int index, int row, const RowThreads<kHeadDim>& threads) {
+                                                     int index, int row, const RowThreads<kHeadDim, N>& threads) {
   const int entry = closing.position / kHcaRatio;
   const EntryPlace place = place_of_entry(pool, table, layer, closing.slot, entry);
-  float x[4];
+  float x[N];
   running_entry<T, kRowsAtOnce>(compressor, layer, closing, index, row, threads, x);
   const float row_amax = threads.max(amax_for<kHeadDim>(pool, x, threads.channel()));
   store_entry<kHeadDim>(pool, place, x, threads.channel(), row_amax);
