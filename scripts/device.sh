@@ -34,7 +34,7 @@ sanitize() {
 step build env DSV4_CUDA=ON python -m pip install --quiet --no-build-isolation --no-deps -Cbuild-dir=build/device-build -e . ||
   exit 1
 step doctor dsv4-jax doctor
-parallel=$(python -c "import xdist" 2>/dev/null && echo "-n 8")
+parallel=$(python -c "import xdist" 2>/dev/null && echo "-n 12")
 step gpu python -m pytest -m gpu --durations=10 $parallel
 for wanted in "$@"; do
   case $wanted in

@@ -34,15 +34,14 @@ WIDTHS = {"main": 512, "indexer": 128}
 ROPE = deepseek_v4_pro().layers[2].rope
 
 
-@pytest.fixture(params=["reference", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.sanitize])])
+@pytest.fixture(params=["reference", pytest.param("cuda", marks=pytest.mark.gpu)])
 def other(request):
     """Runs an op another way than through the CPU handlers: (function of an op's name -> its results)."""
 
     def run(name, *operands, **attributes):
         if request.param == "reference":
             return jax.jit(functools.partial(getattr(reference, name), **attributes))(*operands)
-        with jax.default_device(jax.devices("gpu")[0]):
-            return native(name, *operands, **attributes)
+        return on_gpu(name, *operands, **attributes)
 
     run.kind = request.param
     return run
@@ -56,6 +55,11 @@ def _on_cpu():
 
 def native(name, *operands, **attributes):
     return jax.jit(functools.partial(getattr(ops, name), **attributes))(*operands)
+
+
+def on_gpu(name, *operands, **attributes):
+    with jax.default_device(jax.devices("gpu")[0]):
+        return native(name, *operands, **attributes)
 
 
 def assert_same(left, right, what=""):
@@ -148,10 +152,9 @@ def projections(rng, ratio, width, dtype):
     return kv, gate, rng.normal(size=(ratio, columns)).astype(np.float32)
 
 
-COMPRESSORS = pytest.mark.parametrize(
-    ("ratio", "width", "hca_tail"),
-    [(4, 512, None), (4, 128, None), (128, 512, "rows"), (128, 512, "running")],
-    ids=["csa", "indexer", "hca", "hca-running"],
+COMPRESSORS = [(4, 512, None), (4, 128, None), (128, 512, "rows"), (128, 512, "running")]
+EACH_COMPRESSOR = pytest.mark.parametrize(
+    ("ratio", "width", "hca_tail"), COMPRESSORS, ids=["csa", "indexer", "hca", "hca-running"]
 )
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["fp32", "bf16"])
 POOLS = [
@@ -161,13 +164,16 @@ POOLS = [
 ]
 
 
-@pytest.mark.parametrize("hca_tail", HCA_TAILS)
-def test_begin_step(other, rng, hca_tail):
-    table = random_table(rng)
+def begin_step_operands(rng, hca_tail):
     positions = rng.integers(-1, 500, (LAYERS, SLOTS, RING)).astype(np.int32)
     tails = [random_tail(rng, 4, 512), random_tail(rng, 4, 128), random_tail(rng, 128, 512, hca_tail)]
-    plan = random_plan(rng)
-    operands = (table, positions, *tails, plan)
+    return random_table(rng), positions, *tails, random_plan(rng)
+
+
+@pytest.mark.parametrize("hca_tail", HCA_TAILS)
+def test_begin_step(other, rng, hca_tail):
+    operands = begin_step_operands(rng, hca_tail)
+    plan = operands[-1]
     results = native("begin_step", *operands)
     assert_same(results, other("begin_step", *operands))
     for slot, reset in zip(plan.request_slot, plan.request_reset, strict=True):
@@ -194,36 +200,33 @@ def test_append_window(other, rng, name, dtype, ring):
 
 
 @DTYPES
-@COMPRESSORS
+@EACH_COMPRESSOR
 def test_append_tail(other, rng, ratio, width, hca_tail, dtype):
     operands = (random_tail(rng, ratio, width, hca_tail), *projections(rng, ratio, width, dtype), random_plan(rng), 2)
     assert_same_tail(native("append_tail", *operands, ratio=ratio), other("append_tail", *operands, ratio=ratio))
 
 
-@COMPRESSORS
+@EACH_COMPRESSOR
 def test_rotate(other, rng, ratio, width, hca_tail):
     operands = (random_tail(rng, ratio, width, hca_tail), random_plan(rng), 0)
     assert_same(native("rotate", *operands, ratio=ratio), other("rotate", *operands, ratio=ratio))
 
 
+def compress_operands(rng, ratio, width, hca_tail, dtype):
+    closing = LAYOUT.closing_size(ratio)
+    angles = rng.integers(0, 10**6, (closing, 1)).astype(np.float32) * inverse_frequencies(ROPE)
+    weight = (1 + 0.2 * rng.normal(size=width)).astype(np.float32)
+    tail, inputs = random_tail(rng, ratio, width, hca_tail), projections(rng, ratio, width, dtype)
+    return tail, *inputs, weight, np.cos(angles), np.sin(angles), random_plan(rng), 1
+
+
 @DTYPES
-@COMPRESSORS
+@EACH_COMPRESSOR
 @pytest.mark.parametrize("hadamard", [False, True])
 def test_compress(other, rng, ratio, width, hca_tail, dtype, hadamard):
     if hadamard and width != 128:
         pytest.skip("the Hadamard transform is for indexer keys")
-    closing = LAYOUT.closing_size(ratio)
-    angles = rng.integers(0, 10**6, (closing, 1)).astype(np.float32) * inverse_frequencies(ROPE)
-    weight = (1 + 0.2 * rng.normal(size=width)).astype(np.float32)
-    operands = (
-        random_tail(rng, ratio, width, hca_tail),
-        *projections(rng, ratio, width, dtype),
-        weight,
-        np.cos(angles),
-        np.sin(angles),
-        random_plan(rng),
-        1,
-    )
+    operands = compress_operands(rng, ratio, width, hca_tail, dtype)
     attributes = {"ratio": ratio, "eps": 1e-6, "hadamard": hadamard}
     left, right = native("compress", *operands, **attributes), other("compress", *operands, **attributes)
     np.testing.assert_allclose(left[1], right[1], rtol=0, atol=1e-5)
@@ -253,20 +256,21 @@ STEPS = {
     "decode": (DECODE, [1] * 20),
     "decode of several tokens": (DECODE, [1, 9, 1, 6, 5]),
 }
+# Kernels spread the work by how many requests and windows there are.
+CROWDED_STEPS = {
+    "decode of 37 requests": (PlanLayout(tokens=40, requests=40), [1] * 37),
+    "decode of 69 requests": (PlanLayout(tokens=70, requests=70), [1] * 69),
+    "69 short requests": (PlanLayout(tokens=85, requests=70), [1] * 60 + [2] * 9),
+    "10 long requests": (PlanLayout(tokens=2600, requests=10), [300, 220] * 5),
+}
+KINDS = [("swa", None), ("csa", None), ("hca", "rows"), ("hca", "running")]
 
 
-@DTYPES
-@pytest.mark.parametrize("raw", [False, True], ids=["finished", "raw"])
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize(("kind", "hca_tail"), [("swa", None), ("csa", None), ("hca", "rows"), ("hca", "running")])
-@pytest.mark.parametrize("profile", ["exact", "default", "flashmla", "compact"])
-def test_update(other, rng, kind, hca_tail, step, raw, dtype, profile):
-    """One op for all writes of a layer, window rows to the bit; test_chunking.py compares it with separate ops."""
-    if profile != "exact" and (kind != "swa" or (raw and other.kind == "reference")):
-        pytest.skip("a value that differs in its last bit may fall on the other side of a rounding boundary")
+def update_operands(rng, kind, hca_tail, step, raw, dtype, profile):
+    """(operands, attributes) of update_<kind>; one request was stopped, some blocks are missing."""
     formats = PROFILES[profile]
-    layout, counts = STEPS[step]
-    slots, table_width = 24, 4
+    layout, counts = (STEPS | CROWDED_STEPS)[step]
+    slots, table_width = max(24, layout.requests), 4
     starts = rng.integers(0, 100, len(counts)) * rng.integers(0, 2, len(counts)) + rng.choice([0, 3, 127], len(counts))
     chosen = rng.permutation(slots)[: len(counts)]
     packed = build_plan(layout, chosen, starts, counts, [False] * len(counts)).packed.copy()
@@ -284,56 +288,85 @@ def test_update(other, rng, kind, hca_tail, step, raw, dtype, profile):
     rows = random_raw_rows(rng, layout.tokens, dtype)
     rows = rows if raw else rows.rows
     if kind == "swa":
-        operands, attributes = (window, rows, plan, 1), {"format": window_format, "eps": 1e-6}
-    else:
-        ratio = 4 if kind == "csa" else 128
+        return (window, rows, plan, 1), {"format": window_format, "eps": 1e-6}
+    ratio = 4 if kind == "csa" else 128
 
-        def compressed(width, vector_format):
-            pool = random_pool(rng, vector_format, 128 // ratio, slots * table_width)
-            return Compressed(pool, random_tail(rng, ratio, width, hca_tail, slots))
+    def compressed(width, vector_format):
+        pool = random_pool(rng, vector_format, 128 // ratio, slots * table_width)
+        return Compressed(pool, random_tail(rng, ratio, width, hca_tail, slots))
 
-        def inputs(width):
-            columns = 2 * width if ratio == 4 else width
-            angles = rng.normal(size=(layout.closing_size(ratio), 32)).astype(np.float32)
-            kv, gate = (rng.normal(size=(layout.tokens, columns)).astype(dtype) for _ in range(2))
-            ape = rng.normal(size=(ratio, columns)).astype(np.float32)
-            weight = (1 + 0.2 * rng.normal(size=width)).astype(np.float32)
-            return CompressorInputs(kv, gate, ape, weight, Rotary(np.cos(angles), np.sin(angles)))
+    def inputs(width):
+        columns = 2 * width if ratio == 4 else width
+        angles = rng.normal(size=(layout.closing_size(ratio), 32)).astype(np.float32)
+        kv, gate = (rng.normal(size=(layout.tokens, columns)).astype(dtype) for _ in range(2))
+        ape = rng.normal(size=(ratio, columns)).astype(np.float32)
+        weight = (1 + 0.2 * rng.normal(size=width)).astype(np.float32)
+        return CompressorInputs(kv, gate, ape, weight, Rotary(np.cos(angles), np.sin(angles)))
 
-        attributes = {"window_format": window_format, "entry_format": formats.entry_format, "eps": 1e-6}
-        entries = compressed(512, formats.entry_format)
-        operands = (window, entries, rows, inputs(512), table, plan, 1, 2)
-        if kind == "csa":
-            keys = compressed(128, formats.key_format)
-            operands = (window, entries, keys, rows, inputs(512), inputs(128), table, plan, 1, 2)
-            attributes |= {"key_format": formats.key_format, "hadamard": formats.indexer_hadamard}
+    attributes = {"window_format": window_format, "entry_format": formats.entry_format, "eps": 1e-6}
+    entries = compressed(512, formats.entry_format)
+    if kind == "hca":
+        return (window, entries, rows, inputs(512), table, plan, 1, 2), attributes
+    keys = compressed(128, formats.key_format)
+    attributes |= {"key_format": formats.key_format, "hadamard": formats.indexer_hadamard}
+    return (window, entries, keys, rows, inputs(512), inputs(128), table, plan, 1, 2), attributes
+
+
+@DTYPES
+@pytest.mark.parametrize("raw", [False, True], ids=["finished", "raw"])
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(("kind", "hca_tail"), KINDS)
+@pytest.mark.parametrize("profile", ["exact", "default", "flashmla", "compact"])
+def test_update(other, rng, kind, hca_tail, step, raw, dtype, profile):
+    """One op for all writes of a layer, window rows to the bit; test_chunking.py compares it with separate ops."""
+    if profile != "exact" and (kind != "swa" or (raw and other.kind == "reference")):
+        pytest.skip("a value that differs in its last bit may fall on the other side of a rounding boundary")
+    operands, attributes = update_operands(rng, kind, hca_tail, step, raw, dtype, profile)
     left, right = native(f"update_{kind}", *operands, **attributes), other(f"update_{kind}", *operands, **attributes)
     if kind == "swa" and not (raw and other.kind == "reference"):
         assert_same(left, right)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), left, right)
 
 
-@pytest.mark.parametrize(("ratio", "vector_format"), POOLS)
-def test_flush(other, rng, ratio, vector_format):
+@pytest.mark.gpu
+@DTYPES
+@pytest.mark.parametrize("step", CROWDED_STEPS)
+@pytest.mark.parametrize("kind", ["csa", "hca"])
+def test_update_of_a_crowded_step(rng, kind, step, dtype):
+    operands, attributes = update_operands(rng, kind, "rows", step, False, dtype, "exact")
+    expected = native(f"update_{kind}", *operands, **attributes)
+    results = on_gpu(f"update_{kind}", *operands, **attributes)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), expected, results)
+
+
+def flush_operands(rng, ratio, vector_format):
     pool = random_pool(rng, vector_format, 128 // ratio)
     entries = random_rows(rng, (LAYOUT.closing_size(ratio), vector_format.width), np.float32)
     # A block belongs to one slot: shared blocks would make two writers meet.
     table = rng.permutation(BLOCKS).reshape(SLOTS, MAX_BLOCKS).astype(np.int32)
     table[rng.random(table.shape) < 0.1] = -1
-    operands = (pool, entries, table, random_plan(rng), 2)
-    attributes = {"ratio": ratio, "format": vector_format}
+    return pool, entries, table, random_plan(rng), 2
+
+
+@pytest.mark.parametrize(("ratio", "vector_format"), POOLS)
+def test_flush(other, rng, ratio, vector_format):
+    operands, attributes = flush_operands(rng, ratio, vector_format), {"ratio": ratio, "format": vector_format}
     assert_same(native("flush", *operands, **attributes), other("flush", *operands, **attributes))
+
+
+def gather_operands(rng, ratio, vector_format):
+    limit = MAX_BLOCKS * 128 // ratio
+    slots = rng.integers(-2, SLOTS + 2, 7).astype(np.int32)
+    counts = rng.integers(0, limit + 20, 7).astype(np.int32)
+    indices = rng.integers(-3, limit + 9, (7, 33)).astype(np.int32)
+    return random_pool(rng, vector_format, 128 // ratio), random_table(rng), slots, counts, indices
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["to_fp32", "to_bf16"])
 @pytest.mark.parametrize(("ratio", "vector_format"), POOLS)
 def test_gather_entries(other, rng, ratio, vector_format, dtype):
-    pool = random_pool(rng, vector_format, 128 // ratio)
-    limit = MAX_BLOCKS * 128 // ratio
-    slots = rng.integers(-2, SLOTS + 2, 7).astype(np.int32)
-    counts = rng.integers(0, limit + 20, 7).astype(np.int32)
-    indices = rng.integers(-3, limit + 9, (7, 33)).astype(np.int32)
-    operands = (pool, random_table(rng), slots, counts)
+    *operands, indices = gather_operands(rng, ratio, vector_format)
+    _, _, slots, counts = operands
     attributes = {"ratio": ratio, "format": vector_format, "dtype": dtype}
     chosen = native("gather_entries", *operands, indices, 1, **attributes)
     assert_same(chosen, other("gather_entries", *operands, indices, 1, **attributes), "gather_entries")
@@ -379,6 +412,56 @@ def test_quantize_and_dequantize(other, rng, vector_format, dtype):
         for back in (jnp.float32, jnp.bfloat16):
             attributes = {"format": vector_format, "rows": rows, "dtype": back}
             assert_same(native("dequantize", page, **attributes), other("dequantize", page, **attributes), "dequantize")
+
+
+@pytest.mark.gpu
+@pytest.mark.sanitize
+def test_every_kernel_in_one_program(rng):
+    """For compute-sanitizer, under which loading a program takes longer than running it."""
+    calls = []
+    steps = [(*kind, step) for kind in KINDS for step in STEPS]
+    steps += [(kind, "rows", step) for kind in ("csa", "hca") for step in CROWDED_STEPS]
+    for index, (kind, hca_tail, step) in enumerate(steps):
+        dtype, profile = (np.float32, ml_dtypes.bfloat16)[index % 2], list(PROFILES)[index % len(PROFILES)]
+        operands = update_operands(rng, kind, hca_tail, step, index % 3 == 0, dtype, profile)
+        calls.append((f"update_{kind}", *operands))
+    for hca_tail in HCA_TAILS:
+        calls.append(("begin_step", begin_step_operands(rng, hca_tail), {}))
+    for ratio, width, hca_tail in COMPRESSORS:
+        operands = compress_operands(rng, ratio, width, hca_tail, np.float32)
+        calls.append(("compress", operands, {"ratio": ratio, "eps": 1e-6, "hadamard": width == 128}))
+        tail, *inputs, _, _, _, plan, layer = operands
+        calls.append(("append_tail", (tail, *inputs, plan, layer), {"ratio": ratio}))
+        calls.append(("rotate", (tail, plan, layer), {"ratio": ratio}))
+    for ratio, vector_format in (
+        (4, ENTRY_FORMATS["fp8"]),
+        (128, ENTRY_FORMATS["fp8_ds_mla"]),
+        (128, ENTRY_FORMATS["nvfp4"]),
+        (4, KEY_FORMATS["mxfp4"]),
+    ):
+        attributes = {"ratio": ratio, "format": vector_format}
+        calls.append(("flush", flush_operands(rng, ratio, vector_format), attributes))
+        *operands, indices = gather_operands(rng, ratio, vector_format)
+        calls.append(("gather_entries", (*operands, indices, 1), attributes | {"dtype": jnp.bfloat16}))
+        calls.append(("gather_all_entries", (*operands, 1), attributes | {"dtype": jnp.float32, "entries": 50}))
+
+    def run(operands):
+        return [
+            getattr(ops, name)(*given, **attributes)
+            for given, (name, _, attributes) in zip(operands, calls, strict=True)
+        ]
+
+    operands = [given for _, given, _ in calls]
+    expected = jax.jit(run)(operands)
+    with jax.default_device(jax.devices("gpu")[0]):
+        results = jax.jit(run)(operands)
+    for (name, _, attributes), left, right in zip(calls, expected, results, strict=True):
+        if name.startswith("update"):
+            assert_same(left[0], right[0], f"{name} {attributes}: the window,")
+        elif name in ("compress", "append_tail"):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), left, right)
+        else:
+            assert_same(left, right, name)
 
 
 def test_an_empty_step_changes_nothing(rng):
