@@ -34,29 +34,21 @@ struct HcaThread {
 
 constexpr int kHcaThreads = 512;  // where all rows are loaded at once
 
-// Pools a thread's groups, each by `pool_one(group)`, and merges them as pairs, then pairs of pairs.
-template <class At, class PoolOne>
-__device__ __forceinline__ Partials<4> pool_groups(const At& at, PoolOne&& pool_one) {
+// Pools a thread's groups of the window that token `index` closes, and merges them as pairs, then pairs of pairs.
+template <class T, class At>
+__device__ __forceinline__ Partials<4> pool_hca_rows(const Compressor& compressor, int64_t layer, const Token& closing,
+                                                     int index, const At& at) {
   static_assert(At::kGroups <= 4);
   Partials<4> partial, pair;
 #pragma unroll 1
   for (int i = 0; i < At::kGroups; ++i) {  // registers hold the rows of one group at a time
-    const Partials<4> one = pool_one(at.first_group() + i);
+    const Partials<4> one = pool_rows<kHeadDim, kHcaRatio, T>(compressor.tail, compressor.projections, layer, closing,
+                                                              index, at.first_group() + i, at.channel());
     pair = i % 2 == 0 ? one : merge(pair, one);
     if (i <= 1) partial = pair;
     if (i == 3) partial = merge(partial, pair);
   }
   return partial;
-}
-
-// The same of rows that are in the tail or came with this step, for the window that token `index` closes.
-template <class T, class At>
-__device__ __forceinline__ Partials<4> pool_hca_rows(const Compressor& compressor, int64_t layer, const Token& closing,
-                                                     int index, const At& at) {
-  return pool_groups(at, [&](int group) {
-    return pool_rows<kHeadDim, kHcaRatio, T>(compressor.tail, compressor.projections, layer, closing, index, group,
-                                             at.channel());
-  });
 }
 
 // Merges what kCount neighbours have of a channel, `of(i)` being that of the i-th.

@@ -19,10 +19,10 @@ __global__ void __launch_bounds__(kAppendWarps* kWarp) append_last_tokens_kernel
                                       gridDim.x * kAppendWarps, threadIdx.x % kWarp);
 }
 
-// As many blocks as the multiprocessors hold, or a multiple of it: runs differ by one window at most.
-unsigned run_blocks(int rows, int at_once) {
+// As many blocks as the multiprocessors hold, or a multiple of it where runs would get too long.
+int run_blocks(int rows, int at_once) {
   const int64_t slots = int64_t{multiprocessors()} * at_once;
-  return static_cast<unsigned>(std::min<int64_t>(rows, slots * blocks_for(rows, slots * kLongestRun)));
+  return static_cast<int>(std::min<int64_t>(rows, slots * blocks_for(rows + Runs::kHead, slots * kLongestRun)));
 }
 
 constexpr int kInPassing = 4;  // tokens that a block which closes CSA windows stores at most
@@ -38,14 +38,12 @@ void launch_csa(CUstream_st* stream, const UpdateParams& params) {
   const Plan& plan = params.window.plan;
   const LastTokens last = last_tokens<kCsaRatio>(params);
   const int rows = closing_capacity(plan.tokens, plan.requests, kCsaRatio);
-  const unsigned blocks = run_blocks(rows, kRunBlocks<T>);
-  const bool in_passing = last.count() <= static_cast<int>(blocks) * kInPassing;
-  if (blocks > 0) {
-    const auto kernel = prefill_csa_kernel<RowT, T>;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRunBytes<T>);
-    kernel<<<blocks, kRunThreads, kRunBytes<T>, stream>>>(params, Runs(rows, static_cast<int>(blocks)),
-                                                          in_passing ? last : LastTokens{0, 1, 0});
-  }
+  const int blocks = run_blocks(rows, kRunBlocks<T>);
+  const bool in_passing = last.count() <= blocks * kInPassing;
+  const LastTokens none{0, 1, 0};
+  const auto kernel = prefill_csa_kernel<RowT, T>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRunBytes<T>);
+  kernel<<<blocks, kRunThreads, kRunBytes<T>, stream>>>(params, Runs(rows, blocks), in_passing ? last : none);
   if (!in_passing) launch_append<RowT, T, kCsaRatio>(stream, params, last);
 }
 
@@ -54,16 +52,17 @@ void launch_hca(CUstream_st* stream, const UpdateParams& params) {
   const Plan& plan = params.window.plan;
   const LastTokens last = last_tokens<kHcaRatio>(params);
   const int rows = closing_capacity(plan.tokens, plan.requests, kHcaRatio);
-  const auto launch = [&](auto threads, int most_others) {
+  const auto launch = [&](auto threads, int appending) {
     constexpr int kThreads = decltype(threads)::value;
-    const int others = std::min<int>(most_others, blocks_for(last.count(), kHalves * kThreads / kWarp));
-    prefill_hca_kernel<RowT, T, kThreads><<<kHalves*(rows + others), kThreads, 0, stream>>>(params, rows, last);
+    prefill_hca_kernel<RowT, T, kThreads><<<kHalves*(rows + appending), kThreads, 0, stream>>>(params, rows, last);
   };
-  const int at_once = static_cast<int>(multiprocessors()) / kHalves;  // clusters
-  if (rows < at_once) {
-    launch(std::integral_constant<int, kHcaThreads>{}, at_once - rows);
+  // Large blocks, one to a multiprocessor, where all find place at once and no warp stores more than two tokens.
+  const int left = static_cast<int>(multiprocessors()) / kHalves - rows;
+  const int appending = blocks_for(last.count(), kHalves * kHcaThreads / kWarp);
+  if (appending <= 2 * left) {
+    launch(std::integral_constant<int, kHcaThreads>{}, std::min(appending, left));
   } else {
-    launch(std::integral_constant<int, kHcaThreads / 2>{}, last.count());
+    launch(std::integral_constant<int, kHcaThreads / 2>{}, 2 * appending);
   }
 }
 

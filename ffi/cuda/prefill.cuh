@@ -29,7 +29,7 @@ __device__ __forceinline__ void move_tail_on(const Compressor& compressor, int64
   const int open = closing.next - closing.next % kRatio;
   const int first = max(closing.start, kRatio == kCsaRatio ? open - kRatio : open);
   for (int position = first + thread; position < closing.next; position += kAtOnce * kThreads) {
-    TokenHalves<4> halves[kAtOnce];
+    TokenHalves halves[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int at = min(position + i * kThreads, closing.next - 1);
@@ -87,7 +87,7 @@ __device__ __forceinline__ void append_last_token(const UpdateParams& params, in
       return;
     }
     const Compressor compressor = with_constants<kHeadDim, kRatio>(params.entries.compressor);
-    TokenHalves<4> halves[WarpRow<kHeadDim>::kQuads];
+    TokenHalves halves[WarpRow<kHeadDim>::kQuads];
 #pragma unroll
     for (int q = 0; q < WarpRow<kHeadDim>::kQuads; ++q) {
       halves[q] = load_halves<T>(compressor.tail, compressor.projections, index, channel_of(q, lane));

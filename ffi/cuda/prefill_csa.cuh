@@ -18,6 +18,7 @@ __device__ __forceinline__ void arrive(int barrier, int threads) {
   __syncwarp();
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+
 template <class T>
 constexpr int kRunBlocks = sizeof(T) == 4 ? 2 : 3;  // that fit on a multiprocessor
 
@@ -27,6 +28,8 @@ constexpr int kRunBytes = kPoolThreads / kWarp * Landing<kHeadDim, T>::kBytes;
 // How the rows of the step's list of closing windows are spread over blocks. Runs differ by one window, but the first
 // is shorter by `head`: a step of one request has there what pools rows of the tail, which takes longer.
 struct Runs {
+  static constexpr int kHead = 2;
+
   int rows;
   int each;
   int longer;  // blocks whose run is longer by one
@@ -39,9 +42,6 @@ struct Runs {
   __device__ __forceinline__ int first(int block) const {
     return block == 0 ? 0 : block * each + min(block, longer) - head;
   }
-
- private:
-  static constexpr int kHead = 2;
 };
 
 // The rows of that list that a block closes.

@@ -1,6 +1,6 @@
 // All writes of one layer and step.
 //
-// A step with as many requests as tokens (decode) is one launch, in which the threads that own a request's channels of
+// A step with as many requests as tokens (decode) is one launch, in which the blocks that keep what a request brings to
 // a tail also close its windows. They do so before they move that tail on, so nothing is read after it was overwritten,
 // and a tail row that is no longer needed is simply never read again. A step with more tokens than requests is
 // prefill.cu's.

@@ -116,25 +116,25 @@ __device__ __forceinline__ void pooled(const Partials<N>& partials, float (&x)[N
 // Rows 8 group .. 8 group + 7 of the window that token `index` closes, pooled. The same rows as window_row's, at
 // addresses that differ by constants, and loaded without branches between, so that all of a group's loads are in flight
 // together.
-template <int W, int kRatio, class T, int N = 4>
-__device__ __forceinline__ Partials<N> pool_rows(const Tail& tail, const Projections& in, int64_t layer,
+template <int W, int kRatio, class T>
+__device__ __forceinline__ Partials<4> pool_rows(const Tail& tail, const Projections& in, int64_t layer,
                                                  const Token& closing, int index, int group, int channel) {
   constexpr bool kOverlaps = kRatio == kCsaRatio;
   constexpr int kRows = kOverlaps ? 2 * kRatio : kRatio, kColumns = kOverlaps ? 2 * W : W;
   const int back = kRows - 1 - group * kGroupRows, first = closing.position - back;
   const auto column = [&](int i) { return (kOverlaps && i >= kRatio ? W : 0) + channel; };
 
-  float kv[kGroupRows][N], score[kGroupRows][N];
+  float kv[kGroupRows][4], score[kGroupRows][4];
   const auto load_projection = [&](int i, int from) {
     const int64_t offset = static_cast<int64_t>(index - back) * kColumns + from * kColumns + column(from);
     load_values(static_cast<const T*>(in.kv) + offset, kv[i]);
     load_values(static_cast<const T*>(in.gate) + offset, score[i]);
   };
   const auto add_bias = [&](int i) {
-    float ape[N];
+    float ape[4];
     load_values(in.ape + (kOverlaps ? i % kRatio : group * kGroupRows + i) * kColumns + column(i), ape);
 #pragma unroll
-    for (int c = 0; c < N; ++c) score[i][c] += ape[c];
+    for (int c = 0; c < 4; ++c) score[i][c] += ape[c];
   };
 
   if (first >= closing.start || (first < 0 && closing.start == 0)) {
@@ -172,7 +172,7 @@ __device__ __forceinline__ Partials<N> pool_rows(const Tail& tail, const Project
 #pragma unroll
     for (int i = 0; i < kRatio; ++i) {
 #pragma unroll
-      for (int c = 0; c < N; ++c) kv[i][c] = 0.0f, score[i][c] = kClearedScore;
+      for (int c = 0; c < 4; ++c) kv[i][c] = 0.0f, score[i][c] = kClearedScore;
     }
   }
   return pool_group(kv, score);
@@ -255,16 +255,15 @@ __device__ __forceinline__ void csa_entry(const Compressor& compressor, int64_t 
   finish_csa_entry(compressor, finish, partial, threads, x);
 }
 
-// N channels of what a token brings to a compressor: overlap half and current half, kv and gate.
-template <int N>
+// Four channels of what a token brings to a compressor: overlap half and current half, kv and gate.
 struct TokenHalves {
-  float kv[2][N];
-  float gate[2][N];
+  float kv[2][4];
+  float gate[2][4];
 };
 
-template <class T, int N = 4>
-__device__ __forceinline__ TokenHalves<N> load_halves(const Tail& tail, const Projections& in, int index, int channel) {
-  TokenHalves<N> halves;
+template <class T>
+__device__ __forceinline__ TokenHalves load_halves(const Tail& tail, const Projections& in, int index, int channel) {
+  TokenHalves halves;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int first_column = half == 0 ? 0 : in.columns - tail.width;  // one and the same without overlap
@@ -276,16 +275,15 @@ __device__ __forceinline__ TokenHalves<N> load_halves(const Tail& tail, const Pr
 }
 
 // Keeps the halves of a token that later entries will pool.
-template <int N>
 __device__ __forceinline__ void store_halves(const Tail& tail, const Projections& in, int64_t layer, const Token& token,
-                                             const TokenHalves<N>& halves, int channel) {
+                                             const TokenHalves& halves, int channel) {
   const TailGeometry& geometry = tail.geometry;
   const auto write = [&](int half, int row, int first_column) {
-    float ape[N], score[N];
+    float ape[4], score[4];
     load_values(in.ape + static_cast<int64_t>(token.position % geometry.ratio) * in.columns + first_column + channel,
                 ape);
 #pragma unroll
-    for (int i = 0; i < N; ++i) score[i] = halves.gate[half][i] + ape[i];
+    for (int i = 0; i < 4; ++i) score[i] = halves.gate[half][i] + ape[i];
     store_values(tail_row(tail, layer, token.slot, 0, row) + channel, halves.kv[half]);
     store_values(tail_row(tail, layer, token.slot, 1, row) + channel, score);
   };
@@ -295,10 +293,10 @@ __device__ __forceinline__ void store_halves(const Tail& tail, const Projections
   }
 }
 
-template <class T, int N = 4>
+template <class T>
 __device__ __forceinline__ void append_token(const Tail& tail, const Projections& in, int64_t layer, const Token& token,
                                              int index, int channel) {
-  store_halves(tail, in, layer, token, load_halves<T, N>(tail, in, index, channel), channel);
+  store_halves(tail, in, layer, token, load_halves<T>(tail, in, index, channel), channel);
 }
 
 // Stores N channels of a row whose threads call this together, the amax of all its quantized channels being known.
