@@ -15,7 +15,7 @@ namespace dsv4::cuda {
 template <int kRanks_, int kThreads>
 struct HcaThread {
   static constexpr int kRanks = kRanks_;
-  static constexpr int kRowThreads = kHeadDim / 4;
+  static constexpr int kRowThreads = RowThreads<kHeadDim>::kThreads;
   static constexpr int kSplits = kThreads / kRowThreads;
   static constexpr int kGroups = kHcaRatio / kGroupRows / kRanks / kSplits;  // groups a thread pools
 
@@ -32,7 +32,7 @@ struct HcaThread {
   __device__ __forceinline__ void sync() const { cooperative_groups::this_cluster().sync(); }
 };
 
-constexpr int kHcaThreads = 512;  // where all rows are loaded at once
+constexpr int kHcaThreads = 512;  // four blocks of as many have all rows on their way at once
 
 // Pools a thread's groups of the window that token `index` closes, and merges them as pairs, then pairs of pairs.
 template <class T, class At>
@@ -66,6 +66,7 @@ __device__ __forceinline__ Partials<4> merge_neighbours(Of&& of, int first = 0) 
 template <class At, class Store>
 __device__ __forceinline__ void finish_hca_entry(const Compressor& compressor, int row, const At& at,
                                                  Partials<4> partial, Store&& store) {
+  // What the first split, and the first block, do not have themselves.
   __shared__ Partials<4> of_splits[At::kSplits - 1][At::kRowThreads], of_ranks[At::kRanks][At::kRowThreads];
   __shared__ float scratch[2 * RowThreads<kHeadDim>::kWarps];
   const int64_t angles = static_cast<int64_t>(row) * (kRopeDim / 2);
