@@ -162,7 +162,8 @@ def _formats() -> Iterator[Case]:
 
 
 def _steps(scale: Scale) -> Iterator[Case]:
-    for way, suffix in (("device", ""), ("host", "/with_prepare_forward"), ("scan", "/8_per_dispatch")):
+    ways = {"device": "", "stacked": "/stacked_plans", "host": "/with_prepare_forward", "scan": "/8_per_dispatch"}
+    for way, suffix in ways.items():
         yield Case(
             f"step/pro/b{scale.step_requests}{suffix}",
             run=functools.partial(whole_step, way),

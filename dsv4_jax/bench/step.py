@@ -108,8 +108,9 @@ def whole_step(way: str, scale: Scale, implementation: str) -> Outcome:
     The difference of many dispatches and a third as many: a server's device does not wait for the first one.
 
     Args:
-      way: "device": a few plans are on the device before, and used in turn. "host": each step is planned by
-        `prepare_forward` and sent, as in a server. "scan": 8 steps in one dispatch.
+      way: "device": a few plans are on the device before, and used in turn. "stacked": the same, but in one array at
+        one address, from which the step takes the next one. "host": each step is planned by `prepare_forward` and sent,
+        as in a server. "scan": 8 steps in one dispatch.
       scale: sizes.
       implementation: "native", or "reference" for an estimate from its first layers, see ``model``.
     """
@@ -121,38 +122,41 @@ def whole_step(way: str, scale: Scale, implementation: str) -> Outcome:
     fewer = replays // 3
     planned = (replays + fewer) * (trials + 1) if way == "host" else replays * per_dispatch
     schema, manager, (handles, counts) = _make(scale, spec, planned)
-    cache = noisy_cache(schema)
 
-    if way == "scan":
-        host_plans = [manager.prepare_forward((handles, counts), steps=per_dispatch) for _ in range(PLANS_ON_DEVICE)]
-        layout = host_plans[0].layout
-    elif way == "device":
-        host_plans = [manager.prepare_forward((handles, counts)) for _ in range(PLANS_ON_DEVICE)]
-        layout = host_plans[0].layout
-    else:
+    stacked = {"scan": STEPS_PER_DISPATCH, "stacked": PLANS_ON_DEVICE}.get(way)  # steps of a plan
+    if way == "host":
         host_plans, layout = [], manager.layouts[0]
+    else:
+        several = {} if stacked is None else {"steps": stacked}
+        how_many = 1 if way == "stacked" else PLANS_ON_DEVICE
+        host_plans = [manager.prepare_forward((handles, counts), **several) for _ in range(how_many)]
+        layout = host_plans[0].layout
     inputs = step_inputs(schema.spec, StepPlan(jnp.full(layout.size, -1, jnp.int32), layout))
     plans = [StepPlan(jnp.asarray(plan.packed), plan.layout) for plan in host_plans]
 
-    def run(cache: Cache, plan: StepPlan, inputs: Any) -> Cache:
+    def run(state: tuple[Cache, Any], plan: StepPlan, inputs: Any) -> tuple[Cache, Any]:
+        cache, turn = state
         if way == "scan":
-            return jax.lax.scan(lambda c, one: (decode_step(c, one, inputs, implementation), None), cache, plan)[0]
-        return decode_step(cache, plan, inputs, implementation)
+            return jax.lax.scan(lambda c, one: (decode_step(c, one, inputs, implementation), None), cache, plan)
+        if way == "stacked":
+            plan, turn = plan.step(turn), (turn + 1) % PLANS_ON_DEVICE
+        return decode_step(cache, plan, inputs, implementation), turn
 
-    shape = (per_dispatch, layout.size) if way == "scan" else (layout.size,)
+    state = noisy_cache(schema), jnp.int32(0) if way == "stacked" else None
+    shape = (layout.size,) if stacked is None else (stacked, layout.size)
     example = StepPlan(jax.ShapeDtypeStruct(shape, jnp.int32), layout)
-    compiled, graphs, compile_seconds = _compile(run, cache, example, inputs)
+    compiled, graphs, compile_seconds = _compile(run, state, example, inputs)
 
     def next_plan(step: int) -> StepPlan:
-        return manager.prepare_forward((handles, counts)) if way == "host" else plans[step % PLANS_ON_DEVICE]
+        return manager.prepare_forward((handles, counts)) if way == "host" else plans[step % len(plans)]
 
     def dispatch(count: int) -> tuple[float, float]:
-        nonlocal cache
+        nonlocal state
         begin = time.perf_counter()
         for step in range(count):
-            cache = compiled(cache, next_plan(step), inputs)
+            state = compiled(state, next_plan(step), inputs)
         dispatched = time.perf_counter()
-        jax.block_until_ready(cache)
+        jax.block_until_ready(state)
         return time.perf_counter() - begin, dispatched - begin
 
     times, shares = [], []
@@ -170,7 +174,7 @@ def whole_step(way: str, scale: Scale, implementation: str) -> Outcome:
     return Outcome(timing, remarks)
 
 
-def _compile(run: Callable[..., Cache], *args: Any) -> tuple[jax.stages.Compiled, int | None, float]:
+def _compile(run: Callable[..., Any], *args: Any) -> tuple[jax.stages.Compiled, int | None, float]:
     """The compiled function with its first argument donated, how many CUDA graphs it launches, and the time it took."""
     begin = time.perf_counter()
     lowered = jax.jit(run, donate_argnums=0).lower(*args)
