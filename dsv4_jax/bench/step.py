@@ -127,9 +127,8 @@ def whole_step(way: str, scale: Scale, implementation: str) -> Outcome:
     if way == "host":
         host_plans, layout = [], manager.layouts[0]
     else:
-        several = {} if stacked is None else {"steps": stacked}
         how_many = 1 if way == "stacked" else PLANS_ON_DEVICE
-        host_plans = [manager.prepare_forward((handles, counts), **several) for _ in range(how_many)]
+        host_plans = [manager.prepare_forward((handles, counts), steps=stacked) for _ in range(how_many)]
         layout = host_plans[0].layout
     inputs = step_inputs(schema.spec, StepPlan(jnp.full(layout.size, -1, jnp.int32), layout))
     plans = [StepPlan(jnp.asarray(plan.packed), plan.layout) for plan in host_plans]

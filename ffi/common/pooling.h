@@ -59,41 +59,32 @@ struct SoftmaxPartial {
   float sum;
 };
 
-// Pooling by groups keeps its maxima on a scale of its own, on the GPU powers of two: a weight then costs one
-// multiplication fewer, and its exponent is rounded once.
-DSV4_HOST_DEVICE float to_group_scale(float score) {
+// Pooling by groups counts in powers of two on the GPU: a weight then costs one multiplication fewer, and its exponent
+// is rounded once. A group's maximum is a score times this scale.
+DSV4_HOST_DEVICE float group_scale() {
 #if defined(__CUDA_ARCH__)
-  return score * kLog2E;
+  return kLog2E;
 #else
-  return score;
+  return 1.0f;
 #endif
 }
 
-// The weight of a score beside a maximum on that scale.
-DSV4_HOST_DEVICE float group_weight(float score, float max) {
+// The weight beside a maximum of what lies `x` <= 0 from it on that scale.
+DSV4_HOST_DEVICE float group_weight(float x) {
 #if defined(__CUDA_ARCH__)
-  return two_to_the(fmaf(score, kLog2E, -max));
+  return two_to_the(x);
 #else
-  return exp_nonpositive(score - max);
-#endif
-}
-
-// The weight of a maximum beside a larger one, both on that scale.
-DSV4_HOST_DEVICE float max_weight(float max, float larger) {
-#if defined(__CUDA_ARCH__)
-  return two_to_the(max - larger);
-#else
-  return exp_nonpositive(max - larger);
+  return exp_nonpositive(x);
 #endif
 }
 
 DSV4_HOST_DEVICE SoftmaxPartial pool_group(const float (&kv)[kGroupRows], const float (&score)[kGroupRows]) {
   float largest = score[0];
   for (int row = 1; row < kGroupRows; ++row) largest = max_ignoring_nan(largest, score[row]);
-  const float max = to_group_scale(largest);
+  const float max = largest * group_scale();
   float denominator = 0.0f, sum = 0.0f;
   for (int row = 0; row < kGroupRows; ++row) {
-    const float weight = group_weight(score[row], max);
+    const float weight = group_weight(multiply_add(score[row], group_scale(), -max));
     denominator += weight;
     sum = multiply_add(weight, kv[row], sum);
   }
@@ -102,7 +93,7 @@ DSV4_HOST_DEVICE SoftmaxPartial pool_group(const float (&kv)[kGroupRows], const 
 
 DSV4_HOST_DEVICE SoftmaxPartial merge(const SoftmaxPartial& a, const SoftmaxPartial& b) {
   const float max = max_ignoring_nan(a.max, b.max);
-  const float scale_a = max_weight(a.max, max), scale_b = max_weight(b.max, max);
+  const float scale_a = group_weight(a.max - max), scale_b = group_weight(b.max - max);
   return {max, multiply_add(a.denominator, scale_a, b.denominator * scale_b),
           multiply_add(a.sum, scale_a, b.sum * scale_b)};
 }

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(RunningThreads::kThreads) compress_running_ker
 }
 
 template <class T>
-__global__ void __launch_bounds__(kHeadDim / 4) normalize_kernel(NormalizeParams params) {
+__global__ void __launch_bounds__(kRowThreads) normalize_kernel(NormalizeParams params) {
   __shared__ float scratch[2 * RowThreads<kHeadDim>::kWarps];
   const RowThreads<kHeadDim> threads{static_cast<int>(threadIdx.x), 1, scratch};
   const int64_t row = blockIdx.x, angles = row * (kRopeDim / 2);
@@ -107,7 +107,7 @@ const char* compress(CUstream_st* stream, const CompressParams& params) {
 const char* normalize(CUstream_st* stream, const NormalizeParams& params) {
   if (params.count == 0) return nullptr;
   with_element(params.element, [&](auto element) {
-    normalize_kernel<decltype(element)><<<static_cast<unsigned>(params.count), kHeadDim / 4, 0, stream>>>(params);
+    normalize_kernel<decltype(element)><<<static_cast<unsigned>(params.count), kRowThreads, 0, stream>>>(params);
   });
   return launch_error();
 }

@@ -15,7 +15,6 @@ namespace dsv4::cuda {
 template <int kRanks_, int kThreads>
 struct HcaThread {
   static constexpr int kRanks = kRanks_;
-  static constexpr int kRowThreads = RowThreads<kHeadDim>::kThreads;
   static constexpr int kSplits = kThreads / kRowThreads;
   static constexpr int kGroups = kHcaRatio / kGroupRows / kRanks / kSplits;  // groups a thread pools
 
@@ -67,7 +66,7 @@ template <class At, class Store>
 __device__ __forceinline__ void finish_hca_entry(const Compressor& compressor, int row, const At& at,
                                                  Partials<4> partial, Store&& store) {
   // What the first split, and the first block, do not have themselves.
-  __shared__ Partials<4> of_splits[At::kSplits - 1][At::kRowThreads], of_ranks[At::kRanks][At::kRowThreads];
+  __shared__ Partials<4> of_splits[At::kSplits - 1][kRowThreads], of_ranks[At::kRanks][kRowThreads];
   __shared__ float scratch[2 * RowThreads<kHeadDim>::kWarps];
   const int64_t angles = static_cast<int64_t>(row) * (kRopeDim / 2);
   Finish finish;

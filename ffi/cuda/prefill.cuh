@@ -17,8 +17,7 @@ __device__ __forceinline__ bool closes_from_tail(int start, int next) {
 // Whether this step brought all rows that the window closed by `closing` pools.
 template <int kRatio>
 __device__ __forceinline__ bool all_in_step(const Token& closing) {
-  constexpr int kRows = kRatio == kCsaRatio ? 2 * kRatio : kRatio;
-  return closing.position - (kRows - 1) >= closing.start;
+  return closing.position - (pooled_rows(TailGeometry{kRatio}) - 1) >= closing.start;
 }
 
 // Moves four channels of a request's tail on, kAtOnce tokens' loads in flight together; of kThreads threads each takes

@@ -106,8 +106,9 @@ __device__ __forceinline__ void close_run(const UpdateParams& params, const Comp
       const int64_t layer = *params.kind_layer;
       const Token token = window.closing;
       partial = pool_rows<W, kCsaRatio, T>(compressor.tail, in, layer, token, window.index, 0, channel);
-      const bool another =
-          token.position + kCsaRatio - (2 * kCsaRatio - 1) < token.start && token.position + kCsaRatio < token.next;
+      Token later = token;
+      later.position += kCsaRatio;
+      const bool another = !all_in_step<kCsaRatio>(later) && later.position < later.next;
       if (!another && token.start > 0) {
         move_tail_on<kCsaRatio, 1, 2, T>(compressor, layer, token, window.index, 0, channel);
       }

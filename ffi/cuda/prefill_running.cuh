@@ -25,8 +25,7 @@ __global__ void __launch_bounds__(RunningThreads::kThreads)
   const int64_t layer = *params.kind_layer;
   if (!has_layer(pool, layer)) return;
   const auto append = [&](const Request& request, int end) {
-    append_running<T, kRowsInFlight, 2>(compressor.tail, compressor.projections, layer, request, end,
-                                        threads.channel());
+    append_running<T, kRowsInFlight>(compressor.tail, compressor.projections, layer, request, end, threads);
   };
   if (row < rows) {
     const int index = plan.closing(kHcaRatio)[row];

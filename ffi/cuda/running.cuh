@@ -99,11 +99,13 @@ __device__ __forceinline__ void running_entry(const Compressor& compressor, int6
   finish.template apply<kHeadDim>(x, threads.sum(square_sum(x)), compressor.eps, channel);
 }
 
-// N channels of the tokens of a request's step whose window stays open; `end` is the step's token behind its last.
+// The tokens of a request's step whose window stays open; `end` is the step's token behind its last.
 template <class T, int kRowsAtOnce, int N>
 __device__ __forceinline__ void append_running(const Tail& tail, const Projections& in, int64_t layer,
-                                               const Request& request, int end, int channel) {
+                                               const Request& request, int end,
+                                               const RowThreads<kHeadDim, N>& threads) {
   if (request.next % kHcaRatio == 0) return;
+  const int channel = threads.channel();
   float* state = running_state(tail, layer, request.slot) + channel;
   const WindowTokens tokens = window_tokens(request.start, request.next - 1, end - 1);
   store_state(state, fold_tokens<T, kRowsAtOnce, N>(in, state, tokens, channel));

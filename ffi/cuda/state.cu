@@ -113,8 +113,9 @@ __global__ void __launch_bounds__(RunningThreads::kThreads) append_running_kerne
   const int64_t layer = *params.layer;
   const Request request = request_at(params.plan, blockIdx.x, tail.slots);
   if (!request.valid || layer < 0 || layer >= tail.layers) return;
-  append_running<T, kRowsInFlight, 2>(tail, params.projections, layer, request,
-                                      params.plan.query_start()[blockIdx.x + 1], 2 * threadIdx.x);
+  const RunningThreads threads{static_cast<int>(threadIdx.x), 1, nullptr};
+  append_running<T, kRowsInFlight>(tail, params.projections, layer, request, params.plan.query_start()[blockIdx.x + 1],
+                                   threads);
 }
 
 // One block a request and tail row, four channels a thread.

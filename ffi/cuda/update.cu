@@ -72,7 +72,7 @@ __device__ __noinline__ void fold_request(const UpdateParams& params, int place,
     threads.sync();  // before the next window reuses the scratch
   });
   const Request whole{true, request.slot, request.start, request.token(request.end).position};
-  append_running<T, 1, 4>(compressor.tail, compressor.projections, layer, whole, request.end, threads.channel());
+  append_running<T, 1>(compressor.tail, compressor.projections, layer, whole, request.end, threads);
 }
 
 // The window rows of a request of a decode step that brings any number of tokens, by one warp.

@@ -14,8 +14,6 @@ namespace dsv4::cuda {
 template <class RowT, class T>
 void launch_prefill(CUstream_st* stream, const UpdateParams& params);
 
-constexpr int kRowThreads = kHeadDim / 4;
-
 // The amax of those of N channels that a pool's codec quantizes, where it needs that of the row.
 template <int W, int N>
 __device__ __forceinline__ float amax_for(const Pool& pool, const float (&x)[N], int channel) {

@@ -62,6 +62,8 @@ struct RowThreads {
   }
 };
 
+constexpr int kRowThreads = RowThreads<kHeadDim>::kThreads;
+
 // The compressor as this kernel knows it: width and ratio as constants, so that no address needs a division.
 template <int W, int kRatio>
 __device__ __forceinline__ Compressor with_constants(Compressor compressor) {
