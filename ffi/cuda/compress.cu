@@ -47,6 +47,7 @@ __global__ void __cluster_dims__(kHcaRanks, 1, 1) __launch_bounds__(kHcaThreads)
     if (at.finishes()) store_values(entry + at.channel(), {0.0f, 0.0f, 0.0f, 0.0f});
     return;
   }
+  at.begin();
   finish_hca_entry(
       compressor, row, at, pool_hca_rows<T>(compressor, layer, closing, index, at),
       [&](const float (&x)[4], const RowThreads<kHeadDim>& threads) { store_values(entry + threads.channel(), x); });

@@ -34,9 +34,12 @@ template <class Codec, int N>
 __device__ __forceinline__ void store_spread(StoredRow stored, const float (&x)[N], float global_scale,
                                              const RowThreads<Codec::kWidth, N>& threads) {
   const int channel = threads.channel();
+  const float amax = amax_of<Codec>(x, channel);
   float row_amax = 0.0f;
-  if constexpr (Codec::kNeedsRowAmax) row_amax = threads.max(amax_of<Codec>(x, channel));
-  store_part<Codec, kAlignmentOf<Codec>>(stored, x, channel, row_amax, global_scale);
+  if constexpr (Codec::kNeedsRowAmax) row_amax = threads.max(amax);
+  const float row_scale = Codec::row_scale(row_amax, global_scale);
+  if (channel == 0) store_row_scale<Codec>(stored.scales, row_scale);
+  store_scaled<Codec, kAlignmentOf<Codec>>(stored, x, channel, amax, row_scale);
 }
 
 }  // namespace dsv4::cuda

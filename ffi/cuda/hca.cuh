@@ -27,6 +27,10 @@ struct HcaThread {
   __device__ __forceinline__ int first_group() const { return kGroups * (kSplits * rank + split); }
   __device__ __forceinline__ bool finishes() const { return rank == 0 && split == 0; }
 
+  // Tells the cluster that this thread runs; `wait` waits for all that have to.
+  __device__ __forceinline__ void begin() const { asm volatile("barrier.cluster.arrive.relaxed.aligned;"); }
+  __device__ __forceinline__ void wait() const { cooperative_groups::this_cluster().barrier_wait(); }
+
   // Waits for all threads of the cluster.
   __device__ __forceinline__ void sync() const { cooperative_groups::this_cluster().sync(); }
 };
@@ -60,7 +64,7 @@ __device__ __forceinline__ Partials<4> merge_neighbours(Of&& of, int first = 0) 
   }
 }
 
-// Makes entry `row` of the step of what the threads of a cluster have pooled, all of which call it. Calls
+// Makes entry `row` of the step of what the threads of a cluster have pooled, all of which call it after `begin`. Calls
 // `store(x, threads)` where it finishes, `x` being four channels of the entry. All reads of the rows are then done.
 template <class At, class Store>
 __device__ __forceinline__ void finish_hca_entry(const Compressor& compressor, int row, const At& at,
@@ -75,7 +79,8 @@ __device__ __forceinline__ void finish_hca_entry(const Compressor& compressor, i
     finish =
         Finish::load<kHeadDim>(compressor.norm_weight, compressor.cos + angles, compressor.sin + angles, at.channel());
   }
-  at.sync();
+  __syncthreads();
+  at.wait();
   if (at.split == 0) {
     partial = merge_neighbours<At::kSplits>([&](int i) { return i == 0 ? partial : of_splits[i - 1][at.thread]; });
     if (at.rank != 0) *cooperative_groups::this_cluster().map_shared_rank(&of_ranks[at.rank][at.thread], 0) = partial;

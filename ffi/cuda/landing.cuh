@@ -6,64 +6,90 @@
 
 namespace dsv4::cuda {
 
+// Begins a copy. kShared: through the L1 cache, for what other warps of the multiprocessor read too.
+template <bool kShared>
 __device__ __forceinline__ void copy_async(unsigned shared, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+  if constexpr (kShared) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+  }
 }
 
-// Waits until no copies of this warp are on their way.
+// Waits until none of the copies are on their way that this warp has committed. (Waiting for all that it has begun
+// takes longer: loads that came behind them are then waited for too.)
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
 __device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  asm volatile("cp.async.wait_group 0;" ::: "memory");
   __syncwarp();
 }
 
-// Where the eight rows that a CSA window pools land, 128 channels of them: kv, then gates.
+// Where the eight rows that a CSA window pools land, 128 channels of them: kv, then gates. Behind them the rows of ape,
+// which stay: loaded from memory for each window, they would wait behind copies that other warps have begun.
 template <int W, class T>
 struct Landing {
   static constexpr int kColumns = 2 * W;
   static constexpr int kLaneBytes = 16;
   static constexpr int kRowBytes = kQuadChannels * static_cast<int>(sizeof(T));
   static constexpr int kRowsAtOnce = kWarp * kLaneBytes / kRowBytes;
-  static constexpr int kBytes = 2 * kGroupRows * kRowBytes;
+  static constexpr int kBiasRowBytes = kQuadChannels * static_cast<int>(sizeof(float));
+  static constexpr int kBytes = kGroupRows * (2 * kRowBytes + kBiasRowBytes);
 
   char* rows;
+  int channel;  // the warp's first
+  int lane;
 
   // Where row i's half of a token's columns begins: the window before is pooled by its overlap halves.
   __device__ __forceinline__ static constexpr int half(int i) { return i < kCsaRatio ? 0 : W; }
 
-  // Begins copying the rows of tokens `first` .. `first` + 7, `channel` being the warp's first.
-  __device__ __forceinline__ void copy(const Projections& in, int first, int channel, int lane) const {
+  // Begins copying ape's rows.
+  __device__ __forceinline__ void copy_bias(const Projections& in) const {
+    const unsigned to = shared(bias()) + lane * kLaneBytes;
+#pragma unroll
+    for (int i = 0; i < kGroupRows; ++i) {
+      copy_async<true>(to + i * kBiasRowBytes,
+                       in.ape + i % kCsaRatio * kColumns + half(i) + channel + channel_of(0, lane));
+    }
+  }
+
+  // Begins copying the rows of tokens `first` .. `first` + 7.
+  __device__ __forceinline__ void copy(const Projections& in, int first) const {
     constexpr int kRowLanes = kWarp / kRowsAtOnce, kLaneChannels = kLaneBytes / static_cast<int>(sizeof(T));
     const int64_t offset =
         static_cast<int64_t>(first + lane / kRowLanes) * kColumns + channel + lane % kRowLanes * kLaneChannels;
     const T* kv = static_cast<const T*>(in.kv) + offset;
     const T* gate = static_cast<const T*>(in.gate) + offset;
-    const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(rows)) + lane * kLaneBytes;
+    const unsigned to = shared(rows) + lane * kLaneBytes;
 #pragma unroll
     for (int i = 0; i < kGroupRows; i += kRowsAtOnce) {
-      copy_async(to + i * kRowBytes, kv + i * kColumns + half(i));
-      copy_async(to + (kGroupRows + i) * kRowBytes, gate + i * kColumns + half(i));
+      copy_async<false>(to + i * kRowBytes, kv + i * kColumns + half(i));
+      copy_async<false>(to + (kGroupRows + i) * kRowBytes, gate + i * kColumns + half(i));
     }
+    commit_copies();
   }
 
-  // Pools four channels of what has landed, `bias` being ape's rows.
-  __device__ __forceinline__ Partials<4> pool(const float (&bias)[kGroupRows][4], int lane) const {
-    const T* own = reinterpret_cast<const T*>(rows) + 4 * lane;
+  // Pools four channels of what has landed.
+  __device__ __forceinline__ Partials<4> pool() const {
+    const T* own = reinterpret_cast<const T*>(rows) + channel_of(0, lane);
+    const float* own_bias = reinterpret_cast<const float*>(bias()) + channel_of(0, lane);
     float kv[kGroupRows][4], score[kGroupRows][4];
 #pragma unroll
     for (int i = 0; i < kGroupRows; ++i) {
       load_values(own + i * kQuadChannels, kv[i]);
       load_values(own + (kGroupRows + i) * kQuadChannels, score[i]);
+      float ape[4];
+      load_values(own_bias + i * kQuadChannels, ape);
 #pragma unroll
-      for (int c = 0; c < 4; ++c) score[i][c] += bias[i][c];
+      for (int c = 0; c < 4; ++c) score[i][c] += ape[c];
     }
     return pool_group(kv, score);
   }
 
-  __device__ __forceinline__ static void load_bias(const Projections& in, int channel, float (&bias)[kGroupRows][4]) {
-#pragma unroll
-    for (int i = 0; i < kGroupRows; ++i) {
-      load_values(in.ape + i % kCsaRatio * kColumns + half(i) + channel, bias[i]);
-    }
+ private:
+  __device__ __forceinline__ char* bias() const { return rows + 2 * kGroupRows * kRowBytes; }
+  __device__ __forceinline__ static unsigned shared(const char* at) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(at));
   }
 };
 

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kAppendWarps* kWarp) append_last_tokens_kernel
 // As many blocks as the multiprocessors hold, or a multiple of it where runs would get too long.
 int run_blocks(int rows, int at_once) {
   const int64_t slots = int64_t{multiprocessors()} * at_once;
-  return static_cast<int>(std::min<int64_t>(rows, slots * blocks_for(rows + Runs::kHead, slots * kLongestRun)));
+  return static_cast<int>(std::min<int64_t>(rows, slots * blocks_for(rows, slots * Runs::kEven)));
 }
 
 constexpr int kInPassing = 4;  // tokens that a block which closes CSA windows stores at most

@@ -1,5 +1,5 @@
-// Prefill, CSA: a block closes a run of windows, copying the next while it finishes one. Four warps make the entries,
-// one the indexer keys, and the last looks the windows up and stores rows that survive.
+// Prefill, CSA: a block closes windows, copying the next while it finishes one. Four warps make the entries, one the
+// indexer keys, and the last looks the windows up and stores rows that survive.
 #pragma once
 
 #include "landing.cuh"
@@ -9,7 +9,7 @@ namespace dsv4::cuda {
 
 constexpr int kPoolThreads = kRowThreads + kWarp;
 constexpr int kRunThreads = kPoolThreads + kWarp;
-constexpr int kLongestRun = kWarp - 1;
+constexpr int kLongestRun = kWarp / 2 - 1;
 
 // The barrier behind which windows are looked up: one warp arrives, the others wait for it.
 constexpr int kLookUpBarrier = 1;
@@ -25,82 +25,93 @@ constexpr int kRunBlocks = sizeof(T) == 4 ? 2 : 3;  // that fit on a multiproces
 template <class T>
 constexpr int kRunBytes = kPoolThreads / kWarp * Landing<kHeadDim, T>::kBytes;
 
-// How the rows of the step's list of closing windows are spread over blocks. Runs differ by one window, but the first
-// is shorter by `head`: a step of one request has there what pools rows of the tail, which takes longer.
+// How the rows of the step's list of closing windows are spread over blocks: one by one, so that what all blocks read
+// at a time lies close together. The first block has fewer: a step of one request has there what pools rows of the
+// tail, which takes longer.
 struct Runs {
-  static constexpr int kHead = 2;
+  static constexpr int kLess = 2;
+  static constexpr int kEven = kLongestRun - kLess - 1;  // rows a block on average, at most, for none to get too many
 
   int rows;
-  int each;
-  int longer;  // blocks whose run is longer by one
-  int head;
+  int first;   // rows of the first block; the others have as many, and
+  int more;    // more,
+  int longer;  // these first ones of them one more
 
-  Runs(int rows, int blocks) : rows(rows), head(rows / blocks > kHead ? kHead : 0) {
-    each = (rows + head) / blocks, longer = (rows + head) % blocks;
+  Runs(int rows, int blocks) : rows(rows), first(blocks == 1 ? rows : std::max(rows / blocks - kLess, 1)) {
+    const int left = rows - first * blocks, others = std::max(blocks - 1, 1);
+    more = left / others, longer = left % others;
   }
 
-  __device__ __forceinline__ int first(int block) const {
-    return block == 0 ? 0 : block * each + min(block, longer) - head;
+  __device__ __forceinline__ int count(int block) const {
+    return block == 0 ? first : first + more + (block <= longer);
+  }
+  __device__ __forceinline__ int row(int block, int blocks, int place) const {
+    return place < first ? place * blocks + block : first * blocks + (place - first) * (blocks - 1) + block - 1;
   }
 };
 
-// The rows of that list that a block closes.
-struct Run {
-  int first;
+// The windows that a block closes, looked up. Those that pool rows of a request's tail, two at most, are closed by one
+// block, which then moves the tail on: the second is left out of the run that it belongs to, and comes behind the run
+// of the first.
+struct RunWindows {
+  ClosingWindow windows[2 * kLongestRun];
+  int rows[2 * kLongestRun + 1];  // of the list
   int count;
-  bool more;  // another row comes behind
 
-  __device__ __forceinline__ Run(const Runs& runs, int block)
-      : first(runs.first(block)), count(runs.first(block + 1) - first), more(first + count < runs.rows) {}
+  // One warp calls this: a lane for each window of the run, another for the one behind it in the list.
+  __device__ __forceinline__ void find(const UpdateParams& params, const Runs& runs, int lane) {
+    constexpr int kHalf = kWarp / 2;
+    const int place = lane % kHalf, own = runs.count(blockIdx.x);
+    const int row = runs.row(blockIdx.x, gridDim.x, place) + lane / kHalf;
+    ClosingWindow window{};
+    if (place < own && row < runs.rows) window = look_up<kCsaRatio>(params, row);
+    const Token& closing = window.closing;
+    const bool tail = window.kind == ClosingWindow::kTail, second = closing.position - kCsaRatio >= closing.start;
+    const unsigned firsts = __ballot_sync(kAllLanes, lane < kHalf && tail && !second) << kHalf;
+    const unsigned behind = __ballot_sync(kAllLanes, tail && second) & firsts;
+    if (lane < kHalf && tail && second) window.kind = ClosingWindow::kNone;
+    const bool is_behind = (behind >> lane & 1) != 0;
+    const int to = is_behind ? own + __popc(behind & ((1u << lane) - 1)) : lane;
+    if (is_behind || lane < own) windows[to] = window, rows[to] = row;
+    if (lane == 0) count = own + __popc(behind);
+  }
 };
-
-// The windows that pool rows of a request's tail, two at most, are closed by one block, which then moves the tail on.
-// So a run leaves its first window to the block before, and takes one more, where that is the request's second such
-// window.
-__device__ __forceinline__ void look_up_run(const UpdateParams& params, const Run& run, ClosingWindow* windows,
-                                            int place) {
-  if (place >= run.count + run.more) return;
-  ClosingWindow window = look_up<kCsaRatio>(params, run.first + place);
-  const bool second =
-      window.kind == ClosingWindow::kTail && window.closing.position - kCsaRatio >= window.closing.start;
-  if ((place == 0 && second) || (place == run.count && !second)) window.kind = ClosingWindow::kNone;
-  windows[place] = window;
-}
 
 template <int W, class T>
-__device__ __forceinline__ void close_run(const UpdateParams& params, const Compression& part, const Run& run,
-                                          const ClosingWindow* windows, char* landing, const RowThreads<W>& threads) {
-  using Rows = Landing<W, T>;
+__device__ __forceinline__ void close_run(const UpdateParams& params, const Compression& part, const Runs& runs,
+                                          const RunWindows& run, char* landing, const RowThreads<W>& threads) {
   const Compressor compressor = with_constants<W, kCsaRatio>(part.compressor);
   const Pool pool = with_rows<kBlockTokens / kCsaRatio>(part.pool);
   const Projections& in = compressor.projections;
+  const Plan& plan = params.window.plan;
   const int channel = threads.channel(), lane = threads.thread % kWarp;
-  const Rows landed{landing};
+  const Landing<W, T> landed{landing, channel - channel_of(0, lane), lane};
+  int row = runs.row(blockIdx.x, gridDim.x, lane);
   // Whether a window is valid, and where its rows are, is known later: rows of this step can be read at any rate.
-  const auto copy = [&](int index) {
-    if (index >= kGroupRows - 1 && index < params.window.plan.tokens) {
-      landed.copy(in, index - (kGroupRows - 1), channel - 4 * lane, lane);
-    }
+  const int closing = lane < runs.count(blockIdx.x) ? load_early(plan.closing(kCsaRatio) + row) : -1;
+  const auto copy = [&](int place) {
+    const int index = __shfl_sync(kAllLanes, closing, place);
+    if (index >= kGroupRows - 1 && index < plan.tokens) landed.copy(in, index - (kGroupRows - 1));
   };
-  const auto closing = params.window.plan.closing(kCsaRatio) + run.first;
-  int64_t angles = static_cast<int64_t>(run.first) * (kRopeDim / 2);
   Finish finish;
   load_early(compressor.norm_weight + channel, finish.weight);
-  copy(run.count > 0 ? closing[0] : -1);
-  sync_threads(kLookUpBarrier, kRunThreads);
+  landed.copy_bias(in);
+  copy(0);
 
+  row = blockIdx.x;
+  float* scratch = threads.scratch;
 #pragma unroll 1
-  for (int place = 0; place < run.count + run.more; ++place) {
-    const ClosingWindow& window = windows[place];
+  for (int place = 0; place == 0 || place < run.count; ++place) {
+    const ClosingWindow& window = run.windows[place];
+    const int64_t angles = static_cast<int64_t>(row) * (kRopeDim / 2);
     finish.load_angles<W>(compressor.cos + angles, compressor.sin + angles, channel);
-    angles += kRopeDim / 2;
-    float bias[kGroupRows][4];
-    Rows::load_bias(in, channel, bias);
     wait_copies();
     Partials<4> partial;
-    if (window.kind == ClosingWindow::kStep) partial = landed.pool(bias, lane);
+    if (place == 0 || window.kind == ClosingWindow::kStep) partial = landed.pool();
     __syncwarp();
-    copy(place + 1 < run.count ? windows[place + 1].index : -1);
+    copy(place + 1);
+    if (place == 0) sync_threads(kLookUpBarrier, kRunThreads);
+    row = run.rows[place + 1];
     if (window.kind == ClosingWindow::kNone) continue;
     if (window.kind == ClosingWindow::kTail) {
       const int64_t layer = *params.kind_layer;
@@ -113,32 +124,33 @@ __device__ __forceinline__ void close_run(const UpdateParams& params, const Comp
         move_tail_on<kCsaRatio, 1, 2, T>(compressor, layer, token, window.index, 0, channel);
       }
     }
+    const RowThreads<W> now{threads.thread, threads.barrier, scratch};
+    scratch =
+        scratch == threads.scratch ? scratch + 2 * now.kWarps : threads.scratch;  // others may still read this one
     float x[4];
-    finish_csa_entry(compressor, finish, partial, threads, x);
-    const float row_amax = threads.max(amax_for<W>(pool, x, channel));
-    store_entry<W>(pool, {W == kHeadDim ? window.entry_page : window.key_page, window.row}, x, channel, row_amax);
+    finish_csa_entry(compressor, finish, partial, now, x);
+    store_entry(pool, {W == kHeadDim ? window.entry_page : window.key_page, window.row}, x, now);
   }
 }
 
 template <class RowT, class T>
 __global__ void __launch_bounds__(kRunThreads, kRunBlocks<T>)
     prefill_csa_kernel(const __grid_constant__ UpdateParams params, Runs runs, LastTokens last) {
-  extern __shared__ uint4 landings[];
-  __shared__ ClosingWindow windows[kLongestRun + 1];
-  __shared__ float scratch[2 * RowThreads<kHeadDim>::kWarps];
+  extern __shared__ __align__(128) uint4 landings[];  // copies to other addresses take longer
+  __shared__ RunWindows run;
+  __shared__ float scratch[2 * 2 * RowThreads<kHeadDim>::kWarps];
   const int thread = threadIdx.x;
-  const Run run(runs, blockIdx.x);
   if (thread >= kPoolThreads) {
-    look_up_run(params, run, windows, thread % kWarp);
+    run.find(params, runs, thread % kWarp);
     arrive(kLookUpBarrier, kRunThreads);
     append_last_tokens<RowT, T, kCsaRatio>(params, last, blockIdx.x, gridDim.x, thread % kWarp);
     return;
   }
   char* landing = reinterpret_cast<char*>(landings) + thread / kWarp * Landing<kHeadDim, T>::kBytes;
   if (thread < kRowThreads) {
-    close_run<kHeadDim, T>(params, params.entries, run, windows, landing, {thread, 2, scratch});
+    close_run<kHeadDim, T>(params, params.entries, runs, run, landing, {thread, 2, scratch});
   } else {
-    close_run<kKeyDim, T>(params, params.keys, run, windows, landing, {thread % kWarp, 0, nullptr});
+    close_run<kKeyDim, T>(params, params.keys, runs, run, landing, {thread % kWarp, 0, nullptr});
   }
 }
 

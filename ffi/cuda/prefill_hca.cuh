@@ -26,6 +26,7 @@ __global__ void __cluster_dims__(kHalves, 1, 1) __launch_bounds__(kThreads, kHca
   if (window.kind == ClosingWindow::kNone) return;
 
   const At at;
+  at.begin();
   const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
   const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
   const int64_t layer = *params.kind_layer;

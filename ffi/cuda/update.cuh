@@ -14,26 +14,14 @@ namespace dsv4::cuda {
 template <class RowT, class T>
 void launch_prefill(CUstream_st* stream, const UpdateParams& params);
 
-// The amax of those of N channels that a pool's codec quantizes, where it needs that of the row.
+// Stores an entry in its place, by all threads of its row; nothing if there is none.
 template <int W, int N>
-__device__ __forceinline__ float amax_for(const Pool& pool, const float (&x)[N], int channel) {
-  float amax = 0.0f;
-  visit_on_device(CodecsOf<W>{}, pool.codec, [&](auto codec) {
-    using Codec = decltype(codec);
-    if constexpr (Codec::kNeedsRowAmax) amax = amax_of<Codec>(x, channel);
-  });
-  return amax;
-}
-
-// Stores N channels of an entry in its place; nothing if there is none.
-template <int W, int N>
-__device__ __forceinline__ void store_entry(const Pool& pool, const EntryPlace& place, const float (&x)[N], int channel,
-                                            float row_amax) {
+__device__ __forceinline__ void store_entry(const Pool& pool, const EntryPlace& place, const float (&x)[N],
+                                            const RowThreads<W, N>& threads) {
   if (place.page == nullptr) return;
   visit_on_device(CodecsOf<W>{}, pool.codec, [&](auto codec) {
     using Codec = decltype(codec);
-    store_part<Codec, kAlignmentOf<Codec>>(stored_row<Codec>(place.page, pool.rows, place.row), x, channel, row_amax,
-                                           pool.global_scale);
+    store_spread<Codec>(stored_row<Codec>(place.page, pool.rows, place.row), x, pool.global_scale, threads);
   });
 }
 
@@ -46,8 +34,7 @@ __device__ __forceinline__ void close_csa_window(const Compressor& compressor, c
   const int block = block_of_entry(pool, table, closing.slot, entry);
   float x[4];
   csa_entry<W, T>(compressor, layer, closing, index, row, threads, x);
-  const float row_amax = threads.max(amax_for<W>(pool, x, threads.channel()));
-  store_entry<W>(pool, place_in_block(pool, layer, block, entry), x, threads.channel(), row_amax);
+  store_entry(pool, place_in_block(pool, layer, block, entry), x, threads);
 }
 
 // Stores entry `row` of the step, an HCA entry of what the threads of the cluster have pooled.
@@ -55,8 +42,7 @@ template <class At>
 __device__ __forceinline__ void store_hca_entry(const Compressor& compressor, const Pool& pool, const EntryPlace& place,
                                                 int row, const At& at, const Partials<4>& partial) {
   finish_hca_entry(compressor, row, at, partial, [&](const float (&x)[4], const RowThreads<kHeadDim>& threads) {
-    const float row_amax = threads.max(amax_for<kHeadDim>(pool, x, threads.channel()));
-    store_entry<kHeadDim>(pool, place, x, threads.channel(), row_amax);
+    store_entry(pool, place, x, threads);
   });
 }
 
@@ -65,6 +51,7 @@ template <class T, class At>
 __device__ __forceinline__ void close_hca_window(const Compressor& compressor, const Pool& pool,
                                                  const BlockTable& table, int64_t layer, const Token& closing,
                                                  int index, int row, const At& at) {
+  at.begin();
   EntryPlace place{nullptr, 0};
   if (at.finishes()) place = place_of_entry(pool, table, layer, closing.slot, closing.position / kHcaRatio);
   store_hca_entry(compressor, pool, place, row, at, pool_hca_rows<T>(compressor, layer, closing, index, at));
@@ -79,8 +66,7 @@ __device__ __forceinline__ void close_running_window(const Compressor& compresso
   const EntryPlace place = place_of_entry(pool, table, layer, closing.slot, entry);
   float x[N];
   running_entry<T, kRowsAtOnce>(compressor, layer, closing, index, row, threads, x);
-  const float row_amax = threads.max(amax_for<kHeadDim>(pool, x, threads.channel()));
-  store_entry<kHeadDim>(pool, place, x, threads.channel(), row_amax);
+  store_entry(pool, place, x, threads);
 }
 
 // What a warp makes a window row of, all of it loaded at once.

@@ -301,13 +301,4 @@ __device__ __forceinline__ void append_token(const Tail& tail, const Projections
   store_halves(tail, in, layer, token, load_halves<T>(tail, in, index, channel), channel);
 }
 
-// Stores N channels of a row whose threads call this together, the amax of all its quantized channels being known.
-template <class Codec, int kAlignment, int N>
-__device__ __forceinline__ void store_part(StoredRow stored, const float (&x)[N], int channel, float row_amax,
-                                           float global_scale) {
-  const float row_scale = Codec::row_scale(row_amax, global_scale);
-  if (channel == 0) store_row_scale<Codec>(stored.scales, row_scale);
-  store_scaled<Codec, kAlignment>(stored, x, channel, amax_of<Codec>(x, channel), row_scale);
-}
-
 }  // namespace dsv4::cuda
