@@ -25,7 +25,7 @@ Implementation = Literal["native", "reference"]
 """Who runs an op: the native FFI handlers (the platform picks CPU or CUDA), or the plain jnp definition."""
 
 
-def begin_step(cache: Cache, plan: StepPlan, *, implementation: Implementation = "native") -> Cache:
+def begin_step(cache: Cache, plan: StepPlan, *, implementation: Implementation = "native") -> tuple[Cache, StepPlan]:
     """Applies what a plan changes before any layer runs: resets slots with a new owner, hands out blocks.
 
     Args:
@@ -34,11 +34,12 @@ def begin_step(cache: Cache, plan: StepPlan, *, implementation: Implementation =
       implementation: who runs it.
 
     Returns:
-      The cache, updated in place where it is donated.
+      The cache, updated in place where it is donated, and the plan for the layers: equal to the one given, but always
+      at the same address, so that XLA need not update its CUDA graph from step to step.
     """
-    names = ("block_table", "window_positions", "csa_tail", "key_tail", "hca_tail")
-    arrays = _module(implementation).begin_step(*(getattr(cache, name) for name in names), plan)
-    return dataclasses.replace(cache, **dict(zip(names, arrays, strict=True)))
+    begin = _module(implementation).begin_step
+    block_table, window_positions, plan = begin(cache.block_table, cache.window_positions, plan)
+    return dataclasses.replace(cache, block_table=block_table, window_positions=window_positions), plan
 
 
 class WrongLayerKind(TypeError):

@@ -90,7 +90,7 @@ def inputs_of(
 
 
 def _each_layer(cache: Cache, plan: StepPlan, weights, brought, implementation: str, write) -> Cache:
-    cache = begin_step(cache, plan, implementation=implementation)
+    cache, plan = begin_step(cache, plan, implementation=implementation)
     for layer, arrays in enumerate(brought):
         compressor = inputs_of(plan, cache.schema.spec, layer, weights[layer], arrays)
         indexer = inputs_of(plan, cache.schema.spec, layer, weights[layer], arrays, "index_")

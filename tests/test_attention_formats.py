@@ -35,7 +35,7 @@ def stored(formats):
 
 
 def _step_and_read(cache, plan, weights, brought):
-    cache, read = begin_step(cache, plan), {"window": []}
+    (cache, plan), read = begin_step(cache, plan), {"window": []}
     for layer, arrays in enumerate(brought):
         handle = LayerCache(cache, plan, layer)
         read["window"].append(handle.stored(arrays["rows"], dtype=jnp.float32))

@@ -24,7 +24,7 @@ CHUNKS = {
 
 def _step_and_read(cache, plan, weights, brought):
     """A step that also hands out what its tokens attend to, everything float32."""
-    cache = begin_step(cache, plan)
+    cache, plan = begin_step(cache, plan)
     seen = []
     topk = jnp.asarray(GOLDEN["L1.topk_sorted"])[jnp.maximum(plan.token_position, 0)]
     for layer, arrays in enumerate(brought):

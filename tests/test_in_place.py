@@ -77,7 +77,7 @@ def read_and_write(handle: LayerCache, weights, arrays) -> tuple[LayerCache, lis
 
 def every_layer(cache, plan, weights, brought):
     """One step of all layers, unrolled."""
-    cache = begin_step(cache, plan)
+    cache, plan = begin_step(cache, plan)
     seen = 0.0
     for layer, arrays in enumerate(brought):
         handle, read = read_and_write(LayerCache(cache, plan, layer), weights[layer], arrays)
@@ -87,7 +87,7 @@ def every_layer(cache, plan, weights, brought):
 
 def layers_by_scan(cache, plan, weights, brought):
     """One step with a ``lax.scan`` over the layers of each kind; weights and brought are lists of them, stacked."""
-    cache = begin_step(cache, plan)
+    cache, plan = begin_step(cache, plan)
     kinds = cache.schema.spec.layer_kinds
     seen = 0.0
     for number, kind in enumerate(LayerKind):

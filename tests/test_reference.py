@@ -69,11 +69,9 @@ def poisoned_state():
     return {name: jnp.asarray(x) for name, x in state.items()}
 
 
-STEP_STATE = ("block_table", "window_positions", "csa_tail", "key_tail", "hca_tail")
-
-
 def begin(ops, state, plan):
-    return state | dict(zip(STEP_STATE, ops.begin_step(*(state[name] for name in STEP_STATE), plan), strict=True))
+    table, positions, plan = ops.begin_step(state["block_table"], state["window_positions"], plan)
+    return state | {"block_table": table, "window_positions": positions}, plan
 
 
 @functools.cache
@@ -82,7 +80,7 @@ def compiled_step(ops, append_first):
 
 
 def run_step(ops, append_first, state, plan, inputs):
-    state = begin(ops, state, plan)
+    state, plan = begin(ops, state, plan)
 
     def append():
         for kind, tail in TAILS.items():
@@ -148,7 +146,7 @@ class Server:
         changes = (np.full(MAX_BLOCKS, slot), np.arange(MAX_BLOCKS), blocks)
         layout = PlanLayout(tokens=128 * MAX_BLOCKS, requests=2)
         plan = build_plan(layout, [slot], [0], [1], [True], changes)
-        self.state = begin(self.ops, self.state, plan)
+        self.state, _ = begin(self.ops, self.state, plan)
 
     def run(self, requests):
         """One step: requests is [(slot, start, inputs of its new tokens)]."""

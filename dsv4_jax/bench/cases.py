@@ -162,7 +162,7 @@ def _formats() -> Iterator[Case]:
 
 
 def _steps(scale: Scale) -> Iterator[Case]:
-    ways = {"device": "", "stacked": "/stacked_plans", "host": "/with_prepare_forward", "scan": "/8_per_dispatch"}
+    ways = {"device": "", "host": "/with_prepare_forward", "scan": "/8_per_dispatch"}
     for way, suffix in ways.items():
         yield Case(
             f"step/pro/b{scale.step_requests}{suffix}",

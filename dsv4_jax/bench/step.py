@@ -85,7 +85,7 @@ def layer_inputs(spec: ModelSpec, plan: StepPlan, inputs: dict[str, Any]) -> lis
 
 def decode_step(cache: Cache, plan: StepPlan, inputs: dict[str, Any], implementation: str = "native") -> Cache:
     """begin_step, the angles of the step, and every layer's update."""
-    cache = begin_step(cache, plan, implementation=implementation)
+    cache, plan = begin_step(cache, plan, implementation=implementation)
     for index, given in enumerate(layer_inputs(cache.schema.spec, plan, inputs)):
         cache = LayerCache(cache, plan, index, implementation).update(*given).cache
     return cache
@@ -108,9 +108,8 @@ def whole_step(way: str, scale: Scale, implementation: str) -> Outcome:
     The difference of many dispatches and a third as many: a server's device does not wait for the first one.
 
     Args:
-      way: "device": a few plans are on the device before, and used in turn. "stacked": the same, but in one array at
-        one address, from which the step takes the next one. "host": each step is planned by `prepare_forward` and sent,
-        as in a server. "scan": 8 steps in one dispatch.
+      way: "device": a few plans are on the device before, and used in turn. "host": each step is planned by
+        `prepare_forward` and sent, as in a server. "scan": 8 steps in one dispatch.
       scale: sizes.
       implementation: "native", or "reference" for an estimate from its first layers, see ``model``.
     """
@@ -123,39 +122,35 @@ def whole_step(way: str, scale: Scale, implementation: str) -> Outcome:
     planned = (replays + fewer) * (trials + 1) if way == "host" else replays * per_dispatch
     schema, manager, (handles, counts) = _make(scale, spec, planned)
 
-    stacked = {"scan": STEPS_PER_DISPATCH, "stacked": PLANS_ON_DEVICE}.get(way)  # steps of a plan
+    steps_of_plan = STEPS_PER_DISPATCH if way == "scan" else None
     if way == "host":
         host_plans, layout = [], manager.layouts[0]
     else:
-        how_many = 1 if way == "stacked" else PLANS_ON_DEVICE
-        host_plans = [manager.prepare_forward((handles, counts), steps=stacked) for _ in range(how_many)]
+        host_plans = [manager.prepare_forward((handles, counts), steps=steps_of_plan) for _ in range(PLANS_ON_DEVICE)]
         layout = host_plans[0].layout
     inputs = step_inputs(schema.spec, StepPlan(jnp.full(layout.size, -1, jnp.int32), layout))
     plans = [StepPlan(jnp.asarray(plan.packed), plan.layout) for plan in host_plans]
 
-    def run(state: tuple[Cache, Any], plan: StepPlan, inputs: Any) -> tuple[Cache, Any]:
-        cache, turn = state
+    def run(cache: Cache, plan: StepPlan, inputs: Any) -> Cache:
         if way == "scan":
-            return jax.lax.scan(lambda c, one: (decode_step(c, one, inputs, implementation), None), cache, plan)
-        if way == "stacked":
-            plan, turn = plan.step(turn), (turn + 1) % PLANS_ON_DEVICE
-        return decode_step(cache, plan, inputs, implementation), turn
+            return jax.lax.scan(lambda c, one: (decode_step(c, one, inputs, implementation), None), cache, plan)[0]
+        return decode_step(cache, plan, inputs, implementation)
 
-    state = noisy_cache(schema), jnp.int32(0) if way == "stacked" else None
-    shape = (layout.size,) if stacked is None else (stacked, layout.size)
+    cache = noisy_cache(schema)
+    shape = (layout.size,) if steps_of_plan is None else (steps_of_plan, layout.size)
     example = StepPlan(jax.ShapeDtypeStruct(shape, jnp.int32), layout)
-    compiled, graphs, compile_seconds = _compile(run, state, example, inputs)
+    compiled, graphs, compile_seconds = _compile(run, cache, example, inputs)
 
     def next_plan(step: int) -> StepPlan:
-        return manager.prepare_forward((handles, counts)) if way == "host" else plans[step % len(plans)]
+        return manager.prepare_forward((handles, counts)) if way == "host" else plans[step % PLANS_ON_DEVICE]
 
     def dispatch(count: int) -> tuple[float, float]:
-        nonlocal state
+        nonlocal cache
         begin = time.perf_counter()
         for step in range(count):
-            state = compiled(state, next_plan(step), inputs)
+            cache = compiled(cache, next_plan(step), inputs)
         dispatched = time.perf_counter()
-        jax.block_until_ready(state)
+        jax.block_until_ready(cache)
         return time.perf_counter() - begin, dispatched - begin
 
     times, shares = [], []
@@ -222,13 +217,10 @@ def reset_slots(reset: bool, scale: Scale, implementation: str) -> Workload:
     calls = max(scale.calls // 8, 1)
 
     def call(cache: Cache, plan: StepPlan, operands: Any, layer: Any) -> tuple[Cache, None]:
-        return begin_step(cache, plan, implementation=implementation), None
+        cache, plan = begin_step(cache, plan, implementation=implementation)
+        return cache, plan.packed
 
     slot = 4 * schema.max_blocks + 4 * schema.ring * len(schema.spec.layers)
-    for kind in (LayerKind.CSA, LayerKind.HCA):
-        layer = schema.layer(schema.spec.layer_kinds.index(kind))
-        tails = sum(size for name, size in layer.slot_bytes.items() if "tail" in name)
-        slot += tails * schema.spec.count(kind)
     return Workload(
         key=schema,
         state=lambda: noisy_cache(schema),

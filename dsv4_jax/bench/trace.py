@@ -65,7 +65,7 @@ def step(cache: Cache, plan: StepPlan, inputs: dict[str, Any], choices: jax.Arra
     """
     spec = cache.schema.spec
     with jax.named_scope("step.begin"):
-        cache = begin_step(cache, plan)
+        cache, plan = begin_step(cache, plan)
     with jax.named_scope("step.angles"):
         given = layer_inputs(spec, plan, inputs)
     for index, layer in enumerate(spec.layers):

@@ -52,7 +52,7 @@ def step(
       indexer chose (-1 = none).
     """
     with jax.default_matmul_precision("highest"):  # fp32 products stay fp32 on GPUs too
-        cache = begin_step(cache, plan, implementation=implementation)
+        cache, plan = begin_step(cache, plan, implementation=implementation)
         angles = {rope: token_rotary(plan, rope) for rope in {layer.rope for layer in spec.layers}}
         hidden = weights.embedding[tokens].astype(jnp.float32)
         selections = []

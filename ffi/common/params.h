@@ -62,9 +62,9 @@ struct BeginStepParams {
   int32_t* window_positions;  // [layers, slots, ring]
   int64_t window_layers;
   int ring;
-  Tail tails[3];
   int slots;
   Plan plan;
+  int32_t* plan_copy;
 };
 
 struct AppendWindowParams {

@@ -8,19 +8,9 @@
 namespace dsv4::cpu {
 namespace {
 
-void clear_rows(const Tail& tail, int64_t layer, int slot, int row, int count) {
-  float* kv = tail_row(tail, layer, slot, 0, row);
-  float* score = tail_row(tail, layer, slot, 1, row);
-  std::fill(kv, kv + static_cast<int64_t>(count) * tail.width, 0.0f);
-  std::fill(score, score + static_cast<int64_t>(count) * tail.width, kClearedScore);
-}
-
-void clear_tail(const Tail& tail, int64_t layer, int slot) {
-  if (tail.running) {
-    clear_state(running_state(tail, layer, slot), tail.width);
-  } else {
-    clear_rows(tail, layer, slot, 0, tail.geometry.rows());
-  }
+void clear_row(const Tail& tail, int64_t layer, int slot, int row) {
+  std::fill_n(tail_row(tail, layer, slot, 0, row), tail.width, 0.0f);
+  std::fill_n(tail_row(tail, layer, slot, 1, row), tail.width, kClearedScore);
 }
 
 // The last tokens of each request, as far as their window stays open.
@@ -48,9 +38,6 @@ void begin_step(const BeginStepParams& params) {
     for (int64_t layer = 0; layer < params.window_layers; ++layer) {
       std::fill_n(params.window_positions + (layer * params.slots + slot) * params.ring, params.ring, -1);
     }
-    for (const Tail& tail : params.tails) {
-      for (int64_t layer = 0; layer < tail.layers; ++layer) clear_tail(tail, layer, static_cast<int>(slot));
-    }
   }
   for (int change = 0; change < plan.table_changes(); ++change) {
     const int64_t slot = plan.table_slot()[change];
@@ -58,6 +45,7 @@ void begin_step(const BeginStepParams& params) {
     if (slot < 0 || slot >= params.slots || index < 0 || index >= params.max_blocks) continue;
     params.block_table[slot * params.max_blocks + index] = plan.table_block()[change];
   }
+  std::copy_n(plan.packed, plan.size(), params.plan_copy);
 }
 
 void append_window(const AppendWindowParams& params) {
@@ -119,11 +107,11 @@ void rotate(const RotateParams& params) {
     const Request request = request_at(params.plan, index, tail.slots);
     if (!request.valid || request.start / ratio == request.next / ratio) continue;
     if (tail.running) {
-      if (request.next % ratio == 0) clear_tail(tail, layer, request.slot);
+      if (request.next % ratio == 0) clear_state(running_state(tail, layer, request.slot), tail.width);
       continue;
     }
     for (int row = 0; row < tail.geometry.rows(); ++row) {
-      if (!tail.geometry.row_in_use(row, request.next)) clear_rows(tail, layer, request.slot, row, 1);
+      if (!tail.geometry.row_in_use(row, request.next)) clear_row(tail, layer, request.slot, row);
     }
   }
 }

@@ -10,60 +10,34 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__device__ void fill_kv_and_score(const Tail& tail, int64_t layer, int slot, int row, int64_t count, int64_t first,
-                                  int64_t stride) {
-  float* kv = tail_row(tail, layer, slot, 0, row);
-  float* score = tail_row(tail, layer, slot, 1, row);
-  for (int64_t i = first; i < count; i += stride) {
-    reinterpret_cast<float4*>(kv)[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    reinterpret_cast<float4*>(score)[i] = make_float4(kClearedScore, kClearedScore, kClearedScore, kClearedScore);
+// What a slot owns, by one warp: its table row (item 0), then its window positions in each layer.
+__device__ void reset_item(const BeginStepParams& params, int64_t item, int slot, int lane) {
+  int32_t* values = params.block_table + static_cast<int64_t>(slot) * params.max_blocks;
+  int count = params.max_blocks;
+  if (item > 0) {
+    values = params.window_positions + ((item - 1) * params.slots + slot) * params.ring;
+    count = params.ring;
   }
+  for (int i = lane; i < count; i += kWarp) values[i] = -1;
 }
 
-__device__ void clear_tail(const Tail& tail, int64_t layer, int slot, int64_t first, int64_t stride) {
-  if (!tail.running) {
-    fill_kv_and_score(tail, layer, slot, 0, static_cast<int64_t>(tail.geometry.rows()) * tail.width / 4, first, stride);
-    return;
-  }
-  float* state = running_state(tail, layer, slot);
-  for (int64_t i = first; i < tail.width / 4; i += stride) store_state(state + 4 * i, empty_partials<4>());
-}
-
-// What a slot owns, item by item: its table row, then each layer of each pool. blockIdx.x is the item, blockIdx.y
-// splits it.
-__device__ void reset_item(const BeginStepParams& params, int slot, int64_t item, int split, int stride) {
-  if (item == 0) {
-    for (int i = split; i < params.max_blocks; i += stride) {
-      params.block_table[static_cast<int64_t>(slot) * params.max_blocks + i] = -1;
+// A warp sees at one glance which of 32 requests reset their slots: in most steps none does. blockIdx.x is the item,
+// the blocks of an item share the requests. All share the copying.
+__global__ void __launch_bounds__(kThreads) begin_step_kernel(BeginStepParams params) {
+  const Plan& plan = params.plan;
+  const int lane = threadIdx.x % kWarp, share = blockIdx.y * kThreads + threadIdx.x, threads = gridDim.y * kThreads;
+  for (int first = share - lane; first < plan.requests; first += threads) {
+    int slot = -1;
+    if (first + lane < plan.requests && plan.request_reset()[first + lane] != 0) {
+      slot = plan.request_slot()[first + lane];
     }
-    return;
-  }
-  item -= 1;
-  if (item < params.window_layers) {
-    int32_t* positions = params.window_positions + (item * params.slots + slot) * params.ring;
-    for (int i = split; i < params.ring; i += stride) positions[i] = -1;
-    return;
-  }
-  item -= params.window_layers;
-  for (const Tail& tail : params.tails) {
-    if (item >= 0 && item < tail.layers) clear_tail(tail, item, slot, split, stride);
-    item -= tail.layers;
-  }
-}
-
-__global__ void begin_step_kernel(BeginStepParams params) {
-  const int split = blockIdx.y * blockDim.x + threadIdx.x, stride = gridDim.y * blockDim.x;
-  for (int first = 0; first < params.plan.requests; first += blockDim.x) {
-    const int mine = first + threadIdx.x;
-    // Most steps reset nothing: see that at one glance.
-    if (!__syncthreads_or(mine < params.plan.requests && params.plan.request_reset()[mine] != 0)) continue;
-    const int end = min(first + static_cast<int>(blockDim.x), params.plan.requests);
-    for (int index = first; index < end; ++index) {
-      const int slot = params.plan.request_slot()[index];
-      if (slot < 0 || slot >= params.slots || params.plan.request_reset()[index] == 0) continue;
-      reset_item(params, slot, blockIdx.x, split, stride);
+    unsigned resets = __ballot_sync(kAllLanes, slot >= 0 && slot < params.slots);
+    for (; resets != 0; resets &= resets - 1) {
+      reset_item(params, blockIdx.x, __shfl_sync(kAllLanes, slot, __ffs(resets) - 1), lane);
     }
   }
+  const int64_t size = plan.size(), copied = int64_t{gridDim.x} * threads;
+  for (int64_t i = int64_t{blockIdx.x} * threads + share; i < size; i += copied) params.plan_copy[i] = plan.packed[i];
 }
 
 __global__ void table_changes_kernel(BeginStepParams params) {
@@ -126,21 +100,25 @@ __global__ void rotate_kernel(RotateParams params) {
   const int ratio = tail.geometry.ratio, row = blockIdx.y;
   if (!request.valid || request.start / ratio == request.next / ratio) return;
   if (layer < 0 || layer >= tail.layers) return;
+  const int channel = 4 * threadIdx.x;
   if (tail.running) {
-    if (request.next % ratio == 0) clear_tail(tail, layer, request.slot, threadIdx.x, blockDim.x);
+    if (request.next % ratio == 0) {
+      store_state(running_state(tail, layer, request.slot) + channel, empty_partials<4>());
+    }
     return;
   }
   if (tail.geometry.row_in_use(row, request.next)) return;
-  fill_kv_and_score(tail, layer, request.slot, row, tail.width / 4, threadIdx.x, blockDim.x);
+  const float kv[4] = {}, score[4] = {kClearedScore, kClearedScore, kClearedScore, kClearedScore};
+  store_values(tail_row(tail, layer, request.slot, 0, row) + channel, kv);
+  store_values(tail_row(tail, layer, request.slot, 1, row) + channel, score);
 }
 
 }  // namespace
 
 const char* begin_step(CUstream_st* stream, const BeginStepParams& params) {
-  constexpr int kSplits = 8;
-  const int64_t items =
-      1 + params.window_layers + params.tails[0].layers + params.tails[1].layers + params.tails[2].layers;
-  begin_step_kernel<<<dim3(static_cast<unsigned>(items), kSplits), kThreads, 0, stream>>>(params);
+  const dim3 grid(1 + static_cast<unsigned>(params.window_layers),
+                  blocks_for(std::max(params.plan.requests, 1), kThreads));
+  begin_step_kernel<<<grid, kThreads, 0, stream>>>(params);
   const int changes = params.plan.table_changes();
   if (changes > 0) table_changes_kernel<<<blocks_for(changes, kThreads), kThreads, 0, stream>>>(params);
   return launch_error();

@@ -7,10 +7,9 @@ namespace dsv4 {
 using ffi::AnyBuffer;
 using Out = ffi::Result<AnyBuffer>;
 
-ffi::ErrorOr<BeginStepParams> check_begin_step(AnyBuffer block_table, AnyBuffer window_positions, AnyBuffer csa_tail,
-                                               AnyBuffer key_tail, AnyBuffer hca_tail, AnyBuffer plan,
-                                               Out block_table_out, Out window_positions_out, Out csa_tail_out,
-                                               Out key_tail_out, Out hca_tail_out, int64_t tokens, int64_t requests) {
+ffi::ErrorOr<BeginStepParams> check_begin_step(AnyBuffer block_table, AnyBuffer window_positions, AnyBuffer plan,
+                                               Out block_table_out, Out window_positions_out, Out plan_copy,
+                                               int64_t tokens, int64_t requests) {
   Checker check("begin_step");
   BeginStepParams params{};
   params.slots = static_cast<int>(Checker::size(block_table, 0));
@@ -23,12 +22,9 @@ ffi::ErrorOr<BeginStepParams> check_begin_step(AnyBuffer block_table, AnyBuffer 
   params.window_positions = Checker::data<int32_t>(window_positions);
   params.window_layers = Checker::size(window_positions, 0);
   params.ring = static_cast<int>(Checker::size(window_positions, 2));
-  params.tails[0] = check.tail("csa_tail", csa_tail, *csa_tail_out, kCsaRatio);
-  params.tails[1] = check.tail("key_tail", key_tail, *key_tail_out, kCsaRatio);
-  params.tails[2] = check.tail("hca_tail", hca_tail, *hca_tail_out, kHcaRatio);
-  for (const Tail& tail : params.tails)
-    check.that(tail.slots == params.slots, "tails", "differ from block_table in slots");
   params.plan = check.plan(plan, tokens, requests);
+  check.indices("the plan's copy", *plan_copy, {params.plan.size()});
+  params.plan_copy = Checker::data<int32_t>(*plan_copy);
   if (check.failed()) return check.error();
   return params;
 }
@@ -72,11 +68,9 @@ ffi::ErrorOr<RotateParams> check_rotate(AnyBuffer tail, AnyBuffer plan, AnyBuffe
 DSV4_HANDLERS(BeginStep, begin_step,
     .Arg<AnyBuffer>()  // block_table [slots, max_blocks]
     .Arg<AnyBuffer>()  // window_positions [layers, slots, ring]
-    .Arg<AnyBuffer>()  // csa_tail [csa_layers, slots, 2, 12, 512]
-    .Arg<AnyBuffer>()  // key_tail [csa_layers, slots, 2, 12, 128]
-    .Arg<AnyBuffer>()  // hca_tail [hca_layers, slots, 2, 128, 512] or [hca_layers, slots, 3, 512]
     .Arg<AnyBuffer>()  // plan
-    .Ret<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>()  // the first five, in place
+    .Ret<AnyBuffer>().Ret<AnyBuffer>()  // block_table, window_positions, in place
+    .Ret<AnyBuffer>()  // plan, copied
     .Attr<int64_t>("tokens").Attr<int64_t>("requests"));
 
 DSV4_HANDLERS(AppendWindow, append_window,
