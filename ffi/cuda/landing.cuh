@@ -16,8 +16,7 @@ __device__ __forceinline__ void copy_async(unsigned shared, const void* from) {
   }
 }
 
-// Waits until none of the copies are on their way that this warp has committed. (Waiting for all that it has begun
-// takes longer: loads that came behind them are then waited for too.)
+// Closes a group of copies: `wait_copies` waits for them, and not for loads that come behind.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 __device__ __forceinline__ void wait_copies() {
@@ -26,7 +25,7 @@ __device__ __forceinline__ void wait_copies() {
 }
 
 // Where the eight rows that a CSA window pools land, 128 channels of them: kv, then gates. Behind them the rows of ape,
-// which stay: loaded from memory for each window, they would wait behind copies that other warps have begun.
+// which stay: loads for each window would have to wait behind copies that other warps have begun.
 template <int W, class T>
 struct Landing {
   static constexpr int kColumns = 2 * W;
@@ -66,7 +65,6 @@ struct Landing {
       copy_async<false>(to + i * kRowBytes, kv + i * kColumns + half(i));
       copy_async<false>(to + (kGroupRows + i) * kRowBytes, gate + i * kColumns + half(i));
     }
-    commit_copies();
   }
 
   // Pools four channels of what has landed.

@@ -25,8 +25,6 @@ int run_blocks(int rows, int at_once) {
   return static_cast<int>(std::min<int64_t>(rows, slots * blocks_for(rows, slots * Runs::kEven)));
 }
 
-constexpr int kInPassing = 4;  // tokens that a block which closes CSA windows stores at most
-
 template <class RowT, class T, int kRatio>
 void launch_append(CUstream_st* stream, const UpdateParams& params, const LastTokens& last) {
   append_last_tokens_kernel<RowT, T, kRatio>
@@ -39,12 +37,23 @@ void launch_csa(CUstream_st* stream, const UpdateParams& params) {
   const LastTokens last = last_tokens<kCsaRatio>(params);
   const int rows = closing_capacity(plan.tokens, plan.requests, kCsaRatio);
   const int blocks = run_blocks(rows, kRunBlocks<T>);
-  const bool in_passing = last.count() <= blocks * kInPassing;
-  const LastTokens none{0, 1, 0};
-  const auto kernel = prefill_csa_kernel<RowT, T>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRunBytes<T>);
-  kernel<<<blocks, kRunThreads, kRunBytes<T>, stream>>>(params, Runs(rows, blocks), in_passing ? last : none);
-  if (!in_passing) launch_append<RowT, T, kCsaRatio>(stream, params, last);
+  const auto launch = [&](auto in_passing, int others, const LastTokens& tokens) {
+    const auto kernel = prefill_csa_kernel<RowT, T, decltype(in_passing)::value>;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRunBytes<T>);
+    kernel<<<blocks + others, kRunThreads, kRunBytes<T>, stream>>>(params, Runs(rows, blocks), tokens);
+  };
+  // More blocks for the rows that survive where these find place too and no warp stores more than two tokens; else at
+  // most four tokens in passing; else they are a launch of their own.
+  const int left = static_cast<int>(multiprocessors()) * kRunBlocks<T> - blocks;
+  const int others = blocks_for(last.count(), kRunThreads / kWarp);
+  if (others <= 2 * left) {
+    launch(std::false_type{}, std::min(others, left), last);
+  } else if (last.count() <= 4 * blocks) {
+    launch(std::true_type{}, 0, last);
+  } else {
+    launch(std::true_type{}, 0, LastTokens{0, 1, 0});
+    launch_append<RowT, T, kCsaRatio>(stream, params, last);
+  }
 }
 
 template <class RowT, class T>

@@ -1,5 +1,6 @@
 // Prefill, CSA: a block closes windows, copying the next while it finishes one. Four warps make the entries, one the
-// indexer keys, and the last looks the windows up and stores rows that survive.
+// indexer keys, and the last looks the windows up. Rows that survive are stored by more blocks, or where the windows
+// take all that find place at once, by these last warps.
 #pragma once
 
 #include "landing.cuh"
@@ -33,11 +34,13 @@ struct Runs {
   static constexpr int kEven = kLongestRun - kLess - 1;  // rows a block on average, at most, for none to get too many
 
   int rows;
+  int blocks;
   int first;   // rows of the first block; the others have as many, and
   int more;    // more,
   int longer;  // these first ones of them one more
 
-  Runs(int rows, int blocks) : rows(rows), first(blocks == 1 ? rows : std::max(rows / blocks - kLess, 1)) {
+  Runs(int rows, int blocks)
+      : rows(rows), blocks(blocks), first(blocks == 1 ? rows : std::max(rows / blocks - kLess, 1)) {
     const int left = rows - first * blocks, others = std::max(blocks - 1, 1);
     more = left / others, longer = left % others;
   }
@@ -45,7 +48,7 @@ struct Runs {
   __device__ __forceinline__ int count(int block) const {
     return block == 0 ? first : first + more + (block <= longer);
   }
-  __device__ __forceinline__ int row(int block, int blocks, int place) const {
+  __device__ __forceinline__ int row(int block, int place) const {
     return place < first ? place * blocks + block : first * blocks + (place - first) * (blocks - 1) + block - 1;
   }
 };
@@ -62,7 +65,7 @@ struct RunWindows {
   __device__ __forceinline__ void find(const UpdateParams& params, const Runs& runs, int lane) {
     constexpr int kHalf = kWarp / 2;
     const int place = lane % kHalf, own = runs.count(blockIdx.x);
-    const int row = runs.row(blockIdx.x, gridDim.x, place) + lane / kHalf;
+    const int row = runs.row(blockIdx.x, place) + lane / kHalf;
     ClosingWindow window{};
     if (place < own && row < runs.rows) window = look_up<kCsaRatio>(params, row);
     const Token& closing = window.closing;
@@ -86,12 +89,13 @@ __device__ __forceinline__ void close_run(const UpdateParams& params, const Comp
   const Plan& plan = params.window.plan;
   const int channel = threads.channel(), lane = threads.thread % kWarp;
   const Landing<W, T> landed{landing, channel - channel_of(0, lane), lane};
-  int row = runs.row(blockIdx.x, gridDim.x, lane);
+  int row = runs.row(blockIdx.x, lane);
   // Whether a window is valid, and where its rows are, is known later: rows of this step can be read at any rate.
   const int closing = lane < runs.count(blockIdx.x) ? load_early(plan.closing(kCsaRatio) + row) : -1;
   const auto copy = [&](int place) {
     const int index = __shfl_sync(kAllLanes, closing, place);
     if (index >= kGroupRows - 1 && index < plan.tokens) landed.copy(in, index - (kGroupRows - 1));
+    commit_copies();
   };
   Finish finish;
   load_early(compressor.norm_weight + channel, finish.weight);
@@ -133,17 +137,24 @@ __device__ __forceinline__ void close_run(const UpdateParams& params, const Comp
   }
 }
 
-template <class RowT, class T>
+template <class RowT, class T, bool kInPassing>
 __global__ void __launch_bounds__(kRunThreads, kRunBlocks<T>)
     prefill_csa_kernel(const __grid_constant__ UpdateParams params, Runs runs, LastTokens last) {
   extern __shared__ __align__(128) uint4 landings[];  // copies to other addresses take longer
   __shared__ RunWindows run;
   __shared__ float scratch[2 * 2 * RowThreads<kHeadDim>::kWarps];
   const int thread = threadIdx.x;
+  if (!kInPassing && static_cast<int>(blockIdx.x) >= runs.blocks) {
+    constexpr int kWarps = kRunThreads / kWarp;
+    const int other = blockIdx.x - runs.blocks, others = gridDim.x - runs.blocks;
+    append_last_tokens<RowT, T, kCsaRatio>(params, last, other * kWarps + thread / kWarp, others * kWarps,
+                                           thread % kWarp);
+    return;
+  }
   if (thread >= kPoolThreads) {
     run.find(params, runs, thread % kWarp);
     arrive(kLookUpBarrier, kRunThreads);
-    append_last_tokens<RowT, T, kCsaRatio>(params, last, blockIdx.x, gridDim.x, thread % kWarp);
+    if (kInPassing) append_last_tokens<RowT, T, kCsaRatio>(params, last, blockIdx.x, gridDim.x, thread % kWarp);
     return;
   }
   char* landing = reinterpret_cast<char*>(landings) + thread / kWarp * Landing<kHeadDim, T>::kBytes;
