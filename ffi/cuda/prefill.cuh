@@ -61,26 +61,20 @@ LastTokens last_tokens(const UpdateParams& params) {
   return {plan.requests, std::max(params.window.window.rows, kept), plan.tokens};
 }
 
-// One warp stores what survives of the token `back` before a request's last.
-template <class RowT, class T, int kRatio>
-__device__ __forceinline__ void append_last_token(const UpdateParams& params, int place, int back, int lane) {
-  const Plan& plan = params.window.plan;
-  const int first = plan.query_start()[place], end = plan.query_start()[place + 1], index = end - 1 - back;
-  if (first < 0 || index < first || end > plan.tokens) return;
-  const bool keeps_row = back < params.window.window.rows;
-  LoadedWindowRow row;
-  if (keeps_row) row = load_window_row<RowT>(params, index, lane);  // on its way while the request is looked up
-  const Request request = request_at(plan, place, static_cast<int>(params.window.window.pages));
-  if (!request.valid) return;
-  const Token token{true, request.slot, request.next - 1 - back, request.start, request.next};
+// One warp stores what survives of token `index`.
+template <class T, int kRatio>
+__device__ __forceinline__ void append_last_token(const UpdateParams& params, const Token& token, int index,
+                                                  const LoadedWindowRow& row, const WarpRow<kHeadDim>& weight,
+                                                  int lane) {
+  const Pool& window = params.window.window;
   const int64_t window_layer = *params.window.layer;
-  if (keeps_row && has_layer(params.window.window, window_layer)) {
-    store_window_row(params, window_layer, token, row, lane);
+  if (token.position >= token.next - window.rows && has_layer(window, window_layer)) {
+    store_window_row(params, window_layer, token, row, weight, lane);
   }
   if constexpr (kRatio != 0) {
     const TailGeometry geometry{kRatio};
     const int64_t layer = *params.kind_layer;
-    if (!has_layer(params.entries.pool, layer) || closes_from_tail<kRatio>(request.start, request.next)) return;
+    if (!has_layer(params.entries.pool, layer) || closes_from_tail<kRatio>(token.start, token.next)) return;
     if (!geometry.overlap_survives(token.position, token.next) &&
         !geometry.current_survives(token.position, token.next)) {
       return;
@@ -102,20 +96,53 @@ __device__ __forceinline__ void append_last_token(const UpdateParams& params, in
   }
 }
 
-// The part of warp `warp` of `warps` in storing all that survives.
+// Token `item` of the last ones: its place in the step, its request's, and how many tokens of that come behind. An
+// index of -1 where there is none.
+struct LastToken {
+  int index = -1;
+  int place;
+  int back;
+
+  __device__ __forceinline__ LastToken(const Plan& plan, const LastTokens& last, int item) {
+    if (item >= last.count()) return;
+    place = item / last.per_request, back = item % last.per_request;
+    if (last.all()) place = plan.token_request()[item];
+    if (place < 0 || place >= last.requests) return;
+    const int first = plan.query_start()[place], end = plan.query_start()[place + 1];
+    if (last.all()) back = end - 1 - item;
+    if (back < 0 || back >= last.per_request || first < 0 || end - 1 - back < first || end > plan.tokens) return;
+    index = end - 1 - back;
+  }
+};
+
+// The part of warp `warp` of `warps` in storing all that survives. Each lane looks one of its tokens up, while the
+// first one's row is on its way.
 template <class RowT, class T, int kRatio>
 __device__ __forceinline__ void append_last_tokens(const UpdateParams& params, const LastTokens& last, int warp,
                                                    int warps, int lane) {
   const Plan& plan = params.window.plan;
-  for (int item = warp; item < last.count(); item += warps) {
-    int place = item / last.per_request, back = item % last.per_request;
-    if (last.all()) {
-      place = plan.token_request()[item];
-      if (place < 0 || place >= last.requests) continue;
-      back = plan.query_start()[place + 1] - 1 - item;
-      if (back < 0 || back >= last.per_request) continue;
+#pragma unroll 1
+  for (int begin = warp; begin < last.count(); begin += kWarp * warps) {
+    const LastToken mine(plan, last, begin + lane * warps);
+    const auto index_of = [&](int i) { return __shfl_sync(kAllLanes, mine.index, i); };
+    LoadedWindowRow row;
+    if (index_of(0) >= 0) row = load_window_row<RowT>(params, index_of(0), lane);
+    Token token{};
+    if (mine.index >= 0) {
+      const Request request = request_at(plan, mine.place, static_cast<int>(params.window.window.pages));
+      token = {request.valid, request.slot, request.next - 1 - mine.back, request.start, request.next};
     }
-    append_last_token<RowT, T, kRatio>(params, place, back, lane);
+    const int count = min(kWarp, (last.count() - begin + warps - 1) / warps);
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const int index = index_of(i);
+      if (i > 0 && index >= 0) row = load_window_row<RowT>(params, index, lane);
+      const auto of_lane = [&](int value) { return __shfl_sync(kAllLanes, value, i); };
+      const Token one{of_lane(token.valid) != 0, of_lane(token.slot), of_lane(token.position), of_lane(token.start),
+                      of_lane(token.next)};
+      const WarpRow<kHeadDim> weight = load_norm_weight(params, lane);
+      if (one.valid) append_last_token<T, kRatio>(params, one, index, row, weight, lane);
+    }
   }
 }
 

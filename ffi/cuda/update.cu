@@ -40,39 +40,48 @@ __device__ __forceinline__ void for_each_closing(const StepRequest& request, Clo
   }
 }
 
+// Calls `work(compressor, pool, layer, request)` for request `place` of a decode step, if there is one.
+template <int W, int kRatio, class Work>
+__device__ __forceinline__ void with_request(const UpdateParams& params, const Compression& part, int place,
+                                             Work&& work) {
+  const Pool pool = with_rows<kBlockTokens / kRatio>(part.pool);
+  const int64_t layer = *params.kind_layer;
+  const StepRequest request = step_request(params.window.plan, place, params.table.slots);
+  if (request.valid && has_layer(pool, layer)) {
+    work(with_constants<W, kRatio>(part.compressor), pool, layer, request);
+  }
+}
+
 // One compressor's work on a request of a decode step that brings any number of tokens. A thread reads and writes only
 // its own channels of the tail. Out of line, to leave the usual case short.
 template <int W, class T>
 __device__ __noinline__ void compress_request(const UpdateParams& params, const Compression& part, int place,
                                               RowThreads<W> threads) {
-  const Compressor compressor = with_constants<W, kCsaRatio>(part.compressor);
-  const Pool pool = with_rows<kBlockTokens / kCsaRatio>(part.pool);
-  const int64_t layer = *params.kind_layer;
-  const StepRequest request = step_request(params.window.plan, place, params.table.slots);
-  if (!request.valid || !has_layer(pool, layer)) return;
-  for_each_closing<kCsaRatio>(request, [&](const Token& token, int index) {
-    close_csa_window<W, T>(compressor, pool, params.table, layer, token, index, index, threads);
-    threads.sync();  // before the next window reuses the scratch
-  });
-  for (int index = request.first; index < request.end; ++index) {
-    append_token<T>(compressor.tail, compressor.projections, layer, request.token(index), index, threads.channel());
-  }
+  with_request<W, kCsaRatio>(
+      params, part, place, [&](const auto& compressor, const auto& pool, auto layer, auto request) {
+        for_each_closing<kCsaRatio>(request, [&](const Token& token, int index) {
+          close_csa_window<W, T>(compressor, pool, params.table, layer, token, index, index, threads);
+          threads.sync();  // before the next window reuses the scratch
+        });
+        for (int index = request.first; index < request.end; ++index) {
+          append_token<T>(compressor.tail, compressor.projections, layer, request.token(index), index,
+                          threads.channel());
+        }
+      });
 }
 
 // A running HCA tail's work on a request of a decode step that brings any number of tokens.
 template <class T>
 __device__ __noinline__ void fold_request(const UpdateParams& params, int place, RowThreads<kHeadDim> threads) {
-  const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
-  const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
-  const int64_t layer = *params.kind_layer;
-  const StepRequest request = step_request(params.window.plan, place, params.table.slots);
-  if (!request.valid || !has_layer(pool, layer)) return;
-  for_each_closing<kHcaRatio>(request, [&](const Token& token, int index) {
-    close_running_window<T, 1>(compressor, pool, params.table, layer, token, index, index, threads);
-    threads.sync();  // before the next window reuses the scratch
-  });
-  const Request whole{true, request.slot, request.start, request.token(request.end).position};
-  append_running<T, 1>(compressor.tail, compressor.projections, layer, whole, request.end, threads);
+  with_request<kHeadDim, kHcaRatio>(
+      params, params.entries, place, [&](const auto& compressor, const auto& pool, auto layer, auto request) {
+        for_each_closing<kHcaRatio>(request, [&](const Token& token, int index) {
+          close_running_window<T, 1>(compressor, pool, params.table, layer, token, index, index, threads);
+          threads.sync();  // before the next window reuses the scratch
+        });
+        const Request whole{true, request.slot, request.start, request.token(request.end).position};
+        append_running<T, 1>(compressor.tail, compressor.projections, layer, whole, request.end, threads);
+      });
 }
 
 // The window rows of a request of a decode step that brings any number of tokens, by one warp.
@@ -82,8 +91,9 @@ __device__ __noinline__ void append_window_rows(const UpdateParams& params, int 
   const int64_t layer = *params.window.layer;
   const StepRequest request = step_request(params.window.plan, place, static_cast<int>(window.pages));
   if (!request.valid || !has_layer(window, layer)) return;
+  const WarpRow<kHeadDim> weight = load_norm_weight(params, lane);
   for (int index = max(request.first, request.end - window.rows); index < request.end; ++index) {
-    store_window_row(params, layer, request.token(index), load_window_row<RowT>(params, index, lane), lane);
+    store_window_row(params, layer, request.token(index), load_window_row<RowT>(params, index, lane), weight, lane);
   }
 }
 
@@ -126,19 +136,17 @@ __global__ void __launch_bounds__(EntryThreads::kThreads, 4)
 // One block's work on an HCA request of a decode step that brings any number of tokens.
 template <class T, class At>
 __device__ __noinline__ void compress_hca_request(const UpdateParams& params, int place) {
-  const At at;
-  const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
-  const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
-  const int64_t layer = *params.kind_layer;
-  const StepRequest request = step_request(params.window.plan, place, params.table.slots);
-  if (!request.valid || !has_layer(pool, layer)) return;
-  for_each_closing<kHcaRatio>(request, [&](const Token& token, int index) {
-    close_hca_window<T>(compressor, pool, params.table, layer, token, index, index, at);
-  });
-  // The barriers of the last entry stand between all reads of the tail and these writes.
-  for (int index = request.first; at.finishes() && index < request.end; ++index) {
-    append_token<T>(compressor.tail, compressor.projections, layer, request.token(index), index, at.channel());
-  }
+  with_request<kHeadDim, kHcaRatio>(
+      params, params.entries, place, [&](const auto& compressor, const auto& pool, auto layer, auto request) {
+        const At at;
+        for_each_closing<kHcaRatio>(request, [&](const Token& token, int index) {
+          close_hca_window<T>(compressor, pool, params.table, layer, token, index, index, at);
+        });
+        // The barriers of the last entry stand between all reads of the tail and these writes.
+        for (int index = request.first; at.finishes() && index < request.end; ++index) {
+          append_token<T>(compressor.tail, compressor.projections, layer, request.token(index), index, at.channel());
+        }
+      });
 }
 
 // Decode, HCA: a cluster of blocks a request, so that the 512 KiB of a closing window come by many multiprocessors. The

@@ -69,11 +69,10 @@ __device__ __forceinline__ void close_running_window(const Compressor& compresso
   store_entry(pool, place, x, threads);
 }
 
-// What a warp makes a window row of, all of it loaded at once.
+// What a warp makes a window row of, besides the weights that all rows share.
 struct LoadedWindowRow {
   WarpRow<kHeadDim> row;
-  WarpRow<kHeadDim> weight;  // this and the angles only where the row comes raw
-  float cos[2];
+  float cos[2];  // angles only where the row comes raw
   float sin[2];
 };
 
@@ -86,12 +85,7 @@ __device__ __forceinline__ LoadedWindowRow load_window_row(const UpdateParams& p
   const RowT* rows = static_cast<const RowT*>(params.window.rows) + static_cast<int64_t>(index) * kHeadDim;
 #pragma unroll
   for (int q = 0; q < loaded.row.kQuads; ++q) load_values(rows + channel_of(q, lane), loaded.row.x[q]);
-  if (params.norm.weight == nullptr) return loaded;
-#pragma unroll
-  for (int q = 0; q < loaded.row.kQuads; ++q) {
-    load_values(params.norm.weight + channel_of(q, lane), loaded.weight.x[q]);
-  }
-  if (lane >= kWarp / 2) {
+  if (params.norm.weight != nullptr && lane >= kWarp / 2) {
     const int64_t pair = static_cast<int64_t>(index) * (kRopeDim / 2) + 2 * (lane - kWarp / 2);
     load_values(params.norm.cos + pair, loaded.cos);
     load_values(params.norm.sin + pair, loaded.sin);
@@ -99,9 +93,19 @@ __device__ __forceinline__ LoadedWindowRow load_window_row(const UpdateParams& p
   return loaded;
 }
 
+// The weights that raw window rows are normalized with.
+__device__ __forceinline__ WarpRow<kHeadDim> load_norm_weight(const UpdateParams& params, int lane) {
+  WarpRow<kHeadDim> weight{};
+  if (params.norm.weight == nullptr) return weight;
+#pragma unroll
+  for (int q = 0; q < weight.kQuads; ++q) load_values(params.norm.weight + channel_of(q, lane), weight.x[q]);
+  return weight;
+}
+
 // One warp stores the window row of a token, normalizing and rotating it first where it comes raw.
 __device__ __forceinline__ void store_window_row(const UpdateParams& params, int64_t layer, const Token& token,
-                                                 const LoadedWindowRow& loaded, int lane) {
+                                                 const LoadedWindowRow& loaded, const WarpRow<kHeadDim>& weight,
+                                                 int lane) {
   const Pool& window = params.window.window;
   WarpRow<kHeadDim> row = loaded.row;
   if (params.norm.weight != nullptr) {
@@ -112,7 +116,7 @@ __device__ __forceinline__ void store_window_row(const UpdateParams& params, int
 #pragma unroll
     for (int q = 0; q < row.kQuads; ++q) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) row.x[q][i] = row.x[q][i] * inverse * loaded.weight.x[q][i];
+      for (int i = 0; i < 4; ++i) row.x[q][i] = row.x[q][i] * inverse * weight.x[q][i];
     }
     if (lane >= kWarp / 2) rotate_pairs(row.x[row.kQuads - 1], loaded.cos, loaded.sin, 0);
   }
