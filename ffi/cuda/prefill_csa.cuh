@@ -10,7 +10,7 @@ namespace dsv4::cuda {
 
 constexpr int kPoolThreads = kRowThreads + kWarp;
 constexpr int kRunThreads = kPoolThreads + kWarp;
-constexpr int kLongestRun = kWarp / 2 - 1;
+constexpr int kLongestRun = kWarp / 2 - 1;  // one warp looks all up, with what comes behind each
 
 // The barrier behind which windows are looked up: one warp arrives, the others wait for it.
 constexpr int kLookUpBarrier = 1;
@@ -35,9 +35,9 @@ struct Runs {
 
   int rows;
   int blocks;
-  int first;   // rows of the first block; the others have as many, and
-  int more;    // more,
-  int longer;  // these first ones of them one more
+  int first;   // rows of the first block
+  int more;    // that each of the others has besides
+  int longer;  // how many of the others, the first of them, have one more
 
   Runs(int rows, int blocks)
       : rows(rows), blocks(blocks), first(blocks == 1 ? rows : std::max(rows / blocks - kLess, 1)) {
