@@ -162,8 +162,7 @@ def _formats() -> Iterator[Case]:
 
 
 def _steps(scale: Scale) -> Iterator[Case]:
-    ways = {"device": "", "host": "/with_prepare_forward", "scan": "/8_per_dispatch"}
-    for way, suffix in ways.items():
+    for way, suffix in (("device", ""), ("host", "/with_prepare_forward"), ("scan", "/8_per_dispatch")):
         yield Case(
             f"step/pro/b{scale.step_requests}{suffix}",
             run=functools.partial(whole_step, way),

@@ -122,11 +122,11 @@ def whole_step(way: str, scale: Scale, implementation: str) -> Outcome:
     planned = (replays + fewer) * (trials + 1) if way == "host" else replays * per_dispatch
     schema, manager, (handles, counts) = _make(scale, spec, planned)
 
-    steps_of_plan = STEPS_PER_DISPATCH if way == "scan" else None
     if way == "host":
         host_plans, layout = [], manager.layouts[0]
     else:
-        host_plans = [manager.prepare_forward((handles, counts), steps=steps_of_plan) for _ in range(PLANS_ON_DEVICE)]
+        stacked = per_dispatch if way == "scan" else None
+        host_plans = [manager.prepare_forward((handles, counts), steps=stacked) for _ in range(PLANS_ON_DEVICE)]
         layout = host_plans[0].layout
     inputs = step_inputs(schema.spec, StepPlan(jnp.full(layout.size, -1, jnp.int32), layout))
     plans = [StepPlan(jnp.asarray(plan.packed), plan.layout) for plan in host_plans]
@@ -137,7 +137,7 @@ def whole_step(way: str, scale: Scale, implementation: str) -> Outcome:
         return decode_step(cache, plan, inputs, implementation)
 
     cache = noisy_cache(schema)
-    shape = (layout.size,) if steps_of_plan is None else (steps_of_plan, layout.size)
+    shape = (per_dispatch, layout.size) if way == "scan" else (layout.size,)
     example = StepPlan(jax.ShapeDtypeStruct(shape, jnp.int32), layout)
     compiled, graphs, compile_seconds = _compile(run, cache, example, inputs)
 
@@ -168,7 +168,7 @@ def whole_step(way: str, scale: Scale, implementation: str) -> Outcome:
     return Outcome(timing, remarks)
 
 
-def _compile(run: Callable[..., Any], *args: Any) -> tuple[jax.stages.Compiled, int | None, float]:
+def _compile(run: Callable[..., Cache], *args: Any) -> tuple[jax.stages.Compiled, int | None, float]:
     """The compiled function with its first argument donated, how many CUDA graphs it launches, and the time it took."""
     begin = time.perf_counter()
     lowered = jax.jit(run, donate_argnums=0).lower(*args)
@@ -216,7 +216,7 @@ def reset_slots(reset: bool, scale: Scale, implementation: str) -> Workload:
     host = build_plan(layout, np.arange(requests), ones * 128, ones, np.full(requests, reset))
     calls = max(scale.calls // 8, 1)
 
-    def call(cache: Cache, plan: StepPlan, operands: Any, layer: Any) -> tuple[Cache, None]:
+    def call(cache: Cache, plan: StepPlan, operands: Any, layer: Any) -> tuple[Cache, jax.Array]:
         cache, plan = begin_step(cache, plan, implementation=implementation)
         return cache, plan.packed
 

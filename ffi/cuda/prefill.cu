@@ -19,10 +19,9 @@ __global__ void __launch_bounds__(kAppendWarps* kWarp) append_last_tokens_kernel
                                       gridDim.x * kAppendWarps, threadIdx.x % kWarp);
 }
 
-// As many blocks as the multiprocessors hold, or a multiple of it where runs would get too long.
-int run_blocks(int rows, int at_once) {
-  const int64_t slots = int64_t{multiprocessors()} * at_once;
-  return static_cast<int>(std::min<int64_t>(rows, slots * blocks_for(rows, slots * Runs::kEven)));
+// As many blocks as find place at once, `at_once`, or a multiple of it where runs would get too long.
+int run_blocks(int rows, int64_t at_once) {
+  return static_cast<int>(std::min<int64_t>(rows, at_once * blocks_for(rows, at_once * Runs::kEven)));
 }
 
 template <class RowT, class T, int kRatio>
@@ -36,7 +35,7 @@ void launch_csa(CUstream_st* stream, const UpdateParams& params) {
   const Plan& plan = params.window.plan;
   const LastTokens last = last_tokens<kCsaRatio>(params);
   const int rows = closing_capacity(plan.tokens, plan.requests, kCsaRatio);
-  const int blocks = run_blocks(rows, kRunBlocks<T>);
+  const int at_once = static_cast<int>(multiprocessors()) * kRunBlocks<T>, blocks = run_blocks(rows, at_once);
   const auto launch = [&](auto in_passing, int others, const LastTokens& tokens) {
     const auto kernel = prefill_csa_kernel<RowT, T, decltype(in_passing)::value>;
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRunBytes<T>);
@@ -44,8 +43,7 @@ void launch_csa(CUstream_st* stream, const UpdateParams& params) {
   };
   // More blocks for the rows that survive where these find place too and no warp stores more than two tokens; else at
   // most four tokens in passing; else they are a launch of their own.
-  const int left = static_cast<int>(multiprocessors()) * kRunBlocks<T> - blocks;
-  const int others = blocks_for(last.count(), kRunThreads / kWarp);
+  const int left = at_once - blocks, others = blocks_for(last.count(), kRunWarps);
   if (others <= 2 * left) {
     launch(std::false_type{}, std::min(others, left), last);
   } else if (last.count() <= 4 * blocks) {

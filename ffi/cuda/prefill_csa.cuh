@@ -10,6 +10,7 @@ namespace dsv4::cuda {
 
 constexpr int kPoolThreads = kRowThreads + kWarp;
 constexpr int kRunThreads = kPoolThreads + kWarp;
+constexpr int kRunWarps = kRunThreads / kWarp;
 constexpr int kLongestRun = kWarp / 2 - 1;  // one warp looks all up, with what comes behind each
 
 // The barrier behind which windows are looked up: one warp arrives, the others wait for it.
@@ -89,9 +90,9 @@ __device__ __forceinline__ void close_run(const UpdateParams& params, const Comp
   const Plan& plan = params.window.plan;
   const int channel = threads.channel(), lane = threads.thread % kWarp;
   const Landing<W, T> landed{landing, channel - channel_of(0, lane), lane};
-  int row = runs.row(blockIdx.x, lane);
+  const int of_lane = runs.row(blockIdx.x, lane);
   // Whether a window is valid, and where its rows are, is known later: rows of this step can be read at any rate.
-  const int closing = lane < runs.count(blockIdx.x) ? load_early(plan.closing(kCsaRatio) + row) : -1;
+  const int closing = lane < runs.count(blockIdx.x) ? load_early(plan.closing(kCsaRatio) + of_lane) : -1;
   const auto copy = [&](int place) {
     const int index = __shfl_sync(kAllLanes, closing, place);
     if (index >= kGroupRows - 1 && index < plan.tokens) landed.copy(in, index - (kGroupRows - 1));
@@ -102,7 +103,7 @@ __device__ __forceinline__ void close_run(const UpdateParams& params, const Comp
   landed.copy_bias(in);
   copy(0);
 
-  row = blockIdx.x;
+  int row = blockIdx.x;  // of the list, that of the window at hand
   float* scratch = threads.scratch;
 #pragma unroll 1
   for (int place = 0; place == 0 || place < run.count; ++place) {
@@ -129,8 +130,8 @@ __device__ __forceinline__ void close_run(const UpdateParams& params, const Comp
       }
     }
     const RowThreads<W> now{threads.thread, threads.barrier, scratch};
-    scratch =
-        scratch == threads.scratch ? scratch + 2 * now.kWarps : threads.scratch;  // others may still read this one
+    // Others may still read this one when the next window's values come.
+    scratch = scratch == threads.scratch ? scratch + 2 * now.kWarps : threads.scratch;
     float x[4];
     finish_csa_entry(compressor, finish, partial, now, x);
     store_entry(pool, {W == kHeadDim ? window.entry_page : window.key_page, window.row}, x, now);
@@ -145,9 +146,8 @@ __global__ void __launch_bounds__(kRunThreads, kRunBlocks<T>)
   __shared__ float scratch[2 * 2 * RowThreads<kHeadDim>::kWarps];
   const int thread = threadIdx.x;
   if (!kInPassing && static_cast<int>(blockIdx.x) >= runs.blocks) {
-    constexpr int kWarps = kRunThreads / kWarp;
     const int other = blockIdx.x - runs.blocks, others = gridDim.x - runs.blocks;
-    append_last_tokens<RowT, T, kCsaRatio>(params, last, other * kWarps + thread / kWarp, others * kWarps,
+    append_last_tokens<RowT, T, kCsaRatio>(params, last, other * kRunWarps + thread / kWarp, others * kRunWarps,
                                            thread % kWarp);
     return;
   }
