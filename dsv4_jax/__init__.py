@@ -4,20 +4,12 @@ Host, between steps: ``CacheManager`` admits requests, reserves blocks and makes
 ``jax.jit``: ``begin_step`` and one ``LayerCache`` per layer read and write a donated ``Cache`` in place.
 """
 
-from dsv4_jax.allocator import BlockAllocator
-from dsv4_jax.capacity import CapacityPlan, capacity_plan, requests_that_fit
-from dsv4_jax.config import (
-    ConfigError,
-    LayerKind,
-    LayerSpec,
-    ModelSpec,
-    RopeSpec,
-    deepseek_v4_flash,
-    deepseek_v4_pro,
-    model_spec,
-    tiny_spec,
-)
-from dsv4_jax.errors import (
+from dsv4_jax.cache.layer import LayerCache, WrongLayerKind
+from dsv4_jax.cache.pools import Cache, init_cache
+from dsv4_jax.cache.step import begin_step
+from dsv4_jax.cache.views import Field, PoolView, entries_view, keys_view, window_view
+from dsv4_jax.host.blocks import BlockAllocator
+from dsv4_jax.host.errors import (
     AllocatorError,
     CacheError,
     CacheFull,
@@ -28,16 +20,18 @@ from dsv4_jax.errors import (
     StepTooLarge,
     UnknownRequest,
 )
-from dsv4_jax.formats import PROFILES, CacheFormats, FormatError, VectorFormat
-from dsv4_jax.handle import LayerCache, WrongLayerKind, begin_step
-from dsv4_jax.manager import CacheManager
+from dsv4_jax.host.manager import CacheManager
+from dsv4_jax.layout.capacity import CapacityPlan, capacity_plan, requests_that_fit
+from dsv4_jax.layout.formats import PROFILES, CacheFormats, FormatError, VectorFormat
+from dsv4_jax.layout.plan import PlanLayout, StepPlan
+from dsv4_jax.layout.schema import CacheSchema, LayerCacheSchema, SchemaError, compute_block_budget
 from dsv4_jax.ops import OperandError
-from dsv4_jax.plan import PlanLayout, StepPlan
-from dsv4_jax.pools import Cache, init_cache
-from dsv4_jax.rotary import Rotary, apply_rotary, closing_rotary, rotary, token_rotary
-from dsv4_jax.rows import CompressorInputs, RawRows, Rows
-from dsv4_jax.schema import CacheSchema, LayerCacheSchema, SchemaError, compute_block_budget
-from dsv4_jax.views import Field, PoolView, entries_view, keys_view, window_view
+from dsv4_jax.ops.operands import CompressorInputs, RawRows, Rows
+from dsv4_jax.spec.config_json import model_spec
+from dsv4_jax.spec.kinds import LayerKind
+from dsv4_jax.spec.model import ConfigError, LayerSpec, ModelSpec, RopeSpec
+from dsv4_jax.spec.presets import deepseek_v4_flash, deepseek_v4_pro, tiny_spec
+from dsv4_jax.spec.rotary import Rotary, apply_rotary, closing_rotary, rotary, token_rotary
 
 __all__ = [
     "PROFILES",

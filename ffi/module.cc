@@ -1,9 +1,9 @@
-// The Python module dsv4_jax._native: hands the FFI handlers to Python as capsules, and says what it was built with.
+// The Python module dsv4_jax_native: hands the FFI handlers to Python as capsules, and says what it was built with.
 
 #include <nanobind/nanobind.h>
 
-#include "common/geometry.h"
-#include "targets.h"
+#include "layout/geometry.h"
+#include "ops/targets.h"
 #include "xla/ffi/api/c_api.h"
 
 #ifdef DSV4_WITH_CUDA
@@ -42,7 +42,7 @@ nb::dict Registrations() {
   return platforms;
 }
 
-// Where the kernels look for each field of a packed plan, to be held against PlanLayout in dsv4_jax/plan.py.
+// Where the kernels look for each field of a packed plan, to be held against PlanLayout in dsv4_jax/layout/plan.py.
 nb::dict PlanOffsets(int tokens, int requests) {
   static const int32_t start = 0;
   const dsv4::Plan plan{&start, tokens, requests};
@@ -68,7 +68,7 @@ nb::dict PlanOffsets(int tokens, int requests) {
 
 }  // namespace
 
-NB_MODULE(_native, m) {
+NB_MODULE(dsv4_jax_native, m) {
   m.def("registrations", &Registrations);
   m.def("plan_offsets", &PlanOffsets, nb::arg("tokens"), nb::arg("requests"));
   m.def("ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });

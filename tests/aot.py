@@ -16,7 +16,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dsv4_jax.bench.step import thunk_sequence
+from dsv4_jax.tools.bench.step import thunk_sequence
 
 # Without driver_version nothing is captured into CUDA graphs.
 H200 = """
@@ -58,7 +58,7 @@ def compile_for_h200(fn, *args: Any, dump: Path, donate_argnums: int | Sequence[
 
     Skips the test where the CUDA plugin, or the CUDA part of the native module, is missing.
     """
-    from dsv4_jax._registration import REGISTERED
+    from dsv4_jax.native.registration import REGISTERED
 
     pytest.importorskip("jax_plugins", reason="no CUDA plugin installed")
     if "CUDA" not in REGISTERED:

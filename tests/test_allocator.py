@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_jax.allocator import BlockAllocator
-from dsv4_jax.errors import AllocatorError, CacheFull
+from dsv4_jax.host.blocks import BlockAllocator
+from dsv4_jax.host.errors import AllocatorError, CacheFull
 
 
 def drain(allocator: BlockAllocator) -> list[int]:

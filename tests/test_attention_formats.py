@@ -14,7 +14,7 @@ from golden import GOLDEN, META, POSITIONS, golden_attention, golden_tokens, gol
 from harness import SPEC, Driver, inputs_of
 
 from dsv4_jax import PROFILES, LayerCache, begin_step
-from dsv4_jax.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
+from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
 
 TOKENS, TOPK = META["seq"], META["topk"]
 EXACT = PROFILES["exact"]

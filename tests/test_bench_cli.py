@@ -12,14 +12,14 @@ import typer
 from typer.testing import CliRunner
 
 from dsv4_jax import LayerKind
-from dsv4_jax.bench import decode, formats, measure, reads, traffic
-from dsv4_jax.bench.cases import TARGETS, all_cases
-from dsv4_jax.bench.runner import run_cases
-from dsv4_jax.bench.traffic import StepShape
-from dsv4_jax.bench.workload import FULL, TINY, model_of, noise, schema_of
-from dsv4_jax.cli.bench import bench
-from dsv4_jax.cli.trace import trace
-from dsv4_jax.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
+from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
+from dsv4_jax.tools.bench import decode, formats, measure, reads, traffic
+from dsv4_jax.tools.bench.cases import TARGETS, all_cases
+from dsv4_jax.tools.bench.runner import run_cases
+from dsv4_jax.tools.bench.traffic import StepShape
+from dsv4_jax.tools.bench.workload import FULL, TINY, model_of, noise, schema_of
+from dsv4_jax.tools.cli.bench import bench
+from dsv4_jax.tools.cli.trace import trace
 
 SWA, CSA, HCA = LayerKind
 

@@ -19,7 +19,7 @@ from harness import (
 )
 
 from dsv4_jax import PROFILES, CacheFormats
-from dsv4_jax.formats import HCA_TAILS
+from dsv4_jax.layout.formats import HCA_TAILS
 
 TOKENS = 300  # more than two rings and two HCA windows
 FORMATS = {

@@ -5,16 +5,10 @@ import json
 
 import pytest
 
-from dsv4_jax.config import (
-    ConfigError,
-    LayerKind,
-    LayerSpec,
-    RopeSpec,
-    deepseek_v4_flash,
-    deepseek_v4_pro,
-    model_spec,
-    tiny_spec,
-)
+from dsv4_jax.spec.config_json import model_spec
+from dsv4_jax.spec.kinds import LayerKind
+from dsv4_jax.spec.model import ConfigError, LayerSpec, RopeSpec
+from dsv4_jax.spec.presets import deepseek_v4_flash, deepseek_v4_pro, tiny_spec
 
 SWA, CSA, HCA = LayerKind.SWA, LayerKind.CSA, LayerKind.HCA
 MAIN_ROPE = RopeSpec(10_000.0)

@@ -6,8 +6,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dsv4_jax.cli.decode import decode
-from dsv4_jax.formats import HCA_TAILS
+from dsv4_jax.layout.formats import HCA_TAILS
+from dsv4_jax.tools.cli.decode import decode
 
 # 132 to 256 tokens a request, whatever the seed: two blocks.
 SMALL = ["--requests", "3", "--slots", "2", "--prompt-tokens", "216", "--new-tokens", "40", "--chunk", "64"]

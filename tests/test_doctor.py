@@ -9,9 +9,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dsv4_jax import _compatibility
-from dsv4_jax.cli import doctor
-from dsv4_jax.cli.main import application
+from dsv4_jax.native import compatibility
+from dsv4_jax.tools.cli import doctor
+from dsv4_jax.tools.cli.main import application
 
 TARGETS = {
     "dsv4_begin_step",
@@ -129,34 +129,34 @@ def test_doctor_on_this_machine():
 
 def test_doctor_diagnoses_a_native_module_that_does_not_load():
     code = (
-        "import sys; sys.modules['dsv4_jax._native'] = None; sys.argv = ['dsv4-jax', 'doctor'];"
-        "from dsv4_jax.cli.main import main; main()"
+        "import sys; sys.modules['dsv4_jax_native'] = None; sys.argv = ['dsv4-jax', 'doctor'];"
+        "from dsv4_jax.tools.cli.main import main; main()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "does not load" in result.stdout
-    assert _compatibility.REBUILD in result.stdout
+    assert compatibility.REBUILD in result.stdout
 
 
 def test_every_target_is_registered_and_again_is_harmless():
-    from dsv4_jax import _registration
+    from dsv4_jax.native import registration
 
-    assert set(_registration.REGISTERED["cpu"]) == TARGETS
-    if "CUDA" in _registration.REGISTERED:
-        assert set(_registration.REGISTERED["CUDA"]) == TARGETS
-    assert _registration.register() == _registration.REGISTERED
+    assert set(registration.REGISTERED["cpu"]) == TARGETS
+    if "CUDA" in registration.REGISTERED:
+        assert set(registration.REGISTERED["CUDA"]) == TARGETS
+    assert registration.register() == registration.REGISTERED
 
 
 @pytest.mark.parametrize(("built", "running"), [((0, 3), (0, 3)), ((0, 3), (0, 5)), ((1, 0), (1, 2))])
 def test_older_headers_run_on_newer_runtimes(built, running):
-    _compatibility.check_ffi_api(built, running)
+    compatibility.check_ffi_api(built, running)
 
 
 @pytest.mark.parametrize(("built", "running"), [((0, 4), (0, 3)), ((0, 9), (1, 0)), ((1, 0), (0, 9))])
 def test_rejected_ffi_api_is_one_clear_import_error(built, running):
     with pytest.raises(ImportError) as raised:
-        _compatibility.check_ffi_api(built, running)
+        compatibility.check_ffi_api(built, running)
     message = str(raised.value)
     assert f"{built[0]}.{built[1]}" in message
     assert f"{running[0]}.{running[1]}" in message
-    assert _compatibility.REBUILD in message
+    assert compatibility.REBUILD in message

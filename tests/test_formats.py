@@ -11,8 +11,9 @@ import numpy as np
 import numpy_formats
 import pytest
 
-from dsv4_jax.config import ConfigError, tiny_spec
-from dsv4_jax.formats import ENTRY_FORMATS, KEY_FORMATS, PROFILES, WINDOW_FORMATS, CacheFormats, FormatError
+from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS, PROFILES, WINDOW_FORMATS, CacheFormats, FormatError
+from dsv4_jax.spec.model import ConfigError
+from dsv4_jax.spec.presets import tiny_spec
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "dsv4_quant_golden.npz")
 

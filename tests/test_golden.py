@@ -10,7 +10,7 @@ from golden import GOLDEN, META, POSITIONS, golden_attention, golden_tokens, gol
 from harness import SPEC, Driver, inputs_of, random_chunks
 
 from dsv4_jax import PROFILES, LayerCache, begin_step
-from dsv4_jax.formats import HCA_TAILS
+from dsv4_jax.layout.formats import HCA_TAILS
 
 TOKENS, PREFILL = META["seq"], META["prefill"]
 

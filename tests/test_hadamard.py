@@ -8,7 +8,7 @@ import pytest
 from harness import Driver, random_tokens, random_weights
 
 from dsv4_jax import CacheFormats, LayerCache, WrongLayerKind
-from dsv4_jax.formats import KEY_FORMATS
+from dsv4_jax.layout.formats import KEY_FORMATS
 
 CSA, HCA = 1, 2
 TOKENS, KEYS = 301, 75

@@ -27,7 +27,7 @@ from dsv4_jax import (
     init_cache,
     tiny_spec,
 )
-from dsv4_jax.bench.measure import native_calls
+from dsv4_jax.tools.bench.measure import native_calls
 
 STEPS = 6
 LAYOUTS = {"decode": PlanLayout(8, 8), "prefill": PlanLayout(200, 8)}

@@ -11,8 +11,9 @@ import pytest
 from harness import random_tokens, random_weights, update
 
 from dsv4_jax import CacheFormats, CacheSchema, LayerCache, LayerKind, init_cache, ops, tiny_spec
-from dsv4_jax.formats import ENTRY_FORMATS
-from dsv4_jax.plan import PlanLayout, build_plan
+from dsv4_jax.host.planning import build_plan
+from dsv4_jax.layout.formats import ENTRY_FORMATS
+from dsv4_jax.layout.plan import PlanLayout
 
 FORMAT = ENTRY_FORMATS["fp8_ds_mla"]
 LAYERS = 2

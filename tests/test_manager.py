@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.allocator import BlockAllocator
-from dsv4_jax.config import LayerKind, tiny_spec
-from dsv4_jax.errors import (
+from dsv4_jax.host.blocks import BlockAllocator
+from dsv4_jax.host.errors import (
     CacheFull,
     CannotTruncate,
     ContextExceeded,
@@ -19,10 +18,12 @@ from dsv4_jax.errors import (
     StepTooLarge,
     UnknownRequest,
 )
-from dsv4_jax.formats import CacheFormats
-from dsv4_jax.manager import CacheManager
-from dsv4_jax.plan import PlanLayout
-from dsv4_jax.schema import CacheSchema
+from dsv4_jax.host.manager import CacheManager
+from dsv4_jax.layout.formats import CacheFormats
+from dsv4_jax.layout.plan import PlanLayout
+from dsv4_jax.layout.schema import CacheSchema
+from dsv4_jax.spec.kinds import LayerKind
+from dsv4_jax.spec.presets import tiny_spec
 
 SWA, CSA, HCA = LayerKind.SWA, LayerKind.CSA, LayerKind.HCA
 

@@ -14,8 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from test_manager import make_manager, state
 from test_plan import assert_fields, by_loop
 
-from dsv4_jax.config import LayerKind
-from dsv4_jax.errors import (
+from dsv4_jax.host.errors import (
     CacheError,
     CacheFull,
     CannotTruncate,
@@ -25,8 +24,9 @@ from dsv4_jax.errors import (
     StepTooLarge,
     UnknownRequest,
 )
-from dsv4_jax.formats import HCA_TAILS
-from dsv4_jax.plan import PlanLayout, StepPlan
+from dsv4_jax.layout.formats import HCA_TAILS
+from dsv4_jax.layout.plan import PlanLayout, StepPlan
+from dsv4_jax.spec.kinds import LayerKind
 
 SWA, CSA, HCA = LayerKind.SWA, LayerKind.CSA, LayerKind.HCA
 WINDOW = 128

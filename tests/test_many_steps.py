@@ -8,7 +8,7 @@ from aot import assert_in_place, compile_for_h200
 from harness import POOLS, Driver, assert_same_bytes, random_tokens, random_weights, update
 
 from dsv4_jax import CacheFormats
-from dsv4_jax.formats import HCA_TAILS
+from dsv4_jax.layout.formats import HCA_TAILS
 
 STEPS = 12
 LENGTHS = (0, 120, 253, 505)

@@ -23,10 +23,11 @@ from dsv4_jax import (
     ops,
     reference,
 )
-from dsv4_jax.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
-from dsv4_jax.plan import PlanLayout, build_plan
-from dsv4_jax.rotary import inverse_frequencies
-from dsv4_jax.rows import Compressed, Window
+from dsv4_jax.host.planning import build_plan
+from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
+from dsv4_jax.layout.plan import PlanLayout
+from dsv4_jax.ops.operands import Compressed, Window
+from dsv4_jax.spec.rotary import inverse_frequencies
 
 SLOTS, BLOCKS, MAX_BLOCKS, LAYERS, RING = 5, 40, 8, 3, 128
 LAYOUT = PlanLayout(tokens=600, requests=5)

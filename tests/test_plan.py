@@ -1,13 +1,14 @@
 """StepPlan: the packed vector says exactly what a loop over requests and tokens says, on the host and inside jit."""
 
+import dsv4_jax_native
 import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_jax import _native
-from dsv4_jax.plan import PlanLayout, StepPlan, build_plan, build_plans
+from dsv4_jax.host.planning import build_plan, build_plans
+from dsv4_jax.layout.plan import PlanLayout, StepPlan
 
 FIELDS = ("token_slot", "token_position", "token_request", "request_slot", "request_reset", "query_start", "longest")
 TABLE_FIELDS = ("table_slot", "table_index", "table_block")
@@ -345,4 +346,6 @@ def test_pack_tokens_refuses_stacked_plans():
 @pytest.mark.parametrize(("tokens", "requests"), [(1, 1), (64, 64), (8192, 7), (300, 5)])
 def test_kernels_look_for_every_field_where_the_layout_has_it(tokens, requests):
     layout = PlanLayout(tokens, requests)
-    assert _native.plan_offsets(tokens, requests) == {name: where.start for name, where in layout.fields.items()}
+    assert dsv4_jax_native.plan_offsets(tokens, requests) == {
+        name: where.start for name, where in layout.fields.items()
+    }

@@ -9,9 +9,9 @@ import typer
 from typer.testing import CliRunner
 
 from dsv4_jax import CacheFormats, capacity_plan, deepseek_v4_pro, init_cache, tiny_spec
-from dsv4_jax.cli.main import application
-from dsv4_jax.cli.plan import parse_bytes
-from dsv4_jax.formats import HCA_TAILS, PROFILES
+from dsv4_jax.layout.formats import HCA_TAILS, PROFILES
+from dsv4_jax.tools.cli.main import application
+from dsv4_jax.tools.cli.plan import parse_bytes
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.config import tiny_spec
-from dsv4_jax.formats import PROFILES
-from dsv4_jax.pools import Cache, init_cache
-from dsv4_jax.schema import CacheSchema
+from dsv4_jax.cache.pools import Cache, init_cache
+from dsv4_jax.layout.formats import PROFILES
+from dsv4_jax.layout.schema import CacheSchema
+from dsv4_jax.spec.presets import tiny_spec
 
 ARRAYS = [
     "block_table",

@@ -7,8 +7,8 @@ import numpy as np
 import typer
 
 from dsv4_jax import PlanLayout, ops
-from dsv4_jax.cli.main import application
-from dsv4_jax.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
+from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
+from dsv4_jax.tools.cli.main import application
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

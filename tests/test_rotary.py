@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.config import RopeSpec
-from dsv4_jax.rotary import (
+from dsv4_jax.spec.model import RopeSpec
+from dsv4_jax.spec.rotary import (
     Rotary,
     apply_rotary,
     closing_positions,

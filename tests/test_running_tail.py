@@ -9,7 +9,7 @@ import pytest
 from harness import SPEC, Driver, assert_same_bytes, random_chunks, random_tokens, random_weights
 
 from dsv4_jax import PROFILES
-from dsv4_jax.rotary import inverse_frequencies
+from dsv4_jax.spec.rotary import inverse_frequencies
 
 TOKENS = 530
 HCA_LAYER = 2

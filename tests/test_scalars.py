@@ -6,7 +6,8 @@ import numpy as np
 import numpy_reference
 import pytest
 
-from dsv4_jax.reference import hadamard_transform, scalars
+from dsv4_jax.arithmetic import scalars
+from dsv4_jax.reference import hadamard_transform
 
 SMALLEST_NORMAL = np.float32(2.0**-126)
 

@@ -7,9 +7,10 @@ import pickle
 import jax.numpy as jnp
 import pytest
 
-from dsv4_jax.config import LayerKind, deepseek_v4_flash, deepseek_v4_pro, tiny_spec
-from dsv4_jax.formats import PROFILES, CacheFormats
-from dsv4_jax.schema import CacheSchema, LayerCacheSchema, SchemaError, compute_block_budget
+from dsv4_jax.layout.formats import PROFILES, CacheFormats
+from dsv4_jax.layout.schema import CacheSchema, LayerCacheSchema, SchemaError, compute_block_budget
+from dsv4_jax.spec.kinds import LayerKind
+from dsv4_jax.spec.presets import deepseek_v4_flash, deepseek_v4_pro, tiny_spec
 
 SWA, CSA, HCA = LayerKind.SWA, LayerKind.CSA, LayerKind.HCA
 BF16 = PROFILES["bf16"]

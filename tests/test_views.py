@@ -20,8 +20,8 @@ from dsv4_jax import (
     tiny_spec,
     window_view,
 )
-from dsv4_jax.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
-from dsv4_jax.views import row_fields
+from dsv4_jax.cache.views import row_fields
+from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
 
 SWA, CSA, HCA = range(3)
 TOKENS = 300

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "../common/kernels.h"
-#include "running.h"
+#include "cpu/running.h"
+#include "ops/kernels.h"
 
 namespace dsv4::cpu {
 namespace {

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
-#include "../common/entries.h"
-#include "../common/kernels.h"
-#include "rows.h"
+#include "cpu/rows.h"
+#include "layout/places.h"
+#include "ops/kernels.h"
 
 namespace dsv4::cpu {
 namespace {

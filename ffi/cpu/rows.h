@@ -3,8 +3,8 @@
 
 #include <vector>
 
-#include "../common/codecs.h"
-#include "../common/params.h"
+#include "layout/codecs.h"
+#include "ops/params.h"
 
 namespace dsv4::cpu {
 

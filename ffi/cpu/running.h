@@ -3,9 +3,9 @@
 
 #include <algorithm>
 
-#include "../common/pooling.h"
-#include "../common/window_rows.h"
-#include "rows.h"
+#include "cpu/rows.h"
+#include "layout/window_rows.h"
+#include "math/pooling.h"
 
 namespace dsv4::cpu {
 

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "../common/kernels.h"
-#include "running.h"
+#include "cpu/running.h"
+#include "ops/kernels.h"
 
 namespace dsv4::cpu {
 namespace {

@@ -6,10 +6,10 @@
 #include <string>
 #include <string_view>
 
-#include "../common/codecs.h"
-#include "../common/kernels.h"
-#include "../common/params.h"
-#include "../cpu/denormals.h"
+#include "cpu/denormals.h"
+#include "layout/codecs.h"
+#include "ops/kernels.h"
+#include "ops/params.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace dsv4 {

@@ -1,7 +1,7 @@
 // FFI handlers of the ops that make, store and read rows of pools: compress, flush, the gathers, quantize and
 // dequantize.
 
-#include "check.h"
+#include "handlers/check.h"
 
 namespace dsv4 {
 

@@ -1,6 +1,6 @@
 // FFI handlers of the ops that write per-request state: begin_step, append_window, append_tail, rotate.
 
-#include "check.h"
+#include "handlers/check.h"
 
 namespace dsv4 {
 

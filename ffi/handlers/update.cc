@@ -1,6 +1,6 @@
 // FFI handlers of update_swa, update_csa and update_hca: all writes of one layer and step in one call.
 
-#include "check.h"
+#include "handlers/check.h"
 
 namespace dsv4 {
 

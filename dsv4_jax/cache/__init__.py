@@ -1,0 +1,1 @@
+"""The device half: pools, steps, layers, views."""

@@ -1,0 +1,1 @@
+"""The host half: which request has which slot, blocks and length."""

@@ -1,0 +1,42 @@
+"""What of a request can be taken back: the lengths whose state is still in its tails and its window's ring."""
+
+from __future__ import annotations
+
+from dsv4_jax.host.errors import CannotTruncate
+from dsv4_jax.layout.schema import CacheSchema
+from dsv4_jax.spec.kinds import LayerKind
+
+CSA, HCA = LayerKind.CSA, LayerKind.HCA
+
+
+def check_truncation(schema: CacheSchema, request: int, current: int, peak: int, length: int) -> None:
+    """Raises CannotTruncate unless a request of ``current`` tokens can go on from ``length``; see ``truncate``.
+
+    Args:
+      schema: the cache.
+      request: handle, for the error.
+      current: tokens of the request, not 0.
+      peak: the most it has had.
+      length: the tokens to keep, neither 0 nor ``current``.
+    """
+    window_lowest = peak - schema.ring + schema.spec.window - 1 if peak > schema.ring else 1
+    csa_lowest = current // CSA.ratio * CSA.ratio if schema.spec.count(CSA) else 1
+    running = schema.formats.hca_tail == "running"
+    hca_lowest = 1
+    if schema.spec.count(HCA):
+        one_token_open = (current - 1) % HCA.ratio == 0
+        hca_lowest = current - one_token_open if running else current // HCA.ratio * HCA.ratio
+
+    if not 0 < length < current:
+        reason = "it never had that length" if length > current else "a length is at least 0"
+    elif length < window_lowest:
+        reason = f"the sliding window there was overwritten when the request grew to {peak}"
+    elif length < csa_lowest:
+        reason = f"the window of {CSA.ratio} tokens that was open there is closed and its rows are gone"
+    elif length >= hca_lowest or length % HCA.ratio == 0:  # between two HCA windows nothing is open
+        return
+    elif running:
+        reason = f"a running tail keeps no rows of the window of {HCA.ratio} tokens that was open there"
+    else:
+        reason = f"the window of {HCA.ratio} tokens that was open there is closed and its rows are gone"
+    raise CannotTruncate(request, current, length, max(window_lowest, csa_lowest, hca_lowest, 1), reason)

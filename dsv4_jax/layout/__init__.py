@@ -1,0 +1,1 @@
+"""How a cache is laid out: storage formats, schemas, plans."""

@@ -1,0 +1,224 @@
+"""How one vector is stored: every storage format of entries, window rows and indexer keys, as data.
+
+A pool is an array of pages and a page holds a fixed number of rows. An unquantized page is a plain ``[rows, width]``
+array. A quantized page is bytes: first the data of every row, then the scales of every row, then padding,
+
+    data of row i    at  data_bytes * i
+    scales of row i  at  data_bytes * rows + scale_bytes * i
+
+which is FlashMLA's page layout, used for all formats here. The rounding rules behind each codec live in
+``dsv4_jax/arithmetic/codecs.py`` (in words and jnp) and ``ffi/layout/codecs.h`` (for the kernels);
+``tests/test_formats.py`` holds the two, and the byte counts below, against each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import jax.numpy as jnp
+import numpy as np
+
+from dsv4_jax.spec.kinds import HEAD_DIM, KEY_DIM, ROPE_DIM
+
+GLOBAL_SCALES = (2.0**-100, 2.0**100)
+"""The smallest and largest ``CacheFormats.global_scale``: no block scale in units of it is subnormal or infinite."""
+
+
+class FormatError(ValueError):
+    """A storage format that does not exist, or that cannot hold the component it was chosen for."""
+
+
+_WIDTHS = MappingProxyType(
+    {
+        "fp32": (HEAD_DIM, KEY_DIM),
+        "bf16": (HEAD_DIM, KEY_DIM),
+        "fp8": (HEAD_DIM,),
+        "fp8_ds_mla": (HEAD_DIM,),
+        "nvfp4": (HEAD_DIM, KEY_DIM),
+        "nvfp4_static": (HEAD_DIM, KEY_DIM),
+        "fp8_pow2": (KEY_DIM,),
+        "mxfp4": (KEY_DIM,),
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class VectorFormat:
+    """How one vector of ``width`` channels is stored.
+
+    Attributes:
+      name: the word users choose the format by.
+      codec: the name kernels and the reference know the arithmetic by.
+      width: channels of a row, 512 (entries, window rows) or 128 (indexer keys).
+      data_bytes: bytes of one row's codes (and unquantized channels).
+      scale_bytes: bytes of one row's scales; 0 for unquantized formats.
+      page_multiple: a page's size is padded up to a multiple of this many bytes.
+      global_scale: the constant fp32 scale of ``nvfp4_static``; unused by the others.
+
+    Raises:
+      FormatError: there is no such codec, or it cannot hold vectors of that width.
+    """
+
+    name: str
+    codec: str
+    width: int
+    data_bytes: int
+    scale_bytes: int = 0
+    page_multiple: int = 1
+    global_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.codec not in _WIDTHS:
+            raise FormatError(f"There is no codec {self.codec!r}; choose one of {', '.join(_WIDTHS)}.")
+        if self.width not in _WIDTHS[self.codec]:
+            widths = " or ".join(map(str, _WIDTHS[self.codec]))
+            raise FormatError(f"{self.codec} holds vectors of {widths} channels, not {self.width}.")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether pages are bytes (True) or plain arrays of ``dtype`` (False)."""
+        return self.codec not in ("fp32", "bf16")
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The element type of a page array."""
+        unquantized = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+        return np.dtype(unquantized.get(self.codec, jnp.uint8))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, page padding apart."""
+        return self.data_bytes + self.scale_bytes
+
+    def page_bytes(self, rows: int) -> int:
+        """Bytes of a page of ``rows`` rows, padding included."""
+        return math.ceil(rows * self.row_bytes / self.page_multiple) * self.page_multiple
+
+    def page_shape(self, rows: int) -> tuple[int, ...]:
+        """Shape of a page of ``rows`` rows: ``[rows, width]``, or ``[page_bytes]`` when quantized."""
+        return (self.page_bytes(rows),) if self.quantized else (rows, self.width)
+
+    def page_rank(self) -> int:
+        """Number of axes of a page."""
+        return 1 if self.quantized else 2
+
+
+def _table(*formats: VectorFormat) -> Mapping[str, VectorFormat]:
+    return MappingProxyType({vector_format.name: vector_format for vector_format in formats})
+
+
+def _fp8_ds_mla() -> VectorFormat:
+    # 7 UE8M0 bytes and one zero byte a row; page stride as FlashMLA's MODEL1 expects it.
+    return VectorFormat("fp8_ds_mla", "fp8_ds_mla", HEAD_DIM, HEAD_DIM + ROPE_DIM, 8, page_multiple=576)
+
+
+def _nvfp4(width: int) -> tuple[VectorFormat, VectorFormat]:
+    return (
+        VectorFormat("nvfp4", "nvfp4", width, width // 2, width // 16 + 4),
+        VectorFormat("nvfp4_static", "nvfp4_static", width, width // 2, width // 16),
+    )
+
+
+WINDOW_FORMATS = _table(
+    VectorFormat("fp32", "fp32", HEAD_DIM, 4 * HEAD_DIM),
+    VectorFormat("bf16", "bf16", HEAD_DIM, 2 * HEAD_DIM),
+    VectorFormat("fp8", "fp8", HEAD_DIM, HEAD_DIM + ROPE_DIM, 4),
+    _fp8_ds_mla(),
+)
+"""Formats of sliding-window rows by name."""
+
+ENTRY_FORMATS = _table(*WINDOW_FORMATS.values(), *_nvfp4(HEAD_DIM))
+"""Formats of compressed entries by name."""
+
+KEY_FORMATS = _table(
+    VectorFormat("fp32", "fp32", KEY_DIM, 4 * KEY_DIM),
+    VectorFormat("bf16", "bf16", KEY_DIM, 2 * KEY_DIM),
+    VectorFormat("fp8", "fp8_pow2", KEY_DIM, KEY_DIM, 4),
+    *_nvfp4(KEY_DIM),
+    VectorFormat("mxfp4", "mxfp4", KEY_DIM, KEY_DIM // 2, 4),
+)
+"""Formats of indexer keys by name."""
+
+
+HCA_TAILS = ("rows", "running")
+"""Ways to keep an open HCA window."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheFormats:
+    """The storage format of every component of a cache, chosen by name.
+
+    Attributes:
+      entries: format of CSA and HCA entries, a name of ``ENTRY_FORMATS``.
+      window: format of sliding-window rows, a name of ``WINDOW_FORMATS``.
+      indexer: format of indexer keys, a name of ``KEY_FORMATS``.
+      indexer_hadamard: whether indexer keys are stored after a Hadamard transform (DeepSeek does, Hugging Face does
+        not); queries must then be transformed too, see ``LayerCache.transform_query``.
+      global_scale: the constant fp32 scale of ``nvfp4_static``, from 2^-100 to 2^100. What is stored saturates at
+        2688 times this.
+      hca_tail: how an HCA layer keeps its open window. "rows": all of its rows so far, 512 KiB per request and layer.
+        "running": the softmax of those rows so far (max, denominator, sum), 6 KiB. Entries agree within fp32 rounding;
+        from a running tail no single token can be taken back, see ``CacheManager.truncate``.
+
+    Raises:
+      FormatError: a name is unknown, or names a format that cannot hold the component; or ``global_scale`` is out of
+        range.
+    """
+
+    entries: str = "fp8"
+    window: str = "bf16"
+    indexer: str = "nvfp4"
+    indexer_hadamard: bool = False
+    global_scale: float = 1.0
+    hca_tail: str = "rows"
+
+    def __post_init__(self) -> None:
+        _ = (self.entry_format, self.window_format, self.key_format)
+        if self.hca_tail not in HCA_TAILS:
+            raise FormatError(f"hca_tail={self.hca_tail!r} is not a tail; choose one of {', '.join(HCA_TAILS)}.")
+        smallest, largest = GLOBAL_SCALES
+        if not smallest <= self.global_scale <= largest:
+            raise FormatError(
+                f"global_scale must be from 2^-100 to 2^100 ({smallest:.3g} to {largest:.3g}), got {self.global_scale}."
+            )
+
+    @property
+    def entry_format(self) -> VectorFormat:
+        """How CSA and HCA entries are stored."""
+        return self._resolve("entries", self.entries, ENTRY_FORMATS)
+
+    @property
+    def window_format(self) -> VectorFormat:
+        """How sliding-window rows are stored."""
+        return self._resolve("window", self.window, WINDOW_FORMATS)
+
+    @property
+    def key_format(self) -> VectorFormat:
+        """How indexer keys are stored."""
+        return self._resolve("indexer", self.indexer, KEY_FORMATS)
+
+    def _resolve(self, component: str, name: str, table: Mapping[str, VectorFormat]) -> VectorFormat:
+        if name not in table:
+            raise FormatError(
+                f"{component}={name!r} is not a format for {component}; choose one of {', '.join(table)}."
+            )
+        vector_format = table[name]
+        if vector_format.codec == "nvfp4_static":
+            return dataclasses.replace(vector_format, global_scale=float(np.float32(self.global_scale)))
+        return vector_format
+
+
+PROFILES: Mapping[str, CacheFormats] = MappingProxyType(
+    {
+        "exact": CacheFormats("fp32", "fp32", "fp32"),
+        "bf16": CacheFormats("bf16", "bf16", "bf16"),
+        "default": CacheFormats(),
+        "flashmla": CacheFormats("fp8_ds_mla", "fp8_ds_mla", "fp8"),
+        "deepseek": CacheFormats("fp8_ds_mla", "fp8_ds_mla", "mxfp4", indexer_hadamard=True),
+        "compact": CacheFormats("nvfp4_static", "fp8", "mxfp4", indexer_hadamard=True),
+    }
+)
+"""Usual sets of formats by name."""

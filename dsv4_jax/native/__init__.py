@@ -1,0 +1,1 @@
+"""The native module: whether it fits, its registration, its calls."""

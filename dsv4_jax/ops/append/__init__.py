@@ -1,0 +1,1 @@
+"""append_window and append_tail."""

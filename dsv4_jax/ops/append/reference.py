@@ -1,0 +1,88 @@
+"""append_window and append_tail: a step's rows into the sliding window, its projections into a compressor's tail."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.arithmetic.pages import in_range, write_rows
+from dsv4_jax.arithmetic.places import all_tokens, current_row, current_survives, overlap_row, overlap_survives
+from dsv4_jax.arithmetic.running import append_running
+from dsv4_jax.arithmetic.scalars import to_float32
+from dsv4_jax.layout.formats import VectorFormat
+from dsv4_jax.layout.plan import StepPlan
+from dsv4_jax.layout.schema import is_running
+
+
+def append_window(
+    window: jax.Array,
+    positions: jax.Array,
+    rows: jax.Array,
+    plan: StepPlan,
+    layer: jax.Array | int,
+    *,
+    format: VectorFormat,
+) -> tuple[jax.Array, jax.Array]:
+    """Store a step's rows in the ring: row = position % ring, and only rows that the same step does not overwrite.
+
+    Args:
+      window: [layers, slots, *page(ring)].
+      positions: int32 [layers, slots, ring], the position each ring row holds, -1 for none.
+      rows: fp32 or bf16 [T, 512], normalized and rotated; rows of padding are ignored.
+      plan: the step.
+      layer: int32 scalar, index along the window's first axis; out of range writes nothing.
+      format: how window rows are stored.
+
+    Returns:
+      window, positions.
+    """
+    layers, slots, ring = positions.shape
+    token = all_tokens(plan, slots)
+    survives = token.valid & (token.position >= token.next - ring) & in_range(layer, layers)
+    row = token.position % ring
+    window = write_rows(window, rows, survives, layer, token.slot, row, rows_per_page=ring, vector_format=format)
+    slot = jnp.where(survives, token.slot, slots)
+    return window, positions.at[layer, slot, row].set(token.position, mode="drop")
+
+
+def append_tail(
+    tail: jax.Array,
+    kv: jax.Array,
+    gate: jax.Array,
+    ape: jax.Array,
+    plan: StepPlan,
+    layer: jax.Array | int,
+    *,
+    ratio: int,
+) -> jax.Array:
+    """Keep what later entries pool from a step's projections: kv, and score = gate + ape[position % ratio].
+
+    Only halves still needed after the step are written (`geometry.overlap_survives`, `current_survives`).
+
+    Args:
+      tail: fp32 [layers, slots, 2 (kv, score), rows, d], or running [layers, slots, 3, d] (`running.append_running`).
+      kv: fp32 or bf16 [T, 2d] for CSA, [T, d] for HCA.
+      gate: like kv.
+      ape: fp32 [ratio, columns of kv].
+      plan: the step.
+      layer: int32 scalar, index along the tail's first axis; out of range writes nothing.
+      ratio: tokens per entry, 4 (CSA) or 128 (HCA).
+
+    Returns:
+      The tail.
+    """
+    layers, slots, *_, width = tail.shape
+    token = all_tokens(plan, slots)
+    kv, score = to_float32(kv), to_float32(gate) + jnp.asarray(ape)[token.position % ratio]
+    if is_running(tail.shape):
+        return append_running(tail, kv, score, plan, layer)
+    places = [(current_row, current_survives, slice(-width, None))]
+    if kv.shape[1] > width:
+        places.append((overlap_row, overlap_survives, slice(None, width)))
+    for row_of, survives, columns in places:
+        keep = token.valid & survives(token.position, token.next, ratio) & in_range(layer, layers)
+        slot = jnp.where(keep, token.slot, slots)[:, None]
+        row = row_of(token.position, ratio)[:, None]
+        values = jnp.stack([kv[:, columns], score[:, columns]], axis=1)
+        tail = tail.at[layer, slot, jnp.arange(2), row].set(values, mode="drop")
+    return tail

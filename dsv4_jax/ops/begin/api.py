@@ -1,0 +1,41 @@
+"""begin_step: what a step's plan changes before any layer runs."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.layout.plan import StepPlan
+from dsv4_jax.native.call import call, check, check_plan, plan_attributes, struct
+
+
+def begin_step(
+    block_table: jax.Array, window_positions: jax.Array, plan: StepPlan
+) -> tuple[jax.Array, jax.Array, StepPlan]:
+    """Resets the slots that have a new owner, then applies the step's block-table changes.
+
+    A reset slot has no blocks (table row -1) and no window rows (positions -1). Tails are left as they are: what a
+    former owner left there is of positions that the new one has not reached, and is not read.
+
+    Args:
+      block_table: int32 [slots, max_blocks].
+      window_positions: int32 [layers, slots, ring].
+      plan: the step; slots, indices and requests below 0 or out of range change nothing.
+
+    Returns:
+      The two arrays, updated in place, and a copy of the plan, for the layers. The copy has the same address in every
+      run of a compiled step; the plan itself is a new array each time, and XLA would update the CUDA graph in every
+      place that reads it.
+    """
+    op = "begin_step"
+    check(op, "block_table", block_table, (None, None), jnp.int32)
+    check(op, "window_positions", window_positions, (None, block_table.shape[0], None), jnp.int32)
+    check_plan(op, plan)
+    block_table, window_positions, packed = call(
+        op,
+        (block_table, window_positions, plan.packed),
+        in_place=2,
+        results=[struct((plan.layout.size,), jnp.int32)],
+        **plan_attributes(plan),
+    )
+    return block_table, window_positions, StepPlan(packed, plan.layout)

@@ -1,0 +1,38 @@
+"""begin_step: what a step changes before any layer runs."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.arithmetic.pages import in_range
+from dsv4_jax.layout.plan import StepPlan
+
+
+def begin_step(
+    block_table: jax.Array, window_positions: jax.Array, plan: StepPlan
+) -> tuple[jax.Array, jax.Array, StepPlan]:
+    """Make the slots of new requests as new, then apply the step's block-table changes.
+
+    As new: no blocks, no window position recorded. Entries, keys, window rows and tails are left as they are, since
+    nothing leads to them any more.
+
+    Args:
+      block_table: int32 [slots, max_blocks].
+      window_positions: int32 [layers, slots, ring].
+      plan: the step; slots and table places out of range change nothing.
+
+    Returns:
+      The same two arrays, and the plan.
+    """
+    slots, max_blocks = block_table.shape
+    slot = jnp.asarray(plan.request_slot)
+    reset = jnp.where((jnp.asarray(plan.request_reset) != 0) & in_range(slot, slots), slot, slots)
+    block_table = block_table.at[reset].set(-1, mode="drop")
+    window_positions = window_positions.at[:, reset].set(-1, mode="drop")
+
+    slot, index = jnp.asarray(plan.table_slot), jnp.asarray(plan.table_index)
+    valid = in_range(slot, slots) & in_range(index, max_blocks)
+    changed = jnp.where(valid, slot, slots)
+    block_table = block_table.at[changed, index].set(plan.table_block, mode="drop")
+    return block_table, window_positions, StepPlan(jnp.asarray(plan.packed), plan.layout)

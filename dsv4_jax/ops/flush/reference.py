@@ -1,0 +1,66 @@
+"""flush: store finished entries (or indexer keys) in their blocks."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.arithmetic.pages import in_range, write_rows
+from dsv4_jax.arithmetic.places import entries_per_block, tokens_at
+from dsv4_jax.layout.formats import VectorFormat
+from dsv4_jax.layout.plan import StepPlan
+
+
+def block_of(block_table: jax.Array, slot: jax.Array, entry: jax.Array, ratio: int) -> jax.Array:
+    """The block that holds an entry of a slot; -1 where slot or entry is out of range.
+
+    Args:
+      block_table: int32 [slots, max_blocks].
+      slot: int32, any shape.
+      entry: int32, slot's shape.
+      ratio: tokens per entry.
+    """
+    slots, max_blocks = block_table.shape
+    index = entry // entries_per_block(ratio)
+    known = in_range(slot, slots) & in_range(index, max_blocks)
+    return jnp.where(known, block_table[jnp.where(known, slot, 0), jnp.where(known, index, 0)], -1)
+
+
+def flush(
+    pool: jax.Array,
+    entries: jax.Array,
+    block_table: jax.Array,
+    plan: StepPlan,
+    layer: jax.Array | int,
+    *,
+    ratio: int,
+    format: VectorFormat,
+) -> jax.Array:
+    """Store the entries that a step closed: entry e in block block_table[slot, e // n], row e % n, n entries a block.
+
+    Args:
+      pool: [layers, blocks, *page(128 / ratio)].
+      entries: fp32 [C, width], from `compress`.
+      block_table: int32 [slots, max_blocks]; a missing (negative) or unknown block is not written.
+      plan: the step; C is the length of plan.closing(ratio), rows of padding are ignored.
+      layer: int32 scalar, index along the pool's first axis; out of range writes nothing.
+      ratio: tokens per entry, 4 (CSA) or 128 (HCA).
+      format: how entries are stored.
+
+    Returns:
+      The pool.
+    """
+    rows_per_page = entries_per_block(ratio)
+    closing = tokens_at(plan, jnp.asarray(plan.closing(ratio)), block_table.shape[0])
+    entry = closing.position // ratio
+    block = block_of(block_table, closing.slot, entry, ratio)
+    return write_rows(
+        pool,
+        entries,
+        closing.valid,
+        layer,
+        block,
+        entry % rows_per_page,
+        rows_per_page=rows_per_page,
+        vector_format=format,
+    )

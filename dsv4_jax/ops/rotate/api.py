@@ -1,0 +1,31 @@
+"""rotate: what a closed window leaves in the tail is cleared."""
+
+from __future__ import annotations
+
+import jax
+
+from dsv4_jax.layout.plan import StepPlan
+from dsv4_jax.native.call import call, check_plan, check_tail, layer_operand, plan_attributes
+
+
+def rotate(tail: jax.Array, plan: StepPlan, layer: int | jax.Array, *, ratio: int) -> jax.Array:
+    """Turns the tail over for every request whose step closed a window.
+
+    The overlap rows of the window just closed become the previous window where they lie (the tail keeps two windows of
+    them side by side); every row that no later entry will pool is cleared to kv 0 and score -1e9.
+
+    Args:
+      tail: float32 [layers, slots, 2, rows, width], or running [layers, slots, 3, 512]: empty (max -1e9, denominator
+        and sum 0) where the step's last token closed the window.
+      plan: the step; padding requests (-1) change nothing.
+      layer: index of the layer among those of its kind.
+      ratio: 4 (CSA) or 128 (HCA).
+
+    Returns:
+      tail, updated in place.
+    """
+    op = "rotate"
+    check_tail(op, "tail", tail, ratio)
+    check_plan(op, plan)
+    (tail,) = call(op, (tail, plan.packed, layer_operand(layer)), in_place=1, ratio=ratio, **plan_attributes(plan))
+    return tail

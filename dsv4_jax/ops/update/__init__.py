@@ -1,0 +1,1 @@
+"""update_swa, update_csa, update_hca and normalize."""

@@ -1,0 +1,1 @@
+"""What a model is: kinds of layers, geometry, configs, rotary embedding."""

@@ -1,0 +1,224 @@
+"""``model_spec``: a ``ModelSpec`` read from a config.json.
+
+Two forms of config are read. DeepSeek's carries ``compress_ratios``, one number per layer (0 = sliding window only,
+4 = CSA, 128 = HCA), with more values than layers for the multi-token prediction (MTP) layers. Hugging Face's
+``save_pretrained`` writes ``layer_types``, ``compress_rates`` and ``rope_parameters``; an older flat form of it has
+``compress_rate_csa``, ``compress_rate_hca`` and ``rope_scaling``. A fact that a config states twice must be the same
+both times. Nothing is guessed about the layers: Hugging Face's default ``layer_types`` describes no published model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsv4_jax.spec.kinds import HEAD_DIM, KEY_DIM, KIND_OF_RATIO, ROPE_DIM, LayerKind
+from dsv4_jax.spec.model import ConfigError, LayerSpec, ModelSpec, RopeSpec, is_count, is_number
+
+_KIND_OF_TYPE = {
+    "sliding_attention": LayerKind.SWA,
+    "compressed_sparse_attention": LayerKind.CSA,
+    "heavily_compressed_attention": LayerKind.HCA,
+}
+
+
+def model_spec(config: Mapping[str, Any] | str | os.PathLike[str], *, include_mtp: bool = False) -> ModelSpec:
+    """Read a model's geometry from its config, in DeepSeek's or in Hugging Face's form.
+
+    The geometry that every DeepSeek-V4 model shares may be left out: head_dim 512, rope dim 64, index head dim 128,
+    sliding window 128, norm epsilon 1e-6, 1,048,576 positions, rope theta 1e4 and 1.6e5, one MTP layer. What differs
+    between models may not: the layers, the hidden size, the numbers of heads, the indexer's top-k, and whether CSA and
+    HCA layers use YaRN (``rope_scaling``, or ``null`` for none).
+
+    Args:
+      config: the parsed config, or the path of a config.json or of a folder that holds one.
+      include_mtp: whether the MTP layers, which ``compress_ratios`` lists last, get a cache too.
+
+    Raises:
+      ConfigError: something is missing, unknown, or stated twice and differently; the message names each statement.
+      FileNotFoundError: there is no such file.
+    """
+    name = "deepseek_v4"
+    if not isinstance(config, Mapping):
+        path = Path(config)
+        path = path / "config.json" if path.is_dir() else path
+        name = path.resolve().parent.name or name
+        config = _load(path)
+    kinds = _read_kinds(config, include_mtp=include_mtp)
+    readers = {kind: _read_main_rope if kind is LayerKind.SWA else _read_compress_rope for kind in LayerKind}
+    ropes = {kind: readers[kind](config) for kind in dict.fromkeys(kinds)}
+    indexer_default = _REQUIRED if LayerKind.CSA in kinds else 0
+    head_dim = _read(config, "head_dim", default=HEAD_DIM)
+    return ModelSpec(
+        name=_read(config, "_name_or_path", default="") or name,
+        hidden_size=_read(config, "hidden_size", "dim"),
+        num_heads=_read(config, "num_attention_heads", "n_heads"),
+        head_dim=head_dim,
+        rope_dim=_read_rope_dim(config, head_dim),
+        index_num_heads=_read(config, "index_n_heads", default=indexer_default),
+        index_head_dim=_read(config, "index_head_dim", default=KEY_DIM),
+        index_topk=_read(config, "index_topk", default=indexer_default),
+        window=_read(config, "sliding_window", "window_size", default=128),
+        norm_eps=_read(config, "rms_norm_eps", "norm_eps", default=1e-6),
+        max_position=_read(config, "max_position_embeddings", default=1_048_576),
+        layers=tuple(LayerSpec(kind, ropes[kind]) for kind in kinds),
+    )
+
+
+_REQUIRED: Any = object()
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no model config at {path}.") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"{path} holds a {type(config).__name__}; a model config is a JSON object.")
+    return config
+
+
+def _find(config: Mapping[str, Any], path: str) -> Any:
+    value: Any = config
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _agreed(statements: Mapping[str, Any]) -> Any:
+    (first, value), *others = statements.items()
+    for other, other_value in others:
+        if other_value != value:
+            raise ConfigError(f"The config contradicts itself: {first} says {value!r}, {other} says {other_value!r}.")
+    return value
+
+
+def _read(config: Mapping[str, Any], *paths: str, default: Any = _REQUIRED) -> Any:
+    statements = {path: value for path in paths if (value := _find(config, path)) is not None}
+    if statements:
+        return _agreed(statements)
+    if default is _REQUIRED:
+        raise ConfigError(f"The config lacks {' or '.join(paths)}.")
+    return default
+
+
+def _read_rope_dim(config: Mapping[str, Any], head_dim: Any) -> Any:
+    statements = {path: _find(config, path) for path in ("qk_rope_head_dim", "rope_head_dim")}
+    for parent in ("", "rope_parameters.main.", "rope_parameters.compress."):
+        fraction = _find(config, f"{parent}partial_rotary_factor")
+        if is_number(fraction) and is_number(head_dim):
+            statements[f"{parent}partial_rotary_factor of head_dim {head_dim}"] = int(fraction * head_dim)
+    statements = {path: value for path, value in statements.items() if value is not None}
+    return _agreed(statements) if statements else ROPE_DIM
+
+
+def _read_kinds(config: Mapping[str, Any], *, include_mtp: bool) -> list[LayerKind]:
+    """The kind of every layer wanted, from every description that the config has."""
+    for kind, rates in (
+        (LayerKind.CSA, ("compress_rates.compressed_sparse_attention", "compress_rate_csa")),
+        (LayerKind.HCA, ("compress_rates.heavily_compressed_attention", "compress_rate_hca")),
+    ):
+        rate = _read(config, *rates, default=kind.ratio)
+        if rate != kind.ratio:
+            raise ConfigError(
+                f"The config compresses {rate!r} tokens into one {kind.name} entry ({' or '.join(rates)}); "
+                f"the kernels are built for {kind.ratio}."
+            )
+    layers = _read(config, "num_hidden_layers", "n_layers")
+    mtp_layers = _read(config, "num_nextn_predict_layers", "n_mtp_layers", default=1)
+    if not (is_count(layers) and (is_count(mtp_layers) or mtp_layers == 0)):
+        raise ConfigError(
+            f"num_hidden_layers={layers!r} with num_nextn_predict_layers={mtp_layers!r} counts no layers."
+        )
+    described = {}
+    for path, known in (("compress_ratios", KIND_OF_RATIO), ("layer_types", _KIND_OF_TYPE)):
+        values = _find(config, path)
+        if values is None:
+            continue
+        if not isinstance(values, list | tuple):
+            raise ConfigError(f"{path} must be a list, got {values!r}.")
+        if len(values) not in (layers, layers + mtp_layers):
+            raise ConfigError(
+                f"{path} lists {len(values)} layers, num_hidden_layers says {layers} and num_nextn_predict_layers "
+                f"{mtp_layers} more, which may be listed or not."
+            )
+        for layer, value in enumerate(values):
+            if not isinstance(value, int | str) or value is True or value is False or value not in known:
+                raise ConfigError(
+                    f"{path} gives layer {layer} {value!r}; the kernels are built for {', '.join(map(repr, known))} "
+                    "(sliding window only, CSA, HCA)."
+                )
+        described[path] = [known[value] for value in values]
+    if not described:
+        raise ConfigError("The config lacks compress_ratios (DeepSeek's form) or layer_types (Hugging Face's form).")
+    if len(described) == 2:
+        for layer, (by_ratio, by_type) in enumerate(zip(*described.values(), strict=False)):
+            _agreed({f"compress_ratios[{layer}]": by_ratio.name, f"layer_types[{layer}]": by_type.name})
+    kinds = max(described.values(), key=len)
+    if include_mtp and len(kinds) == layers:
+        raise ConfigError(
+            f"include_mtp asks for the MTP layers, but {' and '.join(described)} describes only the {layers} layers "
+            "before them. DeepSeek's config.json lists them last in compress_ratios."
+        )
+    return kinds if include_mtp else kinds[:layers]
+
+
+def _read_main_rope(config: Mapping[str, Any]) -> RopeSpec:
+    """The rotary embedding of SWA-only layers."""
+    paths = ("rope_theta", "rope_parameters.rope_theta", "rope_parameters.main.rope_theta")
+    theta = _read(config, *paths, default=10_000.0)
+    return _agreed(_stated_ropes(config, theta, "rope_parameters.main") or {"default": RopeSpec(theta)})
+
+
+def _read_compress_rope(config: Mapping[str, Any]) -> RopeSpec:
+    """The rotary embedding of CSA and HCA layers."""
+    theta = _read(config, "compress_rope_theta", "rope_parameters.compress.rope_theta", default=160_000.0)
+    stated = _stated_ropes(config, theta, "rope_parameters.compress", "rope_parameters", "rope_scaling")
+    length = _find(config, "original_seq_len")
+    if length is not None:
+        # DeepSeek's inference code spells YaRN flat, and turns it off with a length of 0.
+        path, flat = "original_seq_len with rope_factor", RopeSpec(theta)
+        if length:
+            factor = _read(config, "rope_factor")
+            flat = _yarn({**config, "factor": factor, "original_max_position_embeddings": length}, theta, path)
+        stated[path] = flat
+    if not stated and "rope_scaling" not in config:
+        raise ConfigError(
+            "The config lacks rope_scaling (or rope_parameters.compress), which says how CSA and HCA layers stretch "
+            "their rotary embedding; rope_scaling: null says that they do not."
+        )
+    return _agreed(stated) if stated else RopeSpec(theta)
+
+
+def _stated_ropes(config: Mapping[str, Any], theta: float, *paths: str) -> dict[str, RopeSpec]:
+    """What each of these sections of the config says, by its path."""
+    stated = {}
+    for path in paths:
+        section = _find(config, path)
+        if not isinstance(section, Mapping) or {"main", "compress"} & section.keys():
+            continue
+        kind = _read(section, "rope_type", "type", default="default")
+        if kind not in ("default", "yarn"):
+            raise ConfigError(f"{path} asks for rope type {kind!r}; known are 'default' (plain) and 'yarn'.")
+        stated[path] = _yarn(section, theta, path) if kind == "yarn" else RopeSpec(theta)
+    return stated
+
+
+def _yarn(section: Mapping[str, Any], theta: float, path: str) -> RopeSpec:
+    if section.get("attention_factor") not in (None, 1) or section.get("truncate") is False:
+        raise ConfigError(f"{path} asks for an attention_factor other than 1 or for truncate=false; V4 has neither.")
+    missing = [name for name in ("factor", "original_max_position_embeddings") if section.get(name) is None]
+    if missing:
+        raise ConfigError(f"{path} asks for YaRN and lacks {' and '.join(missing)}.")
+    return RopeSpec(
+        theta,
+        factor=section["factor"],
+        original_max_position=section["original_max_position_embeddings"],
+        beta_fast=_read(section, "beta_fast", default=32),
+        beta_slow=_read(section, "beta_slow", default=1),
+    )

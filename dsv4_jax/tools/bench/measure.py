@@ -1,0 +1,180 @@
+"""Time of one call: the difference of two programs, one of which makes twice as many calls as the other.
+
+The calls of a program are unrolled and each needs the arrays of the one before, so that XLA captures them in a CUDA
+graph, in order. Programs are compiled ahead, own their arrays, and are replayed back to back; the host waits once, at
+the end. Whatever a program does besides (evicting the L2 cache, the launch of its graph) cancels in the difference.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import re
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv4_jax.tools.bench.workload import Scale, Workload, noise
+
+MOST_REPLAYS = 24
+"""Programs in flight at the same time; the runtime makes the host wait at about 32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What one call takes.
+
+    Attributes:
+      microseconds: median over the trials.
+      spread: half the distance of the trials' quartiles, microseconds.
+      host_share: the host's part of the shorter program's time: near 1, the host was the slower of the two, and the
+        figure is not the device's.
+      calls: calls in the shorter program.
+      compile_seconds: of both programs, tracing included.
+    """
+
+    microseconds: float
+    spread: float
+    host_share: float = 0.0
+    calls: int = 1
+    compile_seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a case that measures by itself found, and remarks on it."""
+
+    timing: Timing
+    remarks: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def make_scratch(scale: Scale) -> jax.Array:
+    """The array that is rewritten to evict the L2 cache; its elements stay above 0."""
+    return noise((scale.scratch_bytes // 4,), jnp.int32) + 1
+
+
+def program(workload: Workload, calls: int) -> Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]:
+    """The function (scratch, state, gates, operands) -> (scratch, state, scalar) that makes that many calls."""
+    one = jax.jit(workload.call)
+
+    def run(scratch: Any, state: Any, gates: Any, operands: Any) -> tuple[Any, Any, Any]:
+        sets = len(operands)
+        if gates is not None:
+            scratch = scratch + 1
+            zero = jnp.minimum(scratch[0], 0)  # which the compiler cannot know
+            gates = [jax.tree.map(lambda x: x + zero, gate) for gate in gates]
+        kept = []
+        for index in range(calls):
+            chosen, layer = index % sets, np.int32(index // sets % workload.layers)
+            gate = None if gates is None else gates[chosen]
+            state, result = one(state, gate, operands[chosen], layer)
+            if result is not None:
+                # The barrier: else jnp definitions would compute just the one element.
+                result = jax.lax.optimization_barrier(result)
+                kept.append(result.reshape(-1)[0].astype(jnp.float32))
+        return scratch, state, sum(kept) if kept else None
+
+    return run
+
+
+def native_calls(compiled: jax.stages.Compiled) -> int:
+    """How many native ops a compiled program calls."""
+    return len(re.findall(r'custom_call_target="dsv4_', compiled.as_text()))
+
+
+def measure(workload: Workload, state: Any, scratch: jax.Array, scale: Scale) -> tuple[Timing, Any, jax.Array]:
+    """Times one call of a workload.
+
+    Args:
+      workload: the op.
+      state: what ``workload.state`` made; donated.
+      scratch: from ``make_scratch``; donated.
+      scale: how long to measure.
+
+    Returns:
+      The timing, and state and scratch to go on with.
+
+    Raises:
+      RuntimeError: the compiler removed or merged native calls, so that there is nothing to measure.
+    """
+    start = time.perf_counter()
+    lowered = [
+        jax.jit(program(workload, calls), donate_argnums=(0, 1)).lower(
+            scratch, state, workload.gates, workload.operands
+        )
+        for calls in (workload.calls, 2 * workload.calls)
+    ]
+    with concurrent.futures.ThreadPoolExecutor(len(lowered)) as pool:
+        compiled = list(pool.map(jax.stages.Lowered.compile, lowered))
+    compile_seconds = time.perf_counter() - start
+    short_calls, long_calls = map(native_calls, compiled)
+    if long_calls != 2 * short_calls or (short_calls and short_calls % workload.calls):
+        raise RuntimeError(f"programs of {workload.calls} and twice as many calls make {short_calls} and {long_calls}")
+
+    def replay(which: int, times: int) -> tuple[float, float]:
+        nonlocal scratch, state
+        begin = time.perf_counter()
+        for _ in range(times):
+            scratch, state, result = compiled[which](scratch, state, workload.gates, workload.operands)
+        dispatched = time.perf_counter()
+        jax.block_until_ready((scratch, state, result))
+        return (time.perf_counter() - begin) / times, (dispatched - begin) / times
+
+    for which in (0, 1):
+        replay(which, 2)
+    estimate, _ = replay(0, 3)
+    replays = int(np.clip(scale.trial_seconds / estimate, 2, MOST_REPLAYS))
+    differences, shares = [], []
+    for _ in range(scale.trials):
+        short, host = replay(0, replays)
+        long, _ = replay(1, replays)
+        differences.append((long - short) / workload.calls * 1e6)
+        shares.append(host / short)
+    timing = Timing(
+        microseconds=statistics.median(differences),
+        spread=spread(differences),
+        host_share=statistics.median(shares),
+        calls=workload.calls,
+        compile_seconds=compile_seconds,
+    )
+    return timing, state, scratch
+
+
+def spread(values: list[float]) -> float:
+    """Half the distance between the quartiles."""
+    low, high = np.percentile(values, [25, 75])
+    return float(high - low) / 2
+
+
+def measure_copy(scale: Scale) -> tuple[Timing, int]:
+    """The faster of two ways to copy a large array on the device, and the bytes that it moved."""
+    source = noise((scale.copy_bytes // 4,), jnp.int32)
+    timings = [_time_function(jax.jit(copy).lower(source).compile(), source, scale) for copy in (_memcpy, _increment)]
+    return min(timings, key=lambda timing: timing.microseconds), 2 * source.nbytes
+
+
+def _memcpy(x: jax.Array) -> jax.Array:
+    return jnp.copy(x)
+
+
+def _increment(x: jax.Array) -> jax.Array:
+    return x + 1
+
+
+def _time_function(compiled: jax.stages.Compiled, source: jax.Array, scale: Scale) -> Timing:
+    # Long enough that waiting for the last replay does not count.
+    replays = 16 if scale.trial_seconds else 2
+    times = []
+    for trial in range(scale.trials + 1):
+        begin = time.perf_counter()
+        for _ in range(replays):
+            result = compiled(source)
+        result.block_until_ready()
+        if trial:  # the first warms up
+            times.append((time.perf_counter() - begin) / replays * 1e6)
+    return Timing(statistics.median(times), spread(times))

@@ -1,0 +1,115 @@
+"""Reads: chosen entries, all entries, and the window, dense in bfloat16, from pools much larger than the L2 cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv4_jax.layout.formats import VectorFormat
+from dsv4_jax.ops.operands import Rows
+from dsv4_jax.spec.kinds import BLOCK_TOKENS
+from dsv4_jax.tools.bench import traffic
+from dsv4_jax.tools.bench.workload import FORMATS, MODULES, Scale, Workload, block_table, noise, slot_sets
+
+BF16 = 2
+
+
+def _result(rows: Rows, implementation: str) -> jax.Array | None:
+    """What keeps a read alive: the pool that it is threaded through if it is native, else its values."""
+    return None if implementation == "native" else rows.values
+
+
+def entries(queries: int, scale: Scale, implementation: str) -> Workload:
+    """CSA entries chosen by index, one query a slot, as the sparse attention of a decode step reads them."""
+    slots, sets = max(scale.queries), max(scale.calls // 4, 1)
+    return chosen_entries(FORMATS.entry_format, queries, slots, sets, scale.gather_context, scale, implementation)
+
+
+def chosen_entries(
+    format: VectorFormat, queries: int, slots: int, sets: int, context: int, scale: Scale, implementation: str
+) -> Workload:
+    """``gather_entries`` of CSA entries at random places of contexts of that many tokens, from two layers."""
+    rng, visible, blocks = np.random.default_rng(queries), context // 4, context // BLOCK_TOKENS
+    gather = MODULES[implementation].gather_entries
+    table = jnp.asarray(block_table(slots, blocks))
+    counts = jnp.full(queries, visible, jnp.int32)
+    choices = slot_sets(slots, queries, slots // queries)
+
+    def call(pool: Any, slots: Any, operands: Any, layer: Any) -> tuple[Any, None]:
+        counts, indices, table = operands
+        options = {"ratio": 4, "format": format, "dtype": jnp.bfloat16}
+        pool, rows = gather(pool, table, slots, counts, indices, layer, **options)
+        return pool, _result(rows, implementation)
+
+    indices = [rng.integers(0, visible, (queries, scale.chosen)).astype(np.int32) for _ in range(sets)]
+    return Workload(
+        key=("csa_entries", format, slots, blocks),
+        state=lambda: noise((2, slots * blocks, *format.page_shape(BLOCK_TOKENS // 4)), format.dtype),
+        call=call,
+        gates=[jnp.asarray(choices[i % len(choices)], jnp.int32) for i in range(sets)],
+        operands=[(counts, jnp.asarray(chosen), table) for chosen in indices],
+        layers=2,
+        calls=sets,
+        bytes_moved=traffic.gather(queries * scale.chosen, format, BF16, index_bytes=4),
+    )
+
+
+def all_entries(queries: int, scale: Scale, implementation: str) -> Workload:
+    """All HCA entries of each slot."""
+    return first_rows(FORMATS.entry_format, 128, queries, scale.chosen, implementation)
+
+
+def first_rows(format: VectorFormat, ratio: int, queries: int, count: int, implementation: str) -> Workload:
+    """``gather_all_entries``, from two layers and four sets of slots."""
+    sets = 4
+    gather = MODULES[implementation].gather_all_entries
+    slots, blocks = sets * queries, -(-count * ratio // BLOCK_TOKENS)
+    table, counts = jnp.asarray(block_table(slots, blocks)), jnp.full(queries, count, jnp.int32)
+
+    def call(pool: Any, slots: Any, operands: Any, layer: Any) -> tuple[Any, None]:
+        counts, table = operands
+        options = {"ratio": ratio, "format": format, "entries": count, "dtype": jnp.bfloat16}
+        pool, rows = gather(pool, table, slots, counts, layer, **options)
+        return pool, _result(rows, implementation)
+
+    return Workload(
+        key=("entries", ratio, format, slots, blocks),
+        state=lambda: noise((2, slots * blocks, *format.page_shape(BLOCK_TOKENS // ratio)), format.dtype),
+        call=call,
+        gates=[jnp.asarray(chosen, jnp.int32) for chosen in slot_sets(slots, queries, sets)],
+        operands=[(counts, table)] * sets,
+        layers=2,
+        calls=sets,
+        bytes_moved=traffic.gather(queries * count, format, BF16),
+    )
+
+
+def window(batch: int, scale: Scale, implementation: str) -> Workload:
+    """The last 128 rows of each request."""
+    rows, format = 128, FORMATS.window_format
+    slots, last = scale.plans * max(scale.batches), scale.context - 1
+    gather = MODULES[implementation].gather_window
+    ends = jnp.full(batch, last, jnp.int32)
+
+    def make() -> tuple[Any, Any]:
+        recorded = last - (last - jnp.arange(rows, dtype=jnp.int32)) % rows
+        positions = jnp.broadcast_to(recorded, (scale.layers, slots, rows)) + 0
+        return noise((scale.layers, slots, *format.page_shape(rows)), format.dtype), positions
+
+    def call(state: Any, slots: Any, ends: Any, layer: Any) -> tuple[Any, None]:
+        *state, read = gather(*state, slots, ends, layer, format=format, dtype=jnp.bfloat16, rows=rows)
+        return tuple(state), _result(read, implementation)
+
+    return Workload(
+        key=("window", format, slots),
+        state=make,
+        call=call,
+        gates=[jnp.asarray(chosen, jnp.int32) for chosen in slot_sets(slots, batch, scale.plans)],
+        operands=[ends] * scale.plans,
+        layers=scale.layers,
+        calls=scale.calls,
+        bytes_moved=traffic.gather(batch * rows, format, BF16, index_bytes=traffic.POSITION),
+    )

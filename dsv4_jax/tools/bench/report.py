@@ -1,0 +1,169 @@
+"""What a run found, as a table, as JSON, and as a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.table import Table
+
+from dsv4_jax.tools.bench.runner import Result, Run
+from dsv4_jax.tools.cli.doctor import examine
+
+HOST_BOUND = 0.9
+"""From this share of the host on, a time may be the host's and not the device's."""
+
+
+def table(run: Run) -> Table:
+    """One line a case."""
+    made = Table(title=f"{jax.devices()[0].device_kind}, {run.scale.name} sizes")
+    made.add_column("case", no_wrap=True)
+    with_reference = any(result.reference for result in run.results)
+    columns = ["µs", "±", "bytes", "GB/s", "% of copy", "at most", "try for"] + ["jnp µs", "times"] * with_reference
+    for column in columns:
+        made.add_column(column, justify="right", no_wrap=True)
+    for result in (run.copy, *run.results):
+        made.add_row(*_cells(result, run, with_reference))
+    made.caption = (
+        "bytes: the fewest that the op must move, read and written. copy: a device copy in the same run. "
+        "~: the host may have been slower than the device."
+    )
+    return made
+
+
+def _cells(result: Result, run: Run, with_reference: bool) -> list[str]:
+    if result.timing is None:
+        return [result.name, f"failed: {result.error}"]
+    timing, target = result.timing, result.target
+    rate, share = result.bytes_per_second, percent_of_copy(result, run)
+    host = "~" if _host_bound(result) else ""
+    cells = [result.name, host + _number(timing.microseconds), _number(timing.spread)]
+    cells.append("" if result.bytes_moved is None else f"{result.bytes_moved:,}")
+    cells += ["" if rate is None else f"{rate / 1e9:,.0f}", "" if share is None else f"{share:.1f}"]
+    if target is None:
+        cells += ["", ""]
+    else:
+        style = "green" if timing.microseconds <= target.at_most else "red"
+        cells += [f"[{style}]{_number(target.at_most)}[/]", _number(target.try_for)]
+    if with_reference and result.reference is not None:
+        ratio = result.reference.microseconds / timing.microseconds if timing.microseconds > 0 else float("nan")
+        cells += [_number(result.reference.microseconds), f"{ratio:,.1f}"]
+    return cells
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"
+
+
+def _host_bound(result: Result) -> bool:
+    is_host = result.name.startswith("host/")
+    return result.timing is not None and result.timing.host_share > HOST_BOUND and not is_host
+
+
+def percent_of_copy(result: Result, run: Run) -> float | None:
+    """The rate of a result as a percentage of that of the device copy."""
+    rate, copy = result.bytes_per_second, run.copy.bytes_per_second
+    return None if rate is None or copy is None else 100 * rate / copy
+
+
+def machine() -> dict[str, Any]:
+    """The device, and the versions that figures depend on."""
+    facts = examine()
+    driver = Path("/proc/driver/nvidia/version")
+    return {
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "versions": {name: version for name, version in facts.versions.items() if version},
+        "python": platform.python_version(),
+        "driver": driver.read_text().splitlines()[0].strip() if driver.exists() else None,
+        "driver_cuda": facts.driver_cuda,
+        "built_with_cuda": facts.cuda_built or None,
+        "cpu_cores": os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def as_json(run: Run, command: str) -> dict[str, Any]:
+    """A run as plain data: the machine, the command, the sizes, the copy and every case."""
+    now = datetime.datetime.now(datetime.UTC)
+    return {
+        **machine(),
+        "command": command,
+        "date": now.isoformat(timespec="seconds"),
+        "scale": dataclasses.asdict(run.scale),
+        "copy": _case_json(run.copy, run),
+        "cases": [_case_json(result, run) for result in run.results],
+    }
+
+
+def _case_json(result: Result, run: Run) -> dict[str, Any]:
+    made: dict[str, Any] = {"name": result.name}
+    if result.timing is None:
+        return made | {"error": result.error}
+    timing, rate, share = result.timing, result.bytes_per_second, percent_of_copy(result, run)
+    made |= {
+        "microseconds": round(timing.microseconds, 4),
+        "spread": round(timing.spread, 4),
+        "bytes": result.bytes_moved,
+        "gigabytes_per_second": None if rate is None else round(rate / 1e9, 2),
+        "percent_of_copy": None if share is None else round(share, 2),
+        "calls": timing.calls,
+        "host_share": round(timing.host_share, 3),
+        "compile_seconds": round(timing.compile_seconds, 3),
+    }
+    if result.target is not None:
+        made |= {"at_most": round(result.target.at_most, 4), "try_for": round(result.target.try_for, 4)}
+    if result.reference is not None:
+        made["reference_microseconds"] = round(result.reference.microseconds, 4)
+    return made | result.remarks
+
+
+def write_json(run: Run, command: str, path: Path) -> None:
+    """Writes ``as_json``, folders included."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(as_json(run, command), indent=1) + "\n")
+
+
+def plot(run: Run, path: Path) -> None:
+    """Draws every case by its bytes and its rate, under the two roofs: the copy's speed, and the smallest call's time.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    axes = figure.subplots()
+    groups: dict[str, list[tuple[int, float, str]]] = {}
+    for result in run.results:
+        if result.bytes_per_second is not None:
+            point = (result.bytes_moved, result.bytes_per_second / 1e9, result.name)
+            groups.setdefault("/".join(result.name.split("/")[:2]), []).append(point)
+    markers = "osD^v<>ph*XPd"
+    for index, (group, points) in enumerate(sorted(groups.items())):
+        x, y, _ = zip(*points, strict=True)
+        axes.loglog(x, y, markers[index % len(markers)], label=group, alpha=0.8)
+    copy = run.copy.bytes_per_second
+    xs = [point[0] for points in groups.values() for point in points]
+    if xs and copy is not None:
+        ends = [min(xs) / 2, max(xs) * 2]
+        axes.loglog(ends, [copy / 1e9] * 2, "k-", linewidth=1)
+        axes.annotate("device copy", (ends[0], copy / 1e9), va="bottom")
+        floor = next((r.timing.microseconds for r in run.results if r.name == "floor" and r.timing), 0)
+        last = min(ends[1], copy * floor / 1e6)
+        if last > ends[0]:
+            axes.loglog([ends[0], last], [x / floor / 1e3 for x in (ends[0], last)], "k--", linewidth=1)
+            axes.annotate(f"smallest call, {floor:.2f} µs", (ends[0], ends[0] / floor / 1e3), va="bottom")
+        figure.legend(loc="outside right upper", fontsize="small")
+    axes.set_xlabel("bytes that the op must move")
+    axes.set_ylabel("GB/s")
+    axes.set_title(f"{jax.devices()[0].device_kind}: rate of every op, {run.scale.name} sizes")
+    axes.grid(True, which="major", alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

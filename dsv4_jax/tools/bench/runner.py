@@ -1,0 +1,144 @@
+"""Runs cases one after the other, and keeps what was found."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from dsv4_jax.spec.presets import deepseek_v4_pro
+from dsv4_jax.tools.bench.cases import Case, Target
+from dsv4_jax.tools.bench.measure import Timing, make_scratch, measure, measure_copy
+from dsv4_jax.tools.bench.workload import Scale, Workload
+
+REFERENCE_CALLS = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What was found for one case.
+
+    Attributes:
+      name: the case's.
+      timing: None if it failed.
+      bytes_moved: the fewest bytes of one call; None where they are not counted.
+      target: what the case is held to, if anything.
+      reference: the same on the plain jnp definition under jit, if asked for.
+      remarks: whatever else is known, such as the number of CUDA graphs.
+      error: why it failed, or None.
+    """
+
+    name: str
+    timing: Timing | None = None
+    bytes_moved: int | None = None
+    target: Target | None = None
+    reference: Timing | None = None
+    remarks: dict[str, Any] = dataclasses.field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """What the counted bytes make of the time; None where nothing was counted or the time is too short to tell."""
+        if self.timing is None or not self.bytes_moved or self.timing.microseconds <= 0:
+            return None
+        return self.bytes_moved / self.timing.microseconds * 1e6
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All results, and the device copy they are compared with."""
+
+    copy: Result
+    results: list[Result]
+    scale: Scale
+
+
+class _States:
+    """The arrays of the workload that ran last, and the scratch array."""
+
+    def __init__(self, scale: Scale) -> None:
+        self._scale = scale
+        self._key: Any = None
+        self._state: Any = None
+        self._scratch = make_scratch(scale)
+
+    def time(self, workload: Workload) -> Timing:
+        if self._key != workload.key:
+            self.drop()
+            self._state = jax.block_until_ready(workload.state())
+            self._key = workload.key
+        try:
+            timing, self._state, self._scratch = measure(workload, self._state, self._scratch, self._scale)
+        except Exception:
+            # What was donated to a failed call is gone.
+            self.drop()
+            self._scratch = make_scratch(self._scale)
+            raise
+        return timing
+
+    def drop(self) -> None:
+        self._key = self._state = None
+        gc.collect()  # frees arrays before the next ones are made
+
+
+def run_cases(
+    cases: Sequence[Case], scale: Scale, *, reference: bool = False, progress: Callable[[str], None] | None = None
+) -> Run:
+    """Measures a device copy, then every case in order.
+
+    A case that fails is a result with an error; the others still run.
+
+    Args:
+      cases: from ``all_cases``.
+      scale: the same.
+      reference: measure the jnp definition too, where a case has one.
+      progress: called with each case's name before it starts.
+    """
+    timing, moved = measure_copy(scale)
+    copy, results, states = Result("copy", timing, moved), [], _States(scale)
+    for case in cases:
+        if progress:
+            progress(case.name)
+        try:
+            results.append(_run(case, scale, states, reference))
+        except Exception as error:  # one broken case must not cost the others
+            text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            results.append(Result(case.name, target=case.target, error=text[:300]))
+    return Run(copy, _with_sums(results), scale)
+
+
+def _run(case: Case, scale: Scale, states: _States, reference: bool) -> Result:
+    timings: dict[str, Timing] = {}
+    moved, remarks = None, {}
+    target = case.target if scale.name == "full" else None
+    for implementation in ("native", "reference") if reference and case.has_reference else ("native",):
+        if case.run is not None:
+            states.drop()
+            outcome = case.run(scale, implementation)
+            timings[implementation], remarks = outcome.timing, remarks or outcome.remarks
+        else:
+            workload = case.build(scale, implementation)
+            if implementation == "reference":
+                workload = dataclasses.replace(workload, calls=REFERENCE_CALLS)
+            timings[implementation], moved = states.time(workload), workload.bytes_moved
+    return Result(case.name, timings["native"], moved, target, timings.get("reference"), remarks)
+
+
+def _with_sums(results: list[Result]) -> list[Result]:
+    """Holds the whole step to the sum of its layers' updates, where those were measured in the same run."""
+    times = {result.name: result.timing.microseconds for result in results if result.timing}
+    pro = deepseek_v4_pro()
+    summed = []
+    for result in results:
+        batch = result.name.removeprefix("step/pro/")
+        parts = {kind: f"update/{kind.value}/mixed/{batch}" for kind in dict.fromkeys(pro.layer_kinds)}
+        if result.remarks.get("layers") == len(pro.layers) and all(name in times for name in parts.values()):
+            total = sum(pro.count(kind) * times[name] for kind, name in parts.items())
+            result = dataclasses.replace(
+                result, target=Target(1.15 * total, 1.05 * total), remarks=result.remarks | {"sum_of_updates": total}
+            )
+        summed.append(result)
+    return summed

@@ -1,0 +1,178 @@
+"""Decode steps under the JAX profiler, and the time that each op of each kind of layer took in them.
+
+Every op runs in a named scope, which XLA keeps as the name of what it compiles it to; the profiler names the compiled
+instruction of each event. So events are matched to scopes through the text of the compiled program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv4_jax.cache.layer import LayerCache
+from dsv4_jax.cache.pools import Cache
+from dsv4_jax.cache.step import begin_step
+from dsv4_jax.host.manager import CacheManager
+from dsv4_jax.layout.plan import StepPlan
+from dsv4_jax.layout.schema import CacheSchema
+from dsv4_jax.spec.kinds import LayerKind
+from dsv4_jax.spec.model import ModelSpec
+from dsv4_jax.spec.presets import tiny_spec
+from dsv4_jax.tools.bench.step import layer_inputs, step_inputs
+from dsv4_jax.tools.bench.workload import FORMATS, admit, noisy_cache
+
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*)$", re.MULTILINE)
+_SCOPE = re.compile(r"\b(step|swa|csa|hca)\.(\w+)")
+_TARGET = re.compile(r'custom_call_target="dsv4_(\w+)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """What a compiled instruction belongs to.
+
+    Attributes:
+      kind: "swa", "csa" or "hca"; "step" for what is done once a step.
+      scope: what the step asked for, such as "update".
+      target: the native op, without its prefix, or "XLA" for what XLA made itself.
+    """
+
+    kind: str
+    scope: str
+    target: str
+
+
+@dataclasses.dataclass
+class Spent:
+    """Calls of an op in all steps, their time in microseconds, and the names of the kernels that ran."""
+
+    calls: int = 0
+    microseconds: float = 0.0
+    kernels: set[str] = dataclasses.field(default_factory=set)
+
+
+def step(cache: Cache, plan: StepPlan, inputs: dict[str, Any], choices: jax.Array) -> Cache:
+    """Writes and reads of every layer of a decode step, each in its scope; attention itself is left out.
+
+    Args:
+      cache: donate it.
+      plan: one token for each request.
+      inputs: from ``step_inputs``.
+      choices: int32 [requests, count], the CSA entries that each token reads.
+    """
+    spec = cache.schema.spec
+    with jax.named_scope("step.begin"):
+        cache, plan = begin_step(cache, plan)
+    with jax.named_scope("step.angles"):
+        given = layer_inputs(spec, plan, inputs)
+    for index, layer in enumerate(spec.layers):
+        kind = layer.kind.value
+        handle = LayerCache(cache, plan, index)
+        with jax.named_scope(f"{kind}.update"):
+            handle = handle.update(*given[index])
+        with jax.named_scope(f"{kind}.window"):
+            handle, _ = handle.window()
+        if layer.kind is LayerKind.CSA:
+            with jax.named_scope(f"{kind}.all_keys"):
+                handle, _ = handle.all_keys(cache.schema.max_context // layer.kind.ratio)
+            with jax.named_scope(f"{kind}.entries"):
+                handle, _ = handle.entries(choices)
+        elif layer.kind is LayerKind.HCA:
+            with jax.named_scope(f"{kind}.all_entries"):
+                handle, _ = handle.all_entries(cache.schema.max_context // layer.kind.ratio)
+        cache = handle.cache
+    return cache
+
+
+def trace_steps(
+    folder: Path, *, steps: int, requests: int, context: int, spec: ModelSpec | None = None
+) -> dict[Op, Spent]:
+    """Runs decode steps under the profiler.
+
+    Args:
+      folder: where the profile goes; TensorBoard and XProf read it.
+      steps: how many steps are traced; as many run before, untraced.
+      requests: tokens of a step.
+      context: tokens of each request before the first step.
+      spec: of the model; a layer of each kind, and a second CSA layer, if None.
+
+    Returns:
+      What each op took in all steps.
+
+    Raises:
+      RuntimeError: the profile has no event of the steps.
+    """
+    spec = spec or tiny_spec()
+    longest = -(-(context + 2 * steps) // 128) * 128
+    schema = CacheSchema(spec, FORMATS, requests, requests * longest // 128, longest)
+    manager = CacheManager(schema, token_buckets=(requests, context))
+    handles = admit(manager, [context] * requests)
+    cache, ones = noisy_cache(schema), np.ones(requests, np.int64)
+    plans = [manager.prepare_forward((handles, ones)) for _ in range(2 * steps)]
+    inputs = step_inputs(spec, StepPlan(jnp.asarray(plans[0].packed), plans[0].layout))
+    count = min(spec.index_topk or 1, context // 4)
+    choices = jnp.asarray(np.random.default_rng(0).integers(0, context // 4, (requests, count)).astype(np.int32))
+    # The profiler tells the kernels of a CUDA graph apart, but not which instruction each belongs to.
+    options = {} if jax.default_backend() == "cpu" else {"xla_gpu_enable_command_buffer": ""}
+    compiled = jax.jit(step, donate_argnums=0).lower(cache, plans[0], inputs, choices).compile(compiler_options=options)
+    for plan in plans[:steps]:
+        cache = compiled(cache, plan, inputs, choices)
+    jax.block_until_ready(cache)
+    profiler = jax.profiler.ProfileOptions()
+    profiler.python_tracer_level = 0
+    with jax.profiler.trace(folder, profiler_options=profiler):
+        for plan in plans[steps:]:
+            cache = compiled(cache, plan, inputs, choices)
+        jax.block_until_ready(cache)
+    newest = max(folder.glob("**/*.xplane.pb"), key=lambda path: path.stat().st_mtime, default=None)
+    spent = {} if newest is None else sum_events(newest, instructions(compiled.as_text()))
+    if not spent:
+        raise RuntimeError(f"the profile in {folder} has no event of the traced steps")
+    return spent
+
+
+def instructions(text: str) -> dict[str, Op]:
+    """Instruction name -> op, for the instructions of a compiled program that lie in one of our scopes."""
+    found = {}
+    for name, rest in _INSTRUCTION.findall(text):
+        scope = re.search(r'op_name="([^"]*)"', rest)
+        where = scope and _SCOPE.search(scope[1])
+        if where:
+            target = _TARGET.search(rest)
+            found[name] = Op(where[1], where[2], target[1] if target else "XLA")
+    return found
+
+
+def sum_events(profile: Path, ops: Mapping[str, Op]) -> dict[Op, Spent]:
+    """Adds up a profile's events by op: those of the device if it has any, else those of the host."""
+    planes = list(jax.profiler.ProfileData.from_file(str(profile)).planes)
+    for of_device in (True, False):
+        spent: dict[Op, Spent] = {}
+        for plane in planes:
+            if plane.name.startswith("/device:GPU") == of_device:
+                for op, name, nanoseconds in _events(plane, ops, of_device):
+                    one = spent.setdefault(op, Spent())
+                    one.calls += 1
+                    one.microseconds += nanoseconds / 1e3
+                    if of_device:
+                        one.kernels.add(name)
+        if spent:
+            return spent
+    return {}
+
+
+def _events(plane: Any, ops: Mapping[str, Op], of_device: bool) -> Iterator[tuple[Op, str, float]]:
+    for line in plane.lines:
+        # A device plane may have lines that sum others up.
+        if of_device and not line.name.startswith("Stream"):
+            continue
+        for event in line.events:
+            instruction = dict(event.stats).get("hlo_op")
+            if instruction in ops:
+                yield ops[instruction], event.name, event.duration_ns

@@ -1,0 +1,71 @@
+"""`dsv4-jax bench`: what every op and the whole decode step take, beside a device copy."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import typer
+from rich.console import Console
+
+from dsv4_jax.tools.bench.cases import all_cases
+from dsv4_jax.tools.bench.report import plot, table, write_json
+from dsv4_jax.tools.bench.runner import run_cases
+from dsv4_jax.tools.bench.workload import FULL, TINY
+from dsv4_jax.tools.cli._plotting import require_matplotlib
+
+
+def bench(
+    only: Annotated[str | None, typer.Option(help="Only cases whose name this regular expression finds.")] = None,
+    json: Annotated[Path | None, typer.Option(dir_okay=False, help="Write machine and results here.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--plot", dir_okay=False, help="Draw the roofline here, for example as PNG.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only the main cases.")] = False,
+    reference: Annotated[bool, typer.Option("--reference", help="Time the plain jnp definition too.")] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Sizes that say nothing about speed; the default without a GPU.")
+    ] = False,
+    names: Annotated[bool, typer.Option("--list", help="List the cases and leave.")] = False,
+) -> None:
+    """Measure every op and the whole decode step on this device, and compare with a device copy.
+
+    The time of an op is the difference of two programs, one of which makes twice as many calls, divided by the number
+    of calls; on a GPU each program is a CUDA graph. Memory: about 20 GB on a GPU. Exits with 1 if a case failed.
+    """
+    # Piped into a file, rich would assume 80 columns, too few for the table.
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    scale = TINY if tiny or jax.default_backend() == "cpu" else FULL
+    try:
+        pattern = re.compile(only or "")
+    except re.error as error:
+        raise typer.BadParameter(f"{only!r} is no regular expression: {error}", param_hint="--only") from error
+    cases = [case for case in all_cases(scale) if pattern.search(case.name) and (case.quick or not quick)]
+    if not cases:
+        raise typer.BadParameter(f"no case matches {only!r}; --list shows their names", param_hint="--only")
+    if names:
+        for case in cases:
+            console.print(case.name, highlight=False)
+        return
+    if picture is not None:
+        require_matplotlib()
+
+    begin = time.perf_counter()
+    with console.status("copy") as status:
+        run = run_cases(cases, scale, reference=reference, progress=status.update)
+    console.print(table(run))
+    for result in run.results:
+        if result.error:
+            console.print(f"{result.name} failed: {result.error}", style="red", markup=False, highlight=False)
+    console.print(f"{len(run.results)} cases in {time.perf_counter() - begin:.0f} s", highlight=False)
+    if json is not None:
+        write_json(run, shlex.join(["dsv4-jax", *sys.argv[1:]]), json)
+    if picture is not None:
+        plot(run, picture)
+    if any(result.error for result in run.results):
+        raise typer.Exit(1)

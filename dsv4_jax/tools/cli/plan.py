@@ -1,0 +1,199 @@
+"""`dsv4-jax plan`: what a cache will take, and how many requests will fit, before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dsv4_jax.layout.capacity import CapacityPlan, capacity_plan, requests_that_fit
+from dsv4_jax.layout.formats import PROFILES
+from dsv4_jax.layout.schema import SchemaError
+from dsv4_jax.spec.config_json import model_spec
+from dsv4_jax.spec.kinds import BLOCK_TOKENS
+from dsv4_jax.spec.model import ConfigError, ModelSpec
+from dsv4_jax.spec.presets import deepseek_v4_flash, deepseek_v4_pro, tiny_spec
+from dsv4_jax.tools.cli._plotting import require_matplotlib
+from dsv4_jax.tools.cli.decode import EntryFormat, HcaTail, KeyFormat, WindowFormat
+
+MODELS = {"deepseek-v4-flash": deepseek_v4_flash, "deepseek-v4-pro": deepseek_v4_pro, "tiny": tiny_spec}
+_UNITS = {"": 1} | {f"{prefix}B": 1000**power for power, prefix in enumerate(["", "k", "M", "G", "T"])}
+_UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate(["K", "M", "G", "T"], start=1)}
+_SHORTEST = 1024
+
+
+def plan(
+    context: Annotated[int, typer.Option(min=1, help="Longest context of a request, in tokens.")],
+    model: Annotated[
+        str, typer.Option(help=f"{', '.join(MODELS)}; or a config.json, or a folder with one.")
+    ] = "deepseek-v4-flash",
+    formats: Annotated[
+        str, typer.Option(help=f"Storage formats as a profile: {', '.join(PROFILES)}. The next four change one each.")
+    ] = "default",
+    entries: Annotated[EntryFormat | None, typer.Option(help="How compressed entries are stored.")] = None,
+    window: Annotated[WindowFormat | None, typer.Option(help="How window rows are stored.")] = None,
+    indexer: Annotated[KeyFormat | None, typer.Option(help="How indexer keys are stored.")] = None,
+    hca_tail: Annotated[HcaTail | None, typer.Option(help="How an open HCA window is kept.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory for the cache, as 141GB, 80GiB or bytes.")] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="Requests at the same time.")] = None,
+    slack: Annotated[int, typer.Option(min=0, help="Window rows more than the window, to take tokens back.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Also draw this picture (PNG, SVG or PDF).")] = None,
+) -> None:
+    """Bytes per token, block and request, and how many requests fit at which context.
+
+    Exactly what init_cache allocates. With --memory alone: the requests of --context tokens that fit. With --requests
+    alone: the memory they need. With both: a slot for each request, and as many blocks as the rest holds.
+    """
+    console = Console()
+    spec = _model(model)
+    if formats not in PROFILES:
+        raise typer.BadParameter(f"{formats!r} is none of {', '.join(PROFILES)}.", param_hint="--formats")
+    chosen = {"entries": entries, "window": window, "indexer": indexer, "hca_tail": hca_tail}
+    chosen = {component: name.value for component, name in chosen.items() if name is not None}
+    cache_formats = dataclasses.replace(PROFILES[formats], **chosen)
+    memory_bytes = None if memory is None else parse_bytes(memory)
+    try:
+        planned = capacity_plan(
+            spec, cache_formats, context=context, memory_bytes=memory_bytes, requests=requests, slack=slack
+        )
+    except SchemaError as error:
+        raise typer.BadParameter(str(error)) from error
+    ladder = context_ladder(planned, memory_bytes)
+    console.print(_bytes_table(planned))
+    console.print(_requests_table(planned, ladder, memory_bytes))
+    if plot is not None:
+        draw(planned, ladder, plot)
+        console.print(f"Drawn in {plot}.")
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes: 141GB, 80 GiB, 1.5TB, 1000000.
+
+    Raises:
+      typer.BadParameter: it is not one.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    units = {unit.lower(): size for unit, size in _UNITS.items()}
+    if not match or match[2].lower() not in units:
+        raise typer.BadParameter(
+            f"{text!r} is no amount of memory; write a number and one of {', '.join(filter(None, _UNITS))}.",
+            param_hint="--memory",
+        )
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+def context_ladder(planned: CapacityPlan, memory_bytes: int | None) -> list[tuple[CapacityPlan, int | None]]:
+    """One request of 1024, 4096, ... tokens and of the longest context, and how many of each fit in the memory."""
+    schema = planned.schema
+    contexts = {planned.context} | {_SHORTEST * 4**step for step in range(12)}
+    ladder = []
+    for context in sorted(context for context in contexts if context <= planned.context):
+        given = {"context": context, "slack": schema.slack}
+        fit = None
+        if memory_bytes is not None:
+            fit = requests_that_fit(schema.spec, schema.formats, memory_bytes=memory_bytes, **given)
+        ladder.append((capacity_plan(schema.spec, schema.formats, **given), fit))
+    return ladder
+
+
+def draw(planned: CapacityPlan, ladder: list[tuple[CapacityPlan, int | None]], path: Path) -> None:
+    """A picture of the ladder: bytes of a request by component, and the requests that fit.
+
+    Raises:
+      typer.BadParameter: matplotlib is not installed, or cannot write such a file.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    contexts = [one.context for one, _ in ladder]
+    counts = [(one.context, fit) for one, fit in ladder if fit]
+    figure = Figure(figsize=(11 if counts else 6, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2 if counts else 1, squeeze=False)[0]
+    components = [name for name, size in planned.request_bytes.items() if size]
+    for name in components:
+        axes[0].plot(contexts, [one.request_bytes[name] for one, _ in ladder], label=name)
+    axes[0].plot(contexts, [one.bytes_per_request for one, _ in ladder], "k--", label="together")
+    axes[0].set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="bytes", title="A request")
+    if counts:
+        axes[1].plot(*zip(*counts, strict=True), "o-")
+        axes[1].set(xscale="log", yscale="log", xlabel="context (tokens)", title="Requests that fit")
+    for one in axes:
+        one.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
+    formats = planned.schema.formats
+    figure.suptitle(
+        f"{planned.schema.spec.name}: entries {formats.entries}, window {formats.window}, indexer {formats.indexer}"
+    )
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"cannot draw {path}: {error}", param_hint="--plot") from error
+
+
+def _model(name: str) -> ModelSpec:
+    preset = MODELS.get(name.lower().replace("_", "-"))
+    if preset is not None:
+        return preset()
+    try:
+        return model_spec(Path(name))
+    except FileNotFoundError as error:
+        message = f"{name!r} is none of {', '.join(MODELS)}, nor a model config. {error}"
+        raise typer.BadParameter(message, param_hint="--model") from error
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from error
+
+
+def _bytes_table(planned: CapacityPlan) -> Table:
+    formats, block_bytes = planned.schema.formats, planned.block_bytes
+    table = Table("component", "per token", "per block", "per request", "the cache")
+    table.title = (
+        f"Bytes of {planned.schema.spec.name}, {planned.context:,} tokens of context: "
+        f"entries {formats.entries}, window {formats.window}, indexer {formats.indexer}"
+    )
+    whole = planned.schema.bytes_by_component
+    for name, size in planned.request_bytes.items():
+        if whole[name]:
+            of_block = block_bytes.get(name)
+            growing = ("", "") if of_block is None else (_decimal(of_block / BLOCK_TOKENS), f"{of_block:,}")
+            table.add_row(name, *growing, f"{size:,}", f"{whole[name]:,}")
+    together = sum(block_bytes.values())
+    table.add_section()
+    table.add_row(
+        "together",
+        _decimal(together / BLOCK_TOKENS),
+        f"{together:,}",
+        f"{planned.bytes_per_request:,}",
+        f"{planned.memory_bytes:,}",
+    )
+    table.caption = f"slots: {planned.requests:,}, blocks: {planned.schema.blocks:,}"
+    if planned.common_context < planned.context:
+        table.caption += f", enough for {planned.common_context:,} tokens each"
+    return _numbers_right(table)
+
+
+def _requests_table(
+    planned: CapacityPlan, ladder: list[tuple[CapacityPlan, int | None]], memory_bytes: int | None
+) -> Table:
+    table = Table("context", "bytes per request", title="A request by its context")
+    if memory_bytes is not None:
+        table.title = f"Requests that fit in {memory_bytes:,} bytes"
+        table.add_column("requests")
+    for one, fit in ladder:
+        row = [f"{one.context:,}", f"{one.bytes_per_request:,}"]
+        table.add_row(*row if fit is None else [*row, f"{fit:,}"])
+    return _numbers_right(table)
+
+
+def _numbers_right(table: Table) -> Table:
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _decimal(value: float) -> str:
+    return f"{value:,.6f}".rstrip("0").rstrip(".")

@@ -1,0 +1,73 @@
+"""`dsv4-jax trace`: decode steps under the JAX profiler, summed up by layer kind and op."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dsv4_jax.tools.bench.trace import Op, Spent, trace_steps
+
+
+def trace(
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps to trace.")] = 10,
+    requests: Annotated[int, typer.Option(min=1, help="Requests, one token each a step.")] = 64,
+    context: Annotated[int, typer.Option(min=128, help="Tokens of each request before the first step.")] = 4096,
+    logdir: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Keep the profile here, for TensorBoard or XProf.")
+    ] = None,
+) -> None:
+    """Run decode steps of a small stack (cache writes and reads, no attention) and print where the time went.
+
+    On a GPU the steps run without CUDA graphs, so that every kernel can be told from the others; times are the
+    kernels' own, not their launches'. On a CPU they are what the host spent in each op.
+    """
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    if logdir is None:
+        with tempfile.TemporaryDirectory() as folder:
+            spent = trace_steps(Path(folder), steps=steps, requests=requests, context=context)
+    else:
+        spent = trace_steps(logdir, steps=steps, requests=requests, context=context)
+    console.print(_table(spent, steps))
+    if logdir is not None:
+        console.print(f"The profile is in {logdir}.", markup=False, highlight=False)
+
+
+def _table(spent: dict[Op, Spent], steps: int) -> Table:
+    total = sum(one.microseconds for one in spent.values())
+    table = Table(title=f"{steps} steps on {jax.devices()[0].device_kind}")
+    for column in ("layer", "scope", "op"):
+        table.add_column(column, no_wrap=True)
+    for column in ("calls a step", "µs a call", "µs a step", "%"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("kernels")
+    order = ["step", "swa", "csa", "hca"]
+    rows = sorted(spent.items(), key=lambda item: (order.index(item[0].kind), -item[1].microseconds))
+    for index, (op, one) in enumerate(rows):
+        if index and rows[index - 1][0].kind != op.kind:
+            table.add_section()
+        table.add_row(
+            op.kind,
+            op.scope,
+            op.target,
+            f"{one.calls / steps:.1f}",
+            f"{one.microseconds / one.calls:.2f}",
+            f"{one.microseconds / steps:.2f}",
+            f"{100 * one.microseconds / total:.1f}",
+            ", ".join(sorted(_short(name) for name in one.kernels)),
+        )
+    table.add_section()
+    table.add_row("together", "", "", "", "", f"{total / steps:.2f}", "100.0", "")
+    return table
+
+
+def _short(kernel: str) -> str:
+    """A kernel's name without its parameters and template arguments."""
+    name = kernel.replace("(anonymous namespace)::", "").split("(")[0].split("<")[0]
+    return name.split("::")[-1].removeprefix("void ")

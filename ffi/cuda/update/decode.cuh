@@ -1,0 +1,260 @@
+// What one request writes in a decode step to which it brings one token: a window row, and for each compressor the
+// token's halves and perhaps an entry.
+//
+// So little work is all latency. Code is read from memory too, and runs once, so a row is spread over many warps that
+// each run through little of it; and what needs nothing of the plan, then what needs only the plan, is loaded together.
+// Where requests bring several tokens each function calls `several` instead.
+#pragma once
+
+#include "cuda/close/running.cuh"
+#include "cuda/core/device_codecs.cuh"
+#include "layout/places.h"
+
+namespace dsv4::cuda {
+
+// The fields of a plan that tell what single tokens bring. The host finds them: it takes dozens of instructions.
+struct TokenFields {
+  const int32_t* slot;
+  const int32_t* position;
+  const int32_t* longest;
+
+  explicit TokenFields(const Plan& plan)
+      : slot(plan.request_slot()), position(plan.token_position()), longest(plan.longest()) {}
+};
+
+// A request's token, if no request brings more than one, and the layer to write. Loaded in one go, judged when needed.
+struct OnlyToken {
+  int longest;
+  unsigned layer;
+  unsigned slot;
+  unsigned position;
+
+  __device__ __forceinline__ OnlyToken(const TokenFields& fields, int place, const int32_t* layer_of)
+      : longest(load_early(fields.longest)),
+        layer(load_early(layer_of)),
+        slot(load_early(fields.slot + place)),
+        position(load_early(fields.position + place)) {}
+
+  __device__ __forceinline__ bool is_only() const { return longest == 1; }
+
+  // Whether it may be written to that pool and as many slots.
+  __device__ __forceinline__ bool fits(const Pool& pool, int64_t slots) const {
+    const unsigned checked = slot | (position & 0x80000000u);  // beyond all slots where the position is negative
+    return is_only() && layer < static_cast<unsigned>(pool.layers) && checked < static_cast<unsigned>(slots);
+  }
+};
+
+// Addresses of what is in range. No factor needs more than 32 bits, which saves multiplications.
+__device__ __forceinline__ uint8_t* page_at(const Pool& pool, unsigned layer, unsigned page) {
+  const uint64_t place = static_cast<uint64_t>(layer) * static_cast<unsigned>(pool.pages) + page;
+  return pool.data + place * static_cast<unsigned>(pool.page_bytes);
+}
+
+// A request's tail, that many floats long.
+__device__ __forceinline__ float* tail_at(const Tail& tail, const OnlyToken& token, unsigned floats) {
+  const uint64_t request = token.layer * static_cast<unsigned>(tail.slots) + token.slot;
+  return tail.data + request * floats;
+}
+
+// The window row of request `place`, normalized and rotated first where it comes raw.
+template <class RowT, int N, class Several>
+__device__ __forceinline__ void append_window_token(const UpdateParams& params, const TokenFields& fields, int place,
+                                                    const RowThreads<kHeadDim, N>& threads, Several&& several) {
+  const unsigned channel = threads.channel(), angles = place * (kRopeDim / 2);
+  const Pool& window = params.window.window;
+  const Norm& norm = params.norm;
+  const OnlyToken token(fields, place, params.window.layer);
+  FinishOf<N> finish;
+  if (norm.weight != nullptr) {
+    finish = FinishOf<N>::template load<kHeadDim>(norm.weight, norm.cos + angles, norm.sin + angles, channel);
+  }
+  float x[N];
+  load_early(static_cast<const RowT*>(params.window.rows) + (place * kHeadDim + channel), x);
+  if (norm.weight != nullptr) finish.template apply<kHeadDim>(x, threads.sum(square_sum(x)), norm.eps, channel);
+  if (!token.fits(window, window.pages)) {
+    if (!token.is_only()) several();
+    return;
+  }
+  const unsigned rows = window.rows, mask = rows - 1;
+  const unsigned row = (rows & mask) == 0 ? token.position & mask : token.position % rows;  // a division takes long
+  if (threads.thread == 0) {
+    const uint64_t page = token.layer * static_cast<unsigned>(window.pages) + token.slot;
+    params.window.positions[page * rows + row] = token.position;
+  }
+  visit_on_device(HeadCodecs{}, window.codec, [&](auto codec) {
+    using Codec = decltype(codec);
+    if constexpr (!std::is_base_of_v<Nvfp4Static<kHeadDim>, Codec>) {  // not a window format
+      store_spread<Codec>(stored_row<Codec>(page_at(window, token.layer, token.slot), rows, row), x,
+                          window.global_scale, threads);
+    }
+  });
+}
+
+__device__ __forceinline__ void hadamard_transform(float (&x)[2], const RowThreads<kKeyDim, 2>& threads) {
+  const float a = x[0] + x[1], b = x[0] - x[1];
+  x[0] = a, x[1] = b;
+  const auto step = [&](bool high, int i, float other) { x[i] = high ? other - x[i] : x[i] + other; };
+#pragma unroll
+  for (int lane = 1; lane < kWarp; lane *= 2) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) step((threads.thread & lane) != 0, i, __shfl_xor_sync(kAllLanes, x[i], lane));
+  }
+  __shared__ float values[2][kKeyDim / 2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) values[i][threads.thread] = x[i];
+  threads.sync();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    step(threads.thread >= kWarp, i, values[i][threads.thread ^ kWarp]);
+    x[i] *= kHadamardScale;
+  }
+}
+
+// The rows that a closing CSA window pools, two channels a thread.
+struct CsaRows {
+  float kv[kGroupRows][2];
+  float score[kGroupRows][2];
+};
+
+// One CSA compressor's work on request `place`. A thread reads and writes only its own channels of the tail.
+template <int W, class T, class Several>
+__device__ __forceinline__ void compress_csa_token(const UpdateParams& params, const Compression& part,
+                                                   const TokenFields& fields, int place,
+                                                   const RowThreads<W, 2>& threads, Several&& several) {
+  constexpr unsigned kColumns = 2 * W, kScores = 3 * kCsaRatio * W;  // kScores: from a tail row to its scores
+  const Compressor compressor = with_constants<W, kCsaRatio>(part.compressor);
+  const Pool pool = with_rows<kBlockTokens / kCsaRatio>(part.pool);
+  const Projections& in = compressor.projections;
+  const unsigned channel = threads.channel(), own = place * kColumns + channel, angles = place * (kRopeDim / 2);
+  const OnlyToken token(fields, place, params.kind_layer);
+  float kv[2][2], score[2][2];  // overlap half, current half
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    load_early(static_cast<const T*>(in.kv) + own + half * W, kv[half]);
+    load_early(static_cast<const T*>(in.gate) + own + half * W, score[half]);
+  }
+  const auto finish =
+      FinishOf<2>::load<W>(compressor.norm_weight, compressor.cos + angles, compressor.sin + angles, channel);
+  if (!token.fits(pool, params.table.slots)) {
+    if (!token.is_only()) several();
+    return;
+  }
+
+  const unsigned phase = token.position % kCsaRatio, entry = token.position / kCsaRatio;
+  const bool closes = phase == kCsaRatio - 1;
+  float* const rows = tail_at(compressor.tail, token, 2 * kScores) + channel;
+  CsaRows window;
+  int block = -1;
+  if (closes) {
+    const float* const previous = rows + (token.position + 1) % (2 * kCsaRatio) * W;
+    const float* const current = rows + kCsaRatio * W;
+#pragma unroll
+    for (int i = 0; i < kGroupRows - 1; ++i) {
+      const float* const from = (i < kCsaRatio ? previous : current) + i * W;
+      load_early(from, window.kv[i]);
+      load_early(from + kScores, window.score[i]);
+    }
+    const unsigned index = entry / pool.rows, blocks = params.table.max_blocks;
+    if (index < blocks) block = load_early(params.table.data + (static_cast<uint64_t>(token.slot) * blocks + index));
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float ape[2];
+    load_early(in.ape + (phase * kColumns + channel) + half * W, ape);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) score[half][i] += ape[i];
+  }
+  const auto store = [&](int half, float* to) {
+    store_values(to, kv[half]);
+    store_values(to + kScores, score[half]);
+  };
+  store(0, rows + token.position % (2 * kCsaRatio) * W);
+  if (!closes) {
+    store(1, rows + phase * W + 2 * kCsaRatio * W);
+    return;
+  }
+
+  if (static_cast<unsigned>(block) >= static_cast<unsigned>(pool.pages)) return;
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    window.kv[kGroupRows - 1][c] = kv[1][c], window.score[kGroupRows - 1][c] = score[1][c];
+#pragma unroll
+    for (int i = 0; i < kCsaRatio; ++i) {
+      if (entry == 0) window.kv[i][c] = 0.0f, window.score[i][c] = kClearedScore;
+    }
+  }
+  // All that follows once for each codec: a warp jumps while it waits for the rows, not between the steps.
+  visit_on_device(CodecsOf<W>{}, pool.codec, [&](auto codec) {
+    using Codec = decltype(codec);
+    float x[2];
+    pooled(pool_group(window.kv, window.score), x);
+    finish.template apply<W>(x, threads.sum(square_sum(x)), compressor.eps, channel);
+    if constexpr (W == kKeyDim) {
+      if (compressor.hadamard) hadamard_transform(x, threads);
+    }
+    store_spread<Codec>(stored_row<Codec>(page_at(pool, token.layer, block), pool.rows, entry % pool.rows), x,
+                        pool.global_scale, threads);
+  });
+}
+
+// Keeps what an HCA token brings, four channels a thread.
+template <class T>
+__device__ __forceinline__ void append_hca_token(const UpdateParams& params, const OnlyToken& token, int place,
+                                                 unsigned channel) {
+  const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
+  const Projections& in = compressor.projections;
+  const unsigned own = place * kHeadDim + channel, to = token.position % kHcaRatio * kHeadDim + channel;
+  float kv[4], score[4], ape[4];
+  load_early(static_cast<const T*>(in.kv) + own, kv);
+  load_early(static_cast<const T*>(in.gate) + own, score);
+  load_early(in.ape + to, ape);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) score[i] += ape[i];
+  float* const rows = tail_at(compressor.tail, token, 2 * kHcaRatio * kHeadDim);
+  store_values(rows + to, kv);
+  store_values(rows + to + kHcaRatio * kHeadDim, score);
+}
+
+// A running HCA tail's work on request `place`: its token goes into the open window, which it may close.
+template <class T, class Several>
+__device__ __forceinline__ void fold_token(const UpdateParams& params, const TokenFields& fields, int place,
+                                           const RowThreads<kHeadDim>& threads, Several&& several) {
+  const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
+  const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
+  const Projections& in = compressor.projections;
+  const unsigned channel = threads.channel(), own = place * kHeadDim + channel, angles = place * (kRopeDim / 2);
+  const OnlyToken token(fields, place, params.kind_layer);
+  float kv[4], score[4], ape[4];
+  load_early(static_cast<const T*>(in.kv) + own, kv);
+  load_early(static_cast<const T*>(in.gate) + own, score);
+  if (!token.fits(pool, params.table.slots)) {
+    if (!token.is_only()) several();
+    return;
+  }
+  const unsigned phase = token.position % kHcaRatio, entry = token.position / kHcaRatio;
+  float* const state = tail_at(compressor.tail, token, 3 * kHeadDim) + channel;
+  Partials<4> open = phase == 0 ? empty_partials<4>() : load_state<4>(state);
+  load_early(in.ape + phase * kHeadDim + channel, ape);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) score[i] += ape[i];
+  open = fold(open, kv, score);
+  if (phase != kHcaRatio - 1) {
+    store_state(state, open);
+    return;
+  }
+
+  const Finish finish =
+      Finish::load<kHeadDim>(compressor.norm_weight, compressor.cos + angles, compressor.sin + angles, channel);
+  const int block = block_of_entry(pool, params.table, token.slot, entry);
+  const EntryPlace at = place_in_block(pool, token.layer, block, entry);
+  if (at.page == nullptr) return;
+  visit_on_device(HeadCodecs{}, pool.codec, [&](auto codec) {
+    using Codec = decltype(codec);
+    float x[4];
+    pooled(open, x);
+    finish.template apply<kHeadDim>(x, threads.sum(square_sum(x)), compressor.eps, channel);
+    store_spread<Codec>(stored_row<Codec>(at.page, pool.rows, at.row), x, pool.global_scale, threads);
+  });
+}
+
+}  // namespace dsv4::cuda

@@ -1,0 +1,187 @@
+// What the kernels of prefill share: looking up closing windows, and storing the rows that survive a step.
+//
+// Nothing orders the two, so a request's tail is moved on by one of them: by the blocks that close its first windows,
+// if these pool rows of the tail, else by whoever stores the surviving rows.
+#pragma once
+
+#include "cuda/update/update.cuh"
+
+namespace dsv4::cuda {
+
+// Whether one of the windows that a request closes in a step pools rows of the tail.
+template <int kRatio>
+__device__ __forceinline__ bool closes_from_tail(int start, int next) {
+  return start / kRatio != next / kRatio && (kRatio == kCsaRatio ? start > 0 : start % kRatio != 0);
+}
+
+// Whether this step brought all rows that the window closed by `closing` pools.
+template <int kRatio>
+__device__ __forceinline__ bool all_in_step(const Token& closing) {
+  return closing.position - (pooled_rows(TailGeometry{kRatio}) - 1) >= closing.start;
+}
+
+// Moves four channels of a request's tail on, kAtOnce tokens' loads in flight together; of kThreads threads each takes
+// every kThreads-th token. `closing` is token `index`.
+template <int kRatio, int kThreads, int kAtOnce, class T>
+__device__ __forceinline__ void move_tail_on(const Compressor& compressor, int64_t layer, const Token& closing,
+                                             int index, int thread, int channel) {
+  const int open = closing.next - closing.next % kRatio;
+  const int first = max(closing.start, kRatio == kCsaRatio ? open - kRatio : open);
+  for (int position = first + thread; position < closing.next; position += kAtOnce * kThreads) {
+    TokenHalves halves[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = min(position + i * kThreads, closing.next - 1);
+      halves[i] = load_halves<T>(compressor.tail, compressor.projections, index + at - closing.position, channel);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = position + i * kThreads;
+      if (at >= closing.next) continue;
+      const Token token{true, closing.slot, at, closing.start, closing.next};
+      store_halves(compressor.tail, compressor.projections, layer, token, halves[i], channel);
+    }
+  }
+}
+
+// The tokens whose rows may survive: the last `per_request` of each request, or if that makes fewer, all of the step.
+struct LastTokens {
+  int requests;
+  int per_request;
+  int tokens;
+
+  __host__ __device__ bool all() const { return tokens < int64_t{requests} * per_request; }
+  __host__ __device__ int count() const { return all() ? tokens : requests * per_request; }
+};
+
+template <int kRatio>
+LastTokens last_tokens(const UpdateParams& params) {
+  const Plan& plan = params.window.plan;
+  const int kept = kRatio == 0 ? 0 : TailGeometry{kRatio}.rows();
+  return {plan.requests, std::max(params.window.window.rows, kept), plan.tokens};
+}
+
+// One warp stores what survives of token `index`.
+template <class T, int kRatio>
+__device__ __forceinline__ void append_last_token(const UpdateParams& params, const Token& token, int index,
+                                                  const LoadedWindowRow& row, const WarpRow<kHeadDim>& weight,
+                                                  int lane) {
+  const Pool& window = params.window.window;
+  const int64_t window_layer = *params.window.layer;
+  if (token.position >= token.next - window.rows && has_layer(window, window_layer)) {
+    store_window_row(params, window_layer, token, row, weight, lane);
+  }
+  if constexpr (kRatio != 0) {
+    const TailGeometry geometry{kRatio};
+    const int64_t layer = *params.kind_layer;
+    if (!has_layer(params.entries.pool, layer) || closes_from_tail<kRatio>(token.start, token.next)) return;
+    if (!geometry.overlap_survives(token.position, token.next) &&
+        !geometry.current_survives(token.position, token.next)) {
+      return;
+    }
+    const Compressor compressor = with_constants<kHeadDim, kRatio>(params.entries.compressor);
+    TokenHalves halves[WarpRow<kHeadDim>::kQuads];
+#pragma unroll
+    for (int q = 0; q < WarpRow<kHeadDim>::kQuads; ++q) {
+      halves[q] = load_halves<T>(compressor.tail, compressor.projections, index, channel_of(q, lane));
+    }
+#pragma unroll
+    for (int q = 0; q < WarpRow<kHeadDim>::kQuads; ++q) {
+      store_halves(compressor.tail, compressor.projections, layer, token, halves[q], channel_of(q, lane));
+    }
+    if constexpr (kRatio == kCsaRatio) {
+      const Compressor keys = with_constants<kKeyDim, kRatio>(params.keys.compressor);
+      append_token<T>(keys.tail, keys.projections, layer, token, index, channel_of(0, lane));
+    }
+  }
+}
+
+// Token `item` of the last ones: its place in the step, its request's, and how many tokens of that come behind. An
+// index of -1 where there is none.
+struct LastToken {
+  int index = -1;
+  int place;
+  int back;
+
+  __device__ __forceinline__ LastToken(const Plan& plan, const LastTokens& last, int item) {
+    if (item >= last.count()) return;
+    place = item / last.per_request, back = item % last.per_request;
+    if (last.all()) place = plan.token_request()[item];
+    if (place < 0 || place >= last.requests) return;
+    const int first = plan.query_start()[place], end = plan.query_start()[place + 1];
+    if (last.all()) back = end - 1 - item;
+    if (back < 0 || back >= last.per_request || first < 0 || end - 1 - back < first || end > plan.tokens) return;
+    index = end - 1 - back;
+  }
+};
+
+// The part of warp `warp` of `warps` in storing all that survives. Each lane looks one of its tokens up, while the
+// first one's row is on its way.
+template <class RowT, class T, int kRatio>
+__device__ __forceinline__ void append_last_tokens(const UpdateParams& params, const LastTokens& last, int warp,
+                                                   int warps, int lane) {
+  const Plan& plan = params.window.plan;
+#pragma unroll 1
+  for (int begin = warp; begin < last.count(); begin += kWarp * warps) {
+    const LastToken mine(plan, last, begin + lane * warps);
+    const auto index_of = [&](int i) { return __shfl_sync(kAllLanes, mine.index, i); };
+    LoadedWindowRow row;
+    if (index_of(0) >= 0) row = load_window_row<RowT>(params, index_of(0), lane);
+    Token token{};
+    if (mine.index >= 0) {
+      const Request request = request_at(plan, mine.place, static_cast<int>(params.window.window.pages));
+      token = {request.valid, request.slot, request.next - 1 - mine.back, request.start, request.next};
+    }
+    const int count = min(kWarp, (last.count() - begin + warps - 1) / warps);
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const int index = index_of(i);
+      if (i > 0 && index >= 0) row = load_window_row<RowT>(params, index, lane);
+      const auto of_lane = [&](int value) { return __shfl_sync(kAllLanes, value, i); };
+      const Token one{of_lane(token.valid) != 0, of_lane(token.slot), of_lane(token.position), of_lane(token.start),
+                      of_lane(token.next)};
+      const WarpRow<kHeadDim> weight = load_norm_weight(params, lane);
+      if (one.valid) append_last_token<T, kRatio>(params, one, index, row, weight, lane);
+    }
+  }
+}
+
+// A closing window, looked up.
+struct ClosingWindow {
+  enum Kind { kNone, kStep, kTail } kind;  // kStep: this step brought all its rows
+  int index;
+  int row;              // of the entry in its page
+  uint8_t* entry_page;  // null where there is none
+  uint8_t* key_page;
+  Token closing;
+};
+
+// As token_at and block_of_entry, but with as few loads as possible one behind the other.
+template <int kRatio>
+__device__ __forceinline__ ClosingWindow look_up(const UpdateParams& params, int row) {
+  const Plan& plan = params.window.plan;
+  const Pool entries = with_rows<kBlockTokens / kRatio>(params.entries.pool);
+  const BlockTable& table = params.table;
+  ClosingWindow window{ClosingWindow::kNone, load_early(plan.closing(kRatio) + row), 0, nullptr, nullptr, {}};
+  const int64_t layer = load_early(params.kind_layer);
+  const int index = window.index;
+  if (index < 0 || index >= plan.tokens || !has_layer(entries, layer)) return window;
+  const int slot = load_early(plan.token_slot() + index), position = load_early(plan.token_position() + index);
+  const int request = load_early(plan.token_request() + index);
+  if (slot < 0 || slot >= table.slots || position < 0 || request < 0 || request >= plan.requests) return window;
+  const int first = load_early(plan.query_start() + request), end = load_early(plan.query_start() + request + 1);
+  const int entry = position / kRatio, place = entry / entries.rows;
+  int block = -1;
+  if (place < table.max_blocks) block = load_early(table.data + static_cast<int64_t>(slot) * table.max_blocks + place);
+  window.closing = token_of(plan, index, slot, position, first, end);
+  if (!window.closing.valid) return window;
+  window.kind = all_in_step<kRatio>(window.closing) ? ClosingWindow::kStep : ClosingWindow::kTail;
+  window.row = entry % entries.rows;
+  window.entry_page = place_in_block(entries, layer, block, entry).page;
+  if (kRatio == kCsaRatio) {
+    window.key_page = place_in_block(with_rows<kBlockTokens / kRatio>(params.keys.pool), layer, block, entry).page;
+  }
+  return window;
+}
+
+}  // namespace dsv4::cuda

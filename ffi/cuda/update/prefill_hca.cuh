@@ -1,0 +1,41 @@
+// Prefill, HCA: a cluster of two blocks closes a window, each half of its rows. More blocks store the rows that
+// survive.
+#pragma once
+
+#include "cuda/update/prefill.cuh"
+
+namespace dsv4::cuda {
+
+constexpr int kHalves = 2;
+
+// A block fills a multiprocessor where all windows find place at once. Where they do not, two share it, so that one
+// loads rows while the other finishes its entry.
+template <class RowT, class T, int kThreads>
+__global__ void __cluster_dims__(kHalves, 1, 1) __launch_bounds__(kThreads, kHcaThreads / kThreads)
+    prefill_hca_kernel(const __grid_constant__ UpdateParams params, int rows, LastTokens last) {
+  using At = HcaThread<kHalves, kThreads>;
+  const int row = blockIdx.x / kHalves;
+  if (row >= rows) {
+    constexpr int kWarps = kThreads / kWarp;
+    const int closing = rows * kHalves, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    append_last_tokens<RowT, T, kHcaRatio>(params, last, (blockIdx.x - closing) * kWarps + warp,
+                                           (gridDim.x - closing) * kWarps, lane);
+    return;
+  }
+  const ClosingWindow window = look_up<kHcaRatio>(params, row);
+  if (window.kind == ClosingWindow::kNone) return;
+
+  const At at;
+  at.begin();
+  const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
+  const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
+  const int64_t layer = *params.kind_layer;
+  const Partials<4> partial = pool_hca_rows<T>(compressor, layer, window.closing, window.index, at);
+  store_hca_entry(compressor, pool, {window.entry_page, window.row}, row, at, partial);
+  if (window.kind == ClosingWindow::kTail) {
+    move_tail_on<kHcaRatio, At::kRanks * At::kSplits, 8, T>(compressor, layer, window.closing, window.index,
+                                                            at.rank * At::kSplits + at.split, at.channel());
+  }
+}
+
+}  // namespace dsv4::cuda

@@ -1,0 +1,180 @@
+// What each op is given, after checking: raw pointers and sizes. Handlers fill these; kernels and CPU loops read them.
+#pragma once
+
+#include <cstdint>
+
+#include "layout/geometry.h"
+
+namespace dsv4 {
+
+enum class Element { kFloat32, kBFloat16 };
+
+// A pool [layers, pages, page] of rows of one codec, `rows` to a page.
+struct Pool {
+  uint8_t* data;
+  int64_t layers;
+  int64_t pages;
+  int64_t page_bytes;
+  int rows;
+  int codec;  // index into the codecs of its width, see ffi/layout/codecs.h
+  int width;
+  float global_scale;
+};
+
+struct Tail {
+  float*
+      data;  // [layers, slots, 2 (kv, score), rows, width]; running: [layers, slots, 3 (max, denominator, sum), width]
+  int64_t layers;
+  int slots;
+  int width;
+  TailGeometry geometry;
+  bool running;  // HCA: the open window is kept pooled, not row by row
+};
+
+// A compressor's inputs for the tokens of a step, [tokens, columns]; columns = 2 * width with overlap, else width.
+struct Projections {
+  const void* kv;
+  const void* gate;
+  Element element;
+  const float* ape;  // [ratio, columns]
+  int columns;
+};
+
+struct BlockTable {
+  const int32_t* data;  // [slots, max_blocks]
+  int slots;
+  int max_blocks;
+};
+
+// Rows read out of a pool: values [queries, count, width], positions and valid [queries, count].
+struct Rows {
+  void* values;
+  Element element;
+  int32_t* positions;
+  bool* valid;
+  int64_t queries;
+  int64_t count;
+};
+
+struct BeginStepParams {
+  int32_t* block_table;
+  int max_blocks;
+  int32_t* window_positions;  // [layers, slots, ring]
+  int64_t window_layers;
+  int ring;
+  int slots;
+  Plan plan;
+  int32_t* plan_copy;
+};
+
+struct AppendWindowParams {
+  Pool window;
+  int32_t* positions;  // [layers, slots, ring]
+  const void* rows;    // [tokens, width]
+  Element element;
+  Plan plan;
+  const int32_t* layer;
+};
+
+struct AppendTailParams {
+  Tail tail;
+  Projections projections;
+  Plan plan;
+  const int32_t* layer;
+};
+
+// A compressor: what it made of the step's tokens, what it keeps between steps, and how its entries are finished.
+struct Compressor {
+  Tail tail;
+  Projections projections;
+  const float* norm_weight;  // [width]
+  const float* cos;          // [closing, 32]
+  const float* sin;
+  float eps;
+  bool hadamard;
+};
+
+struct CompressParams {
+  Compressor compressor;
+  float* entries;  // [closing, width]
+  int closing;
+  Plan plan;
+  const int32_t* layer;
+};
+
+struct FlushParams {
+  Pool pool;
+  const float* entries;  // [closing, width]
+  int closing;
+  BlockTable table;
+  int ratio;
+  Plan plan;
+  const int32_t* layer;
+};
+
+struct RotateParams {
+  Tail tail;
+  Plan plan;
+  const int32_t* layer;
+};
+
+struct GatherEntriesParams {
+  Pool pool;
+  BlockTable table;
+  const int32_t* slots;    // [queries]
+  const int32_t* counts;   // [queries]
+  const int32_t* indices;  // [queries, count], or null: entries 0 .. count-1
+  int ratio;
+  Rows rows;
+  const int32_t* layer;
+};
+
+struct GatherWindowParams {
+  Pool window;
+  const int32_t* positions;  // [layers, slots, ring]
+  const int32_t* slots;      // [queries]
+  const int32_t* last;       // [queries]
+  Rows rows;
+  const int32_t* layer;
+};
+
+// RMSNorm and RoPE of window rows, each at its own position.
+struct Norm {
+  const float* weight;  // [512], or null: rows come finished
+  const float* cos;     // [tokens, 32]
+  const float* sin;
+  float eps;
+};
+
+struct NormalizeParams {
+  const void* rows;  // [count, 512]
+  Element element;
+  Norm norm;
+  float* out;  // [count, 512]
+  int64_t count;
+};
+
+// One compressor's part of an update: without one, tail.data is null.
+struct Compression {
+  Compressor compressor;
+  Pool pool;
+};
+
+// All writes of one layer and step. Finished windows are stored before the tails move on; nothing is cleared.
+struct UpdateParams {
+  AppendWindowParams window;  // its plan is the step's
+  Norm norm;
+  Compression entries;
+  Compression keys;
+  BlockTable table;
+  const int32_t* kind_layer;  // the layer's index among those of its kind
+};
+
+// Rows <-> one page of them.
+struct QuantizeParams {
+  Pool page;
+  void* rows;  // [page.rows, width]
+  Element element;
+};
+
+}  // namespace dsv4
