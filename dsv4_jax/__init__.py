@@ -8,9 +8,7 @@ from dsv4_jax.cache.layer import LayerCache, WrongLayerKind
 from dsv4_jax.cache.pools import Cache, init_cache
 from dsv4_jax.cache.step import begin_step
 from dsv4_jax.cache.views import Field, PoolView, entries_view, keys_view, window_view
-from dsv4_jax.host.blocks import BlockAllocator
 from dsv4_jax.host.errors import (
-    AllocatorError,
     CacheError,
     CacheFull,
     CannotTruncate,
@@ -35,8 +33,6 @@ from dsv4_jax.spec.rotary import Rotary, apply_rotary, closing_rotary, rotary, t
 
 __all__ = [
     "PROFILES",
-    "AllocatorError",
-    "BlockAllocator",
     "Cache",
     "CacheError",
     "CacheFormats",

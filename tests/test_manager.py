@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.host.blocks import BlockAllocator
 from dsv4_jax.host.errors import (
     CacheFull,
     CannotTruncate,
@@ -38,10 +37,10 @@ def make_manager(*kinds, hca_tail="rows", token_buckets=(8, 64, 512), **sizes) -
 
 
 def state(thing) -> dict:
-    """Everything a manager or allocator remembers, as values that compare by content."""
+    """Everything a manager remembers, as values that compare by content."""
     values = {}
     for name, value in vars(thing).items():
-        if isinstance(value, BlockAllocator):
+        if type(value).__module__.startswith("dsv4_jax.host"):
             values[name] = state(value)
         else:
             values[name] = (value.dtype, value.tobytes()) if isinstance(value, np.ndarray) else copy.copy(value)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from dsv4_jax import reference
 from dsv4_jax.cache.pools import Cache
 from dsv4_jax.cache.step import Implementation, ops_of
+from dsv4_jax.errors import Picklable
 from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.layout.schema import CacheSchema
@@ -23,7 +24,7 @@ from dsv4_jax.ops.operands import Compressed, CompressorInputs, RawRows, Rows, W
 from dsv4_jax.spec.kinds import LayerKind
 
 
-class WrongLayerKind(TypeError):
+class WrongLayerKind(Picklable, TypeError):
     """An operation that the layer's kind does not have, such as keys of an HCA layer."""
 
 
