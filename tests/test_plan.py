@@ -114,6 +114,54 @@ def test_layout_fields_tile_the_vector():
     np.testing.assert_array_equal(covered, np.arange(layout.size))
 
 
+@pytest.mark.parametrize(("tokens", "requests"), [(1, 1), (8, 8), (128, 128), (8, 4), (300, 5)])
+def test_where_each_token_has_a_closing_place(tokens, requests):
+    layout = PlanLayout(tokens, requests)
+    plan = build_plan(layout, [0], [3], [1], False)
+    assert plan.closing(4)[0] == 0
+    if layout.closings_by_token:
+        assert layout.closing_size(4) == layout.closing_size(128) == tokens
+    else:
+        assert requests < tokens
+
+
+def test_plans_of_another_schema_have_another_layout():
+    assert PlanLayout(64, 4, "a") != PlanLayout(64, 4, "b")
+    assert PlanLayout(64, 4, "a").fields == PlanLayout(64, 4).fields
+
+
+def test_plans_of_several_shards_have_no_fields_outside_shard_map():
+    layout = PlanLayout(8, 2)
+    shards = [build_plan(layout, [slot], [0], [3], True).packed for slot in (0, 1)]
+    one_step, two_steps = np.concatenate(shards), np.tile(np.concatenate(shards), (2, 1))
+    for packed in (one_step, two_steps):
+        together = StepPlan(packed, layout)
+        for read in (lambda p: p.token_slot, lambda p: p.closing(4), lambda p: p.request_end, lambda p: p.last_token):
+            with pytest.raises(ValueError, match=r"several shards lie side by side.*shard_map"):
+                read(together)
+    with pytest.raises(ValueError, match="several shards"):
+        StepPlan(one_step, layout).stop([True, True])
+    with pytest.raises(ValueError, match="several shards"):
+        StepPlan(one_step, layout).pack_tokens([[1, 2, 3]])
+
+
+def test_inside_shard_map_each_shard_has_a_plan_of_its_own():
+    layout = PlanLayout(8, 2)
+    mesh = jax.sharding.AbstractMesh((2,), ("shards",), axis_types=(jax.sharding.AxisType.Auto,))
+    for steps in ((), (3,)):
+        plan = StepPlan(jax.ShapeDtypeStruct((*steps, 2 * layout.size), np.int32), layout)
+        spec = jax.sharding.PartitionSpec(*[None] * len(steps), "shards")
+        seen = []
+
+        def read(plan, seen=seen):
+            seen.append(plan.packed.shape)
+            return plan.request_end
+
+        ends = jax.eval_shape(jax.shard_map(read, mesh=mesh, in_specs=spec, out_specs=spec), plan)
+        assert seen[0] == (*steps, layout.size)
+        assert ends.shape == (*steps, 2 * layout.requests)
+
+
 def test_layouts_are_equal_by_value():
     assert PlanLayout(64, 4) == PlanLayout(64, 4)
     assert hash(PlanLayout(64, 4)) == hash(PlanLayout(64, 4))
@@ -323,6 +371,19 @@ def test_pack_tokens_in_plan_order():
         assert packed.dtype == np.int32
         np.testing.assert_array_equal(packed, expected)
     np.testing.assert_array_equal(np.array(expected)[plan.last_token[:3]], [13, 21, 32])
+
+
+def test_pack_tokens_of_a_single_request():
+    plan = build_plan(PlanLayout(8, 4), [3], [9], [3], False)
+    for tokens in ([1, 2, 3], (1, 2, 3), [[1, 2, 3]], [np.int32(1), 2, 3], range(1, 4), np.arange(1, 4), [(1, 2, 3)]):
+        np.testing.assert_array_equal(plan.pack_tokens(tokens), [1, 2, 3, 0, 0, 0, 0, 0])
+    for tokens in ([1, 2], [1, 2, 3, 4], [[1, 2]], []):
+        with pytest.raises(ValueError, match="tokens"):
+            plan.pack_tokens(tokens)
+    with pytest.raises(ValueError, match="integers"):
+        plan.pack_tokens([1.0, 2, 3])
+    one = build_plan(PlanLayout(8, 4), [3], [9], [1], False)
+    np.testing.assert_array_equal(one.pack_tokens([7])[:2], [7, 0])
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import operator
-
 import numpy as np
 from numpy.typing import NDArray
 
+from dsv4_jax.host.arguments import integer
 from dsv4_jax.host.errors import CacheFull, UnknownRequest
 from dsv4_jax.host.journal import Write
 
@@ -55,7 +54,7 @@ class RequestTable:
 
     def slot(self, request: int) -> int:
         """The slot of a handle. Raises UnknownRequest."""
-        request = operator.index(request)
+        request = integer("a request", request)
         slot = request & self._mask
         if self._handles[slot] != request:
             raise UnknownRequest([request])
