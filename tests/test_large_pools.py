@@ -60,7 +60,7 @@ def test_entries_are_flushed_and_gathered(large, rng):
         slots = np.arange(len(pages), dtype=np.int32)
         table = np.array(pages, np.int32)[:, None]
         layout = PlanLayout(tokens=128 * len(pages), requests=len(pages))
-        plan = build_plan(layout, slots, slots * 0, slots * 0 + 128)
+        plan = build_plan(layout, slots, slots * 0, slots * 0 + 128, True)
         entries = rng.normal(size=(layout.closing_size(4), 512)).astype(np.float32)
         pool = donating(ops.flush, ratio=4, format=FORMAT)(pool, entries, table, plan, layer)
         gather = donating(ops.gather_all_entries, ratio=4, format=FORMAT, entries=32, dtype=jnp.float32)
@@ -89,7 +89,7 @@ def run_steps(schema, slots, blocks, tokens, weights):
     for start, count in ((0, 127), (127, 1)):
         layout = PlanLayout(tokens=count * len(slots), requests=len(slots))
         changes = (slots, slots * 0, blocks) if start == 0 else None
-        plan = build_plan(layout, slots, slots * 0 + start, slots * 0 + count, table_changes=changes)
+        plan = build_plan(layout, slots, slots * 0 + start, slots * 0 + count, start == 0, changes)
         brought = [
             {
                 name: np.concatenate([of[layer][name][start : start + count] for of in tokens])

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from test_blocks import assert_balanced
 from test_manager import make_manager, state
 from test_plan import assert_fields, by_loop
 
@@ -394,8 +395,9 @@ class ManagerMachine(RuleBasedStateMachine):
         assert set(blocks) <= set(range(self.blocks))
         assert len(set(self.slot.values())) == len(self.slot)
         assert set(self.slot.values()) <= set(range(self.slots))
-        table = manager._block_table
-        assert sorted(table[table >= 0].tolist()) == sorted(blocks)
+        ledger = manager._ledger
+        assert sorted(ledger.table[ledger.table >= 0].tolist()) == sorted(blocks)
+        assert_balanced(ledger)
 
 
 ManagerMachine.TestCase.settings = settings(deadline=None, max_examples=200, stateful_step_count=40)

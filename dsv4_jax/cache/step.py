@@ -153,6 +153,11 @@ def begin(cache: Cache, plan: StepPlan, *, implementation: Implementation = "nat
 
 
 def _check_plan(schema: CacheSchema, plan: StepPlan) -> None:
+    if plan.layout.fingerprint not in ("", getattr(schema, "fingerprint", "")):
+        raise StepError(
+            "the plan names slots and blocks of another cache: its manager's schema has the fingerprint "
+            f"{plan.layout.fingerprint}, this cache's {schema.fingerprint}. Make both of one schema."
+        )
     shape, size = jnp.shape(plan.packed), plan.layout.size
     if len(shape) == 2 and shape[1] == size:
         raise StepError(
@@ -160,7 +165,10 @@ def _check_plan(schema: CacheSchema, plan: StepPlan) -> None:
             "the plan or with plan.step(i)."
         )
     if shape != (size,):
-        raise StepError(f"the plan is packed {list(shape)}, its layout says [{size}].")
+        raise StepError(
+            f"the plan is packed {list(shape)}, its layout says [{size}]: the plans of several shards lie side by "
+            "side, and are split by jax.shard_map, inside of which each shard begins its own step."
+        )
 
 
 def _check_arrays(cache: Cache) -> None:

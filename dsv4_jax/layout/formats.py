@@ -21,13 +21,14 @@ from types import MappingProxyType
 import jax.numpy as jnp
 import numpy as np
 
+from dsv4_jax.errors import Picklable
 from dsv4_jax.spec.kinds import HEAD_DIM, KEY_DIM, ROPE_DIM
 
 GLOBAL_SCALES = (2.0**-100, 2.0**100)
 """The smallest and largest ``CacheFormats.global_scale``: no block scale in units of it is subnormal or infinite."""
 
 
-class FormatError(ValueError):
+class FormatError(Picklable, ValueError):
     """A storage format that does not exist, or that cannot hold the component it was chosen for."""
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from dsv4_jax.errors import Picklable
 from dsv4_jax.layout.formats import CacheFormats
 from dsv4_jax.spec.kinds import BLOCK_TOKENS, HEAD_DIM, KEY_DIM, LayerKind
 from dsv4_jax.spec.model import ModelSpec
@@ -27,7 +28,7 @@ LARGEST_INDEX = 2**31 - 1
 Arrays = Mapping[str, jax.ShapeDtypeStruct]
 
 
-class SchemaError(ValueError):
+class SchemaError(Picklable, ValueError):
     """A cache that cannot be: a size out of range, or more than the memory given for it."""
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv4_jax.errors import Picklable
 from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.layout.schema import is_running
@@ -17,7 +18,7 @@ from dsv4_jax.spec.kinds import HEAD_DIM, ROPE_DIM
 FLOATING = (jnp.float32, jnp.bfloat16)
 
 
-class OperandError(ValueError):
+class OperandError(Picklable, ValueError):
     """An operand of an op has the wrong shape or dtype; raised while tracing, before anything runs."""
 
 
