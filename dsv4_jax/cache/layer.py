@@ -123,7 +123,7 @@ class LayerCache:
     def compress_keys(self, indexer: CompressorInputs) -> tuple[LayerCache, jax.Array]:
         """The indexer keys that this step closes, float32 [closing, 128]; CSA layers only."""
         self._require_csa()
-        return self._compress("key_tail", indexer, hadamard=self.schema.formats.indexer_hadamard)
+        return self._compress("csa_key_tail", indexer, hadamard=self.schema.formats.keys_hadamard)
 
     def flush(self, entries: jax.Array) -> LayerCache:
         """Stores what ``compress`` returned in the blocks of its requests."""
@@ -138,7 +138,7 @@ class LayerCache:
         """Clears what closed windows leave in the tails; call after ``append``, ``compress`` and ``flush``."""
         handle = self
         for name in self._tails(None, None):
-            tail = self._ops.rotate(getattr(handle.cache, name), self.plan, self._kind_index, ratio=self.kind.ratio)
+            tail = self._ops.rotate(handle.cache.pools[name], self.plan, self._kind_index, ratio=self.kind.ratio)
             handle = handle._with(**{name: tail})
         return handle
 
@@ -177,24 +177,24 @@ class LayerCache:
         where = (cache.block_table, self.plan, self._layer_index, self._kind_index)
         options = {"window_format": formats.window_format, "entry_format": formats.entry_format, "eps": eps}
         if self.kind is LayerKind.HCA:
-            entries = Compressed(cache.hca_entries, cache.hca_tail)
+            entries = Compressed(cache.pools["hca_entries"], cache.pools["hca_tail"])
             window, entries = self._ops.update_hca(window, entries, rows, compressor, *where, **options)
             arrays = {"hca_entries": entries.pool, "hca_tail": entries.tail}
         else:
             window, entries, keys = self._ops.update_csa(
                 window,
-                Compressed(cache.csa_entries, cache.csa_tail),
-                Compressed(cache.csa_keys, cache.key_tail),
+                Compressed(cache.pools["csa_entries"], cache.pools["csa_tail"]),
+                Compressed(cache.pools["csa_keys"], cache.pools["csa_key_tail"]),
                 rows,
                 compressor,
                 indexer,
                 *where,
                 key_format=formats.key_format,
-                hadamard=formats.indexer_hadamard,
+                hadamard=formats.keys_hadamard,
                 **options,
             )
             arrays = {"csa_entries": entries.pool, "csa_tail": entries.tail}
-            arrays |= {"csa_keys": keys.pool, "key_tail": keys.tail}
+            arrays |= {"csa_keys": keys.pool, "csa_key_tail": keys.tail}
         return self._with(window=window.window, window_positions=window.positions, **arrays)
 
     def entries(self, indices: jax.Array, *, dtype: Any = jnp.bfloat16) -> tuple[LayerCache, Rows]:
@@ -209,7 +209,7 @@ class LayerCache:
         """
         name, ratio = self._entries_name, self.kind.ratio
         pool, rows = self._ops.gather_entries(
-            getattr(self.cache, name),
+            self.cache.pools[name],
             self.cache.block_table,
             jnp.asarray(self.plan.token_slot),
             self.visible,
@@ -236,7 +236,7 @@ class LayerCache:
     def transform_query(self, queries: jax.Array) -> jax.Array:
         """Indexer queries [..., 128] as the stored keys want them: Hadamard-transformed exactly if the keys are."""
         self._require_csa()
-        return reference.hadamard_transform(queries) if self.schema.formats.indexer_hadamard else queries
+        return reference.hadamard_transform(queries) if self.schema.formats.keys_hadamard else queries
 
     # Which arrays are the layer's.
 
@@ -253,7 +253,7 @@ class LayerCache:
         return self.schema.spec.kind_index(self.layer) if self.kind_index is None else self.kind_index
 
     def _with(self, **arrays: jax.Array) -> LayerCache:
-        return dataclasses.replace(self, cache=dataclasses.replace(self.cache, **arrays))
+        return dataclasses.replace(self, cache=self.cache.with_arrays(arrays))
 
     def _ratio(self, what: str) -> int:
         if self.kind is LayerKind.SWA:
@@ -276,7 +276,7 @@ class LayerCache:
     def _tails(self, compressor: Any, indexer: Any) -> dict[str, Any]:
         tails = {
             LayerKind.SWA: {},
-            LayerKind.CSA: {"csa_tail": compressor, "key_tail": indexer},
+            LayerKind.CSA: {"csa_tail": compressor, "csa_key_tail": indexer},
             LayerKind.HCA: {"hca_tail": compressor},
         }
         return tails[self.kind]
@@ -309,7 +309,7 @@ class LayerCache:
 
     def _append_tail(self, name: str, inputs: CompressorInputs) -> LayerCache:
         tail = self._ops.append_tail(
-            getattr(self.cache, name),
+            self.cache.pools[name],
             inputs.kv,
             inputs.gate,
             inputs.ape,
@@ -321,7 +321,7 @@ class LayerCache:
 
     def _compress(self, name: str, inputs: CompressorInputs, *, hadamard: bool) -> tuple[LayerCache, jax.Array]:
         tail, entries = self._ops.compress(
-            getattr(self.cache, name),
+            self.cache.pools[name],
             inputs.kv,
             inputs.gate,
             inputs.ape,
@@ -338,7 +338,7 @@ class LayerCache:
 
     def _flush(self, name: str, rows: jax.Array, format: VectorFormat) -> LayerCache:
         pool = self._ops.flush(
-            getattr(self.cache, name),
+            self.cache.pools[name],
             rows,
             self.cache.block_table,
             self.plan,
@@ -351,7 +351,7 @@ class LayerCache:
     def _all(self, name: str, count: int, format: VectorFormat, dtype: Any) -> tuple[LayerCache, Rows]:
         end = jnp.asarray(self.plan.request_end)
         pool, rows = self._ops.gather_all_entries(
-            getattr(self.cache, name),
+            self.cache.pools[name],
             self.cache.block_table,
             jnp.asarray(self.plan.request_slot),
             jnp.maximum(end, 0) // self.kind.ratio,
