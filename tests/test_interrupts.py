@@ -91,7 +91,7 @@ def aftermath(manager: CacheManager, plans: list) -> list:
 
 def prepared() -> tuple[CacheManager, list[int], list]:
     """A manager in the middle of its work, its requests, and two plans: the second can be taken back."""
-    manager = make_manager(slots=5, blocks=40, slack=200)
+    manager = make_manager(slots=5, blocks=40, lookahead=200)
     requests = [manager.admit() for _ in range(4)]
     manager.prepare_forward(dict(zip(requests, (303, 127, 5, 1), strict=True)))
     manager.truncate(requests[0], 302)
@@ -162,7 +162,7 @@ def test_reading_finishes_what_was_interrupted_and_may_be_interrupted_too(read):
 
 
 def test_a_random_history_with_interrupts_balances(rng):
-    manager, plans = make_manager(slots=4, blocks=30, slack=300, max_context=900), []
+    manager, plans = make_manager(slots=4, blocks=30, lookahead=300, max_context=900), []
     interrupted = 0
 
     def operation():

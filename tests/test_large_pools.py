@@ -120,16 +120,16 @@ def test_steps_write_what_they_write_to_a_small_cache(large, rng, kind, by):
     cache, plan = run_steps(
         CacheSchema(spec, formats, max_context=128, **sizes), where["slots"], where["blocks"], tokens, weights
     )
-    pool = cache.csa_entries if by == "blocks" else cache.hca_tail
+    pool = cache.pools["csa_entries"] if by == "blocks" else cache.pools["hca_tail"]
     assert pool.nbytes > large
     for name in schema_arrays(by):
-        array = getattr(cache, name)
+        array = cache.arrays[name]
         if array.size:
             np.testing.assert_array_equal(array[:, np.array(places)], getattr(small, name), err_msg=name)
     if by == "blocks":
-        used = pages_in_use(cache.csa_entries)
+        used = pages_in_use(cache.pools["csa_entries"])
     else:
-        used = tails_in_use(cache.hca_tail)
+        used = tails_in_use(cache.pools["hca_tail"])
         np.testing.assert_array_equal(used, pages_in_use(cache.window))
     assert (np.flatnonzero(np.asarray(used).all(0)) == places).all()
     assert np.asarray(used).sum() == LAYERS * len(places)
@@ -145,4 +145,4 @@ def test_steps_write_what_they_write_to_a_small_cache(large, rng, kind, by):
 def schema_arrays(by):
     """The arrays that have an axis of blocks or of slots behind their layers."""
     by_block = ["csa_entries", "csa_keys", "hca_entries"]
-    return by_block if by == "blocks" else ["window", "window_positions", "csa_tail", "key_tail", "hca_tail"]
+    return by_block if by == "blocks" else ["window", "window_positions", "csa_tail", "csa_key_tail", "hca_tail"]

@@ -528,9 +528,9 @@ def test_cancel_takes_only_this_managers_own_plans():
 
 
 @pytest.mark.parametrize(
-    ("kinds", "slack", "length", "target", "lowest"),
+    ("kinds", "lookahead", "length", "target", "lowest"),
     [
-        # The ring keeps 128 + slack rows, position n needs the 127 before it.
+        # The ring keeps 128 + lookahead rows, position n needs the 127 before it.
         ((SWA,), 0, 128, 1, None),
         ((SWA,), 0, 129, 128, None),
         ((SWA,), 0, 129, 127, 128),
@@ -557,8 +557,8 @@ def test_cancel_takes_only_this_managers_own_plans():
         ((SWA,), 0, 100, 101, 1),
     ],
 )
-def test_what_can_be_truncated(kinds, slack, length, target, lowest):
-    assert_truncates(make_manager(*kinds, slack=slack), length, target, lowest)
+def test_what_can_be_truncated(kinds, lookahead, length, target, lowest):
+    assert_truncates(make_manager(*kinds, lookahead=lookahead), length, target, lowest)
 
 
 def assert_truncates(manager, length, target, lowest):
@@ -593,7 +593,7 @@ def assert_truncates(manager, length, target, lowest):
     ],
 )
 def test_from_a_running_tail_only_whole_windows_can_be_dropped(kinds, length, target, lowest):
-    assert_truncates(make_manager(*kinds, hca_tail="running", slack=200), length, target, lowest)
+    assert_truncates(make_manager(*kinds, hca_tail="running", lookahead=200), length, target, lowest)
 
 
 def test_rows_overwritten_by_dropped_tokens_stay_lost():
@@ -638,7 +638,7 @@ def test_truncating_to_nothing_frees_every_block_and_resets_the_slot():
 
 
 def test_truncating_between_hca_windows_frees_the_blocks_of_dropped_entries():
-    manager = make_manager(HCA, slack=300)
+    manager = make_manager(HCA, lookahead=300)
     request = manager.admit()
     grow(manager, request, 390)
     kept = manager.blocks(request)[:1].tolist()

@@ -136,14 +136,20 @@ class ManagerMachine(RuleBasedStateMachine):
         kinds=st.sampled_from(((CSA, HCA, SWA), (CSA,), (HCA, SWA), (SWA,))),
         slots=st.integers(1, 4),
         blocks=st.integers(1, 14),
-        slack=st.sampled_from((0, 0, 3, 150)),
+        lookahead=st.sampled_from((0, 0, 3, 150)),
         max_context=st.sampled_from((130, 517, 900)),
         hca_tail=st.sampled_from(HCA_TAILS),
     )
-    def start(self, kinds, slots, blocks, slack, max_context, hca_tail):
-        self.kinds, self.slots, self.blocks, self.max_context, self.slack = kinds, slots, blocks, max_context, slack
+    def start(self, kinds, slots, blocks, lookahead, max_context, hca_tail):
+        self.kinds, self.slots, self.blocks, self.max_context, self.lookahead = (
+            kinds,
+            slots,
+            blocks,
+            max_context,
+            lookahead,
+        )
         self.buckets, self.hca_tail = (8, 50, 400), hca_tail
-        sizes = {"slots": slots, "blocks": blocks, "max_context": max_context, "slack": slack}
+        sizes = {"slots": slots, "blocks": blocks, "max_context": max_context, "lookahead": lookahead}
         self.manager = make_manager(*kinds, hca_tail=hca_tail, token_buckets=self.buckets, **sizes)
         self.requests = {}
         self.slot = {}
@@ -175,7 +181,7 @@ class ManagerMachine(RuleBasedStateMachine):
         assert handle not in self.requests
         assert handle not in self.released
         self.slot[handle] = self.manager.slot(handle)
-        self.requests[handle] = Request(self.kinds, WINDOW + self.slack, self.hca_tail)
+        self.requests[handle] = Request(self.kinds, WINDOW + self.lookahead, self.hca_tail)
 
     @rule()
     def admit(self):

@@ -247,11 +247,21 @@ def test_a_plan_of_several_steps(given):
     given.trace(lambda step: step.end(partial=True), plan=plan.step(1))
 
 
+def test_a_plan_of_another_schemas_manager(given):
+    """Its slots and blocks would name others, or none, and rows vanish."""
+    other = dataclasses.replace(given.cache.schema, blocks=given.cache.schema.blocks + 1)
+    manager = CacheManager(other, token_buckets=(2, 16))
+    plan = manager.prepare_forward({manager.admit(): 1, manager.admit(): 1})
+    assert plan.packed.shape == given.plan.packed.shape
+    with pytest.raises(StepError, match=r"of another cache.*Make both of one schema"):
+        given.trace(lambda step: step.end(partial=True), plan=plan)
+
+
 def test_arrays_that_do_not_have_the_shapes_of_the_schema(given):
     schema = given.cache.schema
     for change in ({"slots": schema.slots + 1}, {"blocks": schema.blocks * 2}, {"max_context": 2048}):
         other = dataclasses.replace(schema, **change)
-        with pytest.raises(StepError, match="its schema says"):
+        with pytest.raises(ValueError, match="its schema says"):
             given.trace(lambda step: step.end(partial=True), dataclasses.replace(given.cache, schema=other))
     assert jax.tree.map(lambda array: array.shape[0], given.cache)  # a pytree is rebuilt with anything in it
 

@@ -303,7 +303,7 @@ def update_operands(rng, kind, hca_tail, step, raw, dtype, profile):
     if kind == "hca":
         return (window, entries, rows, inputs(512), table, plan, 1, 2), attributes
     keys = compressed(128, formats.key_format)
-    attributes |= {"key_format": formats.key_format, "hadamard": formats.indexer_hadamard}
+    attributes |= {"key_format": formats.key_format, "hadamard": formats.keys_hadamard}
     return (window, entries, keys, rows, inputs(512), inputs(128), table, plan, 1, 2), attributes
 
 

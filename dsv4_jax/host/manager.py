@@ -196,8 +196,8 @@ class CacheManager:
           after: the same ``length // 4``. With HCA layers only, the same ``length // 128``, or ``length`` a multiple of
           128, where the open window has no row yet. A running HCA tail has no rows to drop: only that multiple.
         - The sliding window. Positions ``length - window + 1 … length - 1`` must not have been overwritten by positions
-          one ring later: ``length >= peak - slack - 1``, where ``peak`` is the longest the request has been since it
-          was admitted or truncated to 0. While ``peak`` is at most the ring, nothing has been overwritten.
+          one ring later: ``length >= peak - lookahead - 1``, where ``peak`` is the longest the request has been since
+          it was admitted or truncated to 0. While ``peak`` is at most the ring, nothing has been overwritten.
 
         Rows of dropped positions stay on the device. None is read: which rows count follows from the position, and a
         position is written again before it counts. Blocks whose entries are all dropped are free at once.

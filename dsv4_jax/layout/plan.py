@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -308,3 +310,9 @@ class StepPlan:
 
 
 jax.tree_util.register_dataclass(StepPlan, data_fields=["packed"], meta_fields=["layout"], drop_fields=["receipt"])
+jax.export.register_pytree_node_serialization(
+    StepPlan,
+    serialized_name="dsv4_jax.StepPlan",
+    serialize_auxdata=lambda static: json.dumps(dataclasses.asdict(static[0])).encode(),
+    deserialize_auxdata=lambda data: (PlanLayout(**json.loads(bytes(data))),),
+)
