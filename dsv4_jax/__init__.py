@@ -7,6 +7,7 @@ Host, between steps: ``CacheManager`` admits requests, reserves blocks and makes
 from dsv4_jax.cache.layer import LayerCache, WrongLayerKind
 from dsv4_jax.cache.pools import Cache, init_cache
 from dsv4_jax.cache.step import begin_step
+from dsv4_jax.cache.transfer import apply_transfers
 from dsv4_jax.cache.views import Field, PoolView, entries_view, keys_view, window_view
 from dsv4_jax.host.errors import (
     CacheError,
@@ -23,6 +24,7 @@ from dsv4_jax.layout.capacity import CapacityPlan, capacity_plan, requests_that_
 from dsv4_jax.layout.formats import PROFILES, CacheFormats, FormatError, VectorFormat
 from dsv4_jax.layout.plan import PlanLayout, StepPlan
 from dsv4_jax.layout.schema import CacheSchema, LayerCacheSchema, SchemaError, compute_block_budget
+from dsv4_jax.layout.transfers import TransferList, Transfers
 from dsv4_jax.ops import OperandError
 from dsv4_jax.ops.operands import CompressorInputs, RawRows, Rows
 from dsv4_jax.spec.config_json import model_spec
@@ -63,10 +65,13 @@ __all__ = [
     "StalePlan",
     "StepPlan",
     "StepTooLarge",
+    "TransferList",
+    "Transfers",
     "UnknownRequest",
     "VectorFormat",
     "WrongLayerKind",
     "apply_rotary",
+    "apply_transfers",
     "begin_step",
     "capacity_plan",
     "closing_rotary",

@@ -11,6 +11,7 @@ from dsv4_jax.ops.flush.reference import flush
 from dsv4_jax.ops.gather.reference import gather_all_entries, gather_entries, gather_window
 from dsv4_jax.ops.quantize.reference import dequantize, quantize
 from dsv4_jax.ops.rotate.reference import rotate
+from dsv4_jax.ops.transfer.reference import transfer
 from dsv4_jax.ops.update.reference import normalize, update_csa, update_hca, update_swa
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "normalize",
     "quantize",
     "rotate",
+    "transfer",
     "update_csa",
     "update_hca",
     "update_swa",

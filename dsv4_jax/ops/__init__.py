@@ -8,6 +8,7 @@ from dsv4_jax.ops.flush.api import flush
 from dsv4_jax.ops.gather.api import gather_all_entries, gather_entries, gather_window
 from dsv4_jax.ops.quantize.api import dequantize, quantize
 from dsv4_jax.ops.rotate.api import rotate
+from dsv4_jax.ops.transfer.api import transfer
 from dsv4_jax.ops.update.api import normalize, update_csa, update_hca, update_swa
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "normalize",
     "quantize",
     "rotate",
+    "transfer",
     "update_csa",
     "update_hca",
     "update_swa",

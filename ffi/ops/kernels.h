@@ -17,6 +17,7 @@ void gather_entries(const GatherEntriesParams& params);
 void gather_window(const GatherWindowParams& params);
 void normalize(const NormalizeParams& params);
 void update(const UpdateParams& params);
+void transfer(const TransferParams& params);
 void quantize(const QuantizeParams& params);
 void dequantize(const QuantizeParams& params);
 
@@ -35,6 +36,7 @@ const char* gather_entries(CUstream_st* stream, const GatherEntriesParams& param
 const char* gather_window(CUstream_st* stream, const GatherWindowParams& params);
 const char* normalize(CUstream_st* stream, const NormalizeParams& params);
 const char* update(CUstream_st* stream, const UpdateParams& params);
+const char* transfer(CUstream_st* stream, const TransferParams& params);
 const char* quantize(CUstream_st* stream, const QuantizeParams& params);
 const char* dequantize(CUstream_st* stream, const QuantizeParams& params);
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "layout/geometry.h"
+#include "layout/transfer.h"
 
 namespace dsv4 {
 
@@ -116,6 +117,19 @@ struct RotateParams {
   Tail tail;
   Plan plan;
   const int32_t* layer;
+};
+
+// One of the cache's per-slot arrays, and what happens to its slots, in order.
+struct TransferParams {
+  uint8_t* data;  // [layers, slots, slot_bytes]
+  int64_t layers;
+  int64_t slots;
+  int64_t slot_bytes;
+  SlotArray role;
+  const int32_t* operations;  // [count, 5]
+  int count;
+  const int32_t* blocks;  // [block_count]
+  int64_t block_count;
 };
 
 struct GatherEntriesParams {

@@ -14,6 +14,7 @@
   X(gather_entries, GatherEntries)        \
   X(gather_all_entries, GatherAllEntries) \
   X(gather_window, GatherWindow)          \
+  X(transfer, Transfer)                   \
   X(update_swa, UpdateSwa)                \
   X(update_csa, UpdateCsa)                \
   X(update_hca, UpdateHca)                \
