@@ -272,9 +272,9 @@ def test_in_place_on_an_h200(formats, tmp_path):
 def test_a_reset_by_transfer_is_the_reset_of_a_plan(rng):
     """The next request of a slot reads the same, whoever cleared it."""
     weights, sequence = random_weights(rng), random_tokens(rng, 200)
-    drivers = [Driver(weights, CacheFormats(), slots=1) for _ in range(2)]
+    drivers, former = [Driver(weights, CacheFormats(), slots=1) for _ in range(2)], random_tokens(rng, 200)
     for number, driver in enumerate(drivers):
-        driver.feed({driver.admit(random_tokens(rng, 200)): 180})
+        driver.feed({driver.admit(former): 180})
         driver.release(next(iter(driver.sequences)))
         made = TransferList()
         if number:
