@@ -71,7 +71,7 @@ def tokens_at(plan: StepPlan, index: jax.Array, slots: int) -> Tokens:
 
 def all_tokens(plan: StepPlan, slots: int) -> Tokens:
     """The tokens of a step in flat order, [T] each."""
-    return tokens_at(plan, jnp.arange(plan.layout.tokens), slots)
+    return tokens_at(plan, jnp.arange(plan.layout.tokens, dtype=jnp.int32), slots)
 
 
 def all_requests(plan: StepPlan, slots: int) -> Requests:
@@ -119,7 +119,7 @@ def current_survives(position: jax.Array, following: jax.Array, ratio: int) -> j
 
 def tail_rows_in_use(following: jax.Array, ratio: int) -> jax.Array:
     """Which tail rows hold something when a request continues at position `following`: [R] -> bool [R, rows]."""
-    row, following = jnp.arange(tail_rows(ratio)), following[:, None]
+    row, following = jnp.arange(tail_rows(ratio), dtype=jnp.int32)[None], following[:, None]
     open_window, filled = following // ratio, following % ratio
     is_current = row >= overlap_rows(ratio)
     is_open = row // ratio == open_window % 2

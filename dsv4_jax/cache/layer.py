@@ -7,19 +7,18 @@ next layer. Making a handle allocates nothing.
 from __future__ import annotations
 
 import dataclasses
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax import reference
+from dsv4_jax import ops
 from dsv4_jax.cache.pools import Cache
-from dsv4_jax.cache.step import Implementation, ops_of
 from dsv4_jax.errors import Picklable
 from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.layout.schema import CacheSchema
+from dsv4_jax.ops import Implementation
 from dsv4_jax.ops.operands import Compressed, CompressorInputs, RawRows, Rows, Window
 from dsv4_jax.spec.kinds import LayerKind
 
@@ -69,17 +68,18 @@ class LayerCache:
         """The window rows of earlier steps that this step's tokens still see; call before ``append`` or ``update``.
 
         Returns:
-          The handle, and Rows [requests, window]: row j is position ``start - window + j`` of a request whose first
-          token of the step is at ``start``.
+          The handle, and Rows [requests, window - 1]: row j is position ``start - window + 1 + j`` of a request whose
+          first token of the step is at ``start``. That token sees all of them, a later one those that are less than
+          ``window`` before it.
         """
-        return self._window(jnp.asarray(self.plan.request_start) - 1, dtype)
+        return self._window(dtype, before=True)
 
     def window(self, *, dtype: Any = jnp.bfloat16) -> tuple[LayerCache, Rows]:
         """The window of each request's last token, itself included; call after ``append`` or ``update``.
 
         This is all that a step of one token per request needs. Returns the handle and Rows [requests, window].
         """
-        return self._window(jnp.asarray(self.plan.request_end) - 1, dtype)
+        return self._window(dtype, before=False)
 
     def stored(self, rows: jax.Array, *, dtype: Any = jnp.bfloat16) -> jax.Array:
         """The step's own window rows as they are (or would be) stored: quantized and back, [tokens, 512].
@@ -88,8 +88,8 @@ class LayerCache:
         prompt was cut into steps.
         """
         format = self.schema.formats.window_format
-        page = self._ops.quantize(rows, format=format)
-        return self._ops.dequantize(page, format=format, rows=rows.shape[0], dtype=dtype)
+        page = ops.quantize(rows, format=format, implementation=self.implementation)
+        return ops.dequantize(page, format=format, rows=rows.shape[0], dtype=dtype, implementation=self.implementation)
 
     def append(
         self, rows: jax.Array, compressor: CompressorInputs | None = None, indexer: CompressorInputs | None = None
@@ -106,8 +106,14 @@ class LayerCache:
         """
         self._check_inputs(compressor, indexer)
         format = self.schema.formats.window_format
-        window, positions = self._ops.append_window(
-            self.cache.window, self.cache.window_positions, rows, self.plan, self._layer_index, format=format
+        window, positions = ops.append_window(
+            self.cache.window,
+            self.cache.window_positions,
+            rows,
+            self.plan,
+            self._layer_index,
+            format=format,
+            implementation=self.implementation,
         )
         handle = self._with(window=window, window_positions=positions)
         for name, inputs in self._tails(compressor, indexer).items():
@@ -139,13 +145,19 @@ class LayerCache:
         """Clears what closed windows leave in the tails; call after ``append``, ``compress`` and ``flush``."""
         handle = self
         for name in self._tails(None, None):
-            tail = self._ops.rotate(getattr(handle.cache, name), self.plan, self._kind_index, ratio=self.kind.ratio)
+            tail = ops.rotate(
+                getattr(handle.cache, name),
+                self.plan,
+                self._kind_index,
+                ratio=self.kind.ratio,
+                implementation=self.implementation,
+            )
             handle = handle._with(**{name: tail})
         return handle
 
     def normalize(self, raw: RawRows) -> jax.Array:
         """Raw window rows finished (RMSNorm, RoPE), float32 [tokens, 512]: what attention and ``append`` take."""
-        return self._ops.normalize(raw, eps=self.schema.spec.norm_eps)
+        return ops.normalize(raw, eps=self.schema.spec.norm_eps, implementation=self.implementation)
 
     def update(
         self,
@@ -170,8 +182,14 @@ class LayerCache:
         cache, formats, eps = self.cache, self.schema.formats, self.schema.spec.norm_eps
         window = Window(cache.window, cache.window_positions)
         if self.kind is LayerKind.SWA:
-            window = self._ops.update_swa(
-                window, rows, self.plan, self._layer_index, format=formats.window_format, eps=eps
+            window = ops.update_swa(
+                window,
+                rows,
+                self.plan,
+                self._layer_index,
+                format=formats.window_format,
+                eps=eps,
+                implementation=self.implementation,
             )
             return self._with(window=window.window, window_positions=window.positions)
 
@@ -179,10 +197,12 @@ class LayerCache:
         options = {"window_format": formats.window_format, "entry_format": formats.entry_format, "eps": eps}
         if self.kind is LayerKind.HCA:
             entries = Compressed(cache.hca_entries, cache.hca_tail)
-            window, entries = self._ops.update_hca(window, entries, rows, compressor, *where, **options)
+            window, entries = ops.update_hca(
+                window, entries, rows, compressor, *where, **options, implementation=self.implementation
+            )
             arrays = {"hca_entries": entries.pool, "hca_tail": entries.tail}
         else:
-            window, entries, keys = self._ops.update_csa(
+            window, entries, keys = ops.update_csa(
                 window,
                 Compressed(cache.csa_entries, cache.csa_tail),
                 Compressed(cache.csa_keys, cache.key_tail),
@@ -193,6 +213,7 @@ class LayerCache:
                 key_format=formats.key_format,
                 hadamard=formats.indexer_hadamard,
                 **options,
+                implementation=self.implementation,
             )
             arrays = {"csa_entries": entries.pool, "csa_tail": entries.tail}
             arrays |= {"csa_keys": keys.pool, "key_tail": keys.tail}
@@ -209,16 +230,16 @@ class LayerCache:
           The handle and Rows [tokens, count].
         """
         name, ratio = self._entries_name, self.kind.ratio
-        pool, rows = self._ops.gather_entries(
+        pool, rows = ops.gather_entries(
             getattr(self.cache, name),
             self.cache.block_table,
-            jnp.asarray(self.plan.token_slot),
-            self.visible,
+            self.plan,
             indices,
             self._kind_index,
             ratio=ratio,
             format=self.schema.formats.entry_format,
             dtype=dtype,
+            implementation=self.implementation,
         )
         return self._with(**{name: pool}), rows
 
@@ -237,13 +258,9 @@ class LayerCache:
     def transform_query(self, queries: jax.Array) -> jax.Array:
         """Indexer queries [..., 128] as the stored keys want them: Hadamard-transformed exactly if the keys are."""
         self._require_csa()
-        return reference.hadamard_transform(queries) if self.schema.formats.indexer_hadamard else queries
+        return ops.hadamard_transform(queries) if self.schema.formats.indexer_hadamard else queries
 
     # Which arrays are the layer's.
-
-    @property
-    def _ops(self) -> ModuleType:
-        return ops_of(self.implementation)
 
     @property
     def _layer_index(self) -> Any:
@@ -295,37 +312,39 @@ class LayerCache:
 
     # One op on one of the layer's arrays.
 
-    def _window(self, last: jax.Array, dtype: Any) -> tuple[LayerCache, Rows]:
-        window, positions, rows = self._ops.gather_window(
+    def _window(self, dtype: Any, *, before: bool) -> tuple[LayerCache, Rows]:
+        window, positions, rows = ops.gather_window(
             self.cache.window,
             self.cache.window_positions,
-            jnp.asarray(self.plan.request_slot),
-            last,
+            self.plan,
             self._layer_index,
             format=self.schema.formats.window_format,
             dtype=dtype,
-            rows=self.schema.spec.window,
+            rows=self.schema.spec.window - before,
+            before=before,
+            implementation=self.implementation,
         )
         return self._with(window=window, window_positions=positions), rows
 
     def _append_tail(self, name: str, inputs: CompressorInputs) -> LayerCache:
-        tail = self._ops.append_tail(
+        tail = ops.append_tail(
             getattr(self.cache, name),
             inputs.kv,
             inputs.gate,
-            inputs.ape,
+            inputs.position_bias,
             self.plan,
             self._kind_index,
             ratio=self.kind.ratio,
+            implementation=self.implementation,
         )
         return self._with(**{name: tail})
 
     def _compress(self, name: str, inputs: CompressorInputs, *, hadamard: bool) -> tuple[LayerCache, jax.Array]:
-        tail, entries = self._ops.compress(
+        tail, entries = ops.compress(
             getattr(self.cache, name),
             inputs.kv,
             inputs.gate,
-            inputs.ape,
+            inputs.position_bias,
             inputs.norm_weight,
             inputs.rotary.cos,
             inputs.rotary.sin,
@@ -334,11 +353,12 @@ class LayerCache:
             ratio=self.kind.ratio,
             eps=self.schema.spec.norm_eps,
             hadamard=hadamard,
+            implementation=self.implementation,
         )
         return self._with(**{name: tail}), entries
 
     def _flush(self, name: str, rows: jax.Array, format: VectorFormat) -> LayerCache:
-        pool = self._ops.flush(
+        pool = ops.flush(
             getattr(self.cache, name),
             rows,
             self.cache.block_table,
@@ -346,20 +366,20 @@ class LayerCache:
             self._kind_index,
             ratio=self.kind.ratio,
             format=format,
+            implementation=self.implementation,
         )
         return self._with(**{name: pool})
 
     def _all(self, name: str, count: int, format: VectorFormat, dtype: Any) -> tuple[LayerCache, Rows]:
-        end = jnp.asarray(self.plan.request_end)
-        pool, rows = self._ops.gather_all_entries(
+        pool, rows = ops.gather_all_entries(
             getattr(self.cache, name),
             self.cache.block_table,
-            jnp.asarray(self.plan.request_slot),
-            jnp.maximum(end, 0) // self.kind.ratio,
+            self.plan,
             self._kind_index,
             ratio=self.kind.ratio,
             format=format,
             entries=count,
             dtype=dtype,
+            implementation=self.implementation,
         )
         return self._with(**{name: pool}), rows

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from dsv4_jax import ops
 from dsv4_jax.cache.pools import Cache
-from dsv4_jax.cache.step import Implementation, ops_of
 from dsv4_jax.layout.transfers import SlotArray, Transfers
+from dsv4_jax.ops import Implementation
 
 _ROLES = {"block_table": SlotArray.TABLE, "window_positions": SlotArray.POSITIONS}
 
@@ -25,7 +26,11 @@ def apply_transfers(cache: Cache, transfers: Transfers, *, implementation: Imple
     Returns:
       The cache, updated in place where it is donated.
     """
-    transfer = ops_of(implementation).transfer
     names = ("block_table", "window", "window_positions", *(name for name in cache.schema.arrays if "tail" in name))
-    done = {name: transfer(getattr(cache, name), transfers, role=_ROLES.get(name, SlotArray.STATE)) for name in names}
+    done = {
+        name: ops.transfer(
+            getattr(cache, name), transfers, role=_ROLES.get(name, SlotArray.STATE), implementation=implementation
+        )
+        for name in names
+    }
     return dataclasses.replace(cache, **done)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax import ops, reference
 from dsv4_jax.cache.pools import Cache
 from dsv4_jax.host.manager import CacheManager
 from dsv4_jax.host.planning import build_plan
@@ -27,7 +25,6 @@ from dsv4_jax.spec.rotary import closing_rotary, token_rotary
 from dsv4_jax.tools.bench.traffic import StepShape
 
 FORMATS = CacheFormats(entries="fp8", window="fp8", indexer="nvfp4")
-MODULES: dict[str, ModuleType] = {"native": ops, "reference": reference}
 
 
 @dataclasses.dataclass(frozen=True)

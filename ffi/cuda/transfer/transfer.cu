@@ -5,7 +5,7 @@
 // operations happen in order without any thread waiting for another.
 
 #include "cuda/core/launch.cuh"
-#include "ops/kernels.h"
+#include "ops/signatures.h"
 
 namespace dsv4::cuda {
 namespace {
