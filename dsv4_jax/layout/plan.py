@@ -236,7 +236,7 @@ class StepPlan:
         """The step without some of its requests: their part of the plan becomes padding, all else stays where it is.
 
         For many steps in one dispatch, in which the device finds out that a text has ended. A stopped request writes
-        nothing: no row, no entry, no block-table change, no reset. Give the result to ``begin_step``. A request that is
+        nothing: no row, no entry, no block-table change, no reset. Give the result to ``begin``. A request that is
         stopped in one step must be stopped in all that follow, since its positions would have a gap;
         ``CacheManager.commit`` then tells the host how many steps each one ran.
 

@@ -7,7 +7,7 @@
 #include "cuda/core/launch.cuh"
 #include "cuda/core/warp_rows.cuh"
 #include "layout/places.h"
-#include "ops/kernels.h"
+#include "ops/signatures.h"
 
 namespace dsv4::cuda {
 namespace {
@@ -45,9 +45,11 @@ struct EntrySources {
   __device__ __forceinline__ Source operator()(unsigned out) const {
     const unsigned count = static_cast<unsigned>(params.rows.count), query = out / count;
     const int entry = params.indices == nullptr ? static_cast<int>(out - query * count) : params.indices[out];
-    const int slot = params.slots[query], visible = params.counts[query];
+    const EntryQuery from = params.indices != nullptr
+                                ? entries_of_token(params.plan, query, params.ratio)
+                                : entries_of_request(params.plan, query, params.table.slots, params.ratio);
     const EntryPlace place =
-        place_of_entry(params.pool, params.table, *params.layer, entry < visible ? slot : -1, entry);
+        place_of_entry(params.pool, params.table, *params.layer, entry < from.visible ? from.slot : -1, entry);
     if (place.page == nullptr) return {-1, -1, -1};
     return source_of<Codec>(params.pool, place.page, place.row, entry * params.ratio);
   }
@@ -60,8 +62,10 @@ struct WindowSources {
   __device__ __forceinline__ Source operator()(unsigned out) const {
     const unsigned count = static_cast<unsigned>(params.rows.count), query = out / count;
     const int64_t back = count - 1 - (out - query * count);
+    const WindowQuery from =
+        window_of_request(params.plan, query, static_cast<int>(params.window.pages), params.before);
     const WindowPlace place =
-        place_in_window(params.window, params.positions, *params.layer, params.slots[query], params.last[query] - back);
+        place_in_window(params.window, params.positions, *params.layer, from.slot, from.last - back);
     if (place.page == nullptr) return {-1, -1, -1};
     return source_of<Codec>(params.window, place.page, place.row, place.position);
   }
