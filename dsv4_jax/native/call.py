@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from dsv4_jax.native.signatures import Signature
 
@@ -63,11 +65,21 @@ def _check_names(signature: Signature, what: str, expected: Iterable[str], given
         raise TypeError(f"{signature.op} has the {what} {', '.join(expected)}; got {', '.join(given)}.")
 
 
-def _struct(shape: Sequence[int], dtype: Any, types: Iterable[Any]) -> jax.ShapeDtypeStruct:
-    """A result that varies over every manual axis (of ``jax.shard_map``) that one of these types varies over."""
-    axes = [kind.manual_axis_type for kind in types]
-    varying = frozenset().union(*(axis.varying for axis in axes))
-    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=axes[0].update(varying=varying))
+def _struct(shape: Sequence[int], dtype: Any, types: Iterable[Any]) -> Any:
+    """The type of a result, varying over every manual axis (of ``jax.shard_map``) that one of these types varies over.
+
+    Made from the type of an operand that varies over as many axes as any, which knows the mesh as well.
+    """
+    types = list(types)
+    varying = frozenset().union(*(kind.manual_axis_type.varying for kind in types))
+    base = max(types, key=lambda kind: len(kind.manual_axis_type.varying))
+    if not varying:
+        return jax.ShapeDtypeStruct(tuple(shape), dtype)
+    axes = base.manual_axis_type.update(varying=varying)
+    sharding = base.sharding.update(spec=PartitionSpec(*[None] * len(shape)))
+    return base.update(
+        shape=tuple(shape), dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding, manual_axis_type=axes
+    )
 
 
 def _typed(attributes: Mapping[str, Any]) -> dict[str, Any]:
