@@ -1,7 +1,7 @@
 """The cache's operations on arrays.
 
-Each takes ``implementation``: "native", one FFI call that runs on CPU or GPU, or "reference", the same in plain jnp on any
-platform. The two store the same bytes wherever the fp32 rows are equal; pooled values agree within rounding.
+Each takes ``implementation``: "native", one FFI call that runs on CPU or GPU, or "reference", the same in plain jnp.
+The two store the same bytes wherever the fp32 rows are equal; pooled values agree within rounding.
 """
 
 from dsv4_jax.ops.append.api import append_tail, append_window
