@@ -19,7 +19,7 @@ from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
 from dsv4_jax.layout.plan import PlanLayout
 from dsv4_jax.ops.operands import Compressed, Window
 
-SHARDS, LAYERS, SLOTS, BLOCKS, MAX_BLOCKS, RING = 2, 3, 2, 6, 3, 128
+SHARDS, LAYERS, SLOTS, BLOCKS, MAX_BLOCKS, RING = 2, 2, 2, 6, 3, 128
 LAYOUT = PlanLayout(tokens=12, requests=2)
 ENTRY, KEY, ROW = ENTRY_FORMATS["fp8"], KEY_FORMATS["mxfp4"], WINDOW_FORMATS["fp8"]
 
@@ -103,6 +103,24 @@ def axis_of(name):
     return 0 if name == "table" else 1
 
 
+def compare(what, function, check_vma, plain, given):
+    """The step inside ``shard_map`` against each shard's own."""
+    spec = {name: PartitionSpec(*[None] * axis_of(name), "shard") for name in given[1]}
+    first = PartitionSpec("shard")
+    mapped = jax.shard_map(
+        function,
+        mesh=jax.make_mesh((SHARDS,), ("shard",), axis_types=(AxisType.Auto,)),
+        in_specs=(PartitionSpec(), spec, first, first),
+        out_specs=(spec, first),
+        check_vma=check_vma,
+    )
+    made, read = jax.jit(mapped)(*given)
+    for name, array in made.items():
+        expected = np.concatenate([np.asarray(one[0][name]) for one in plain], axis_of(name))
+        assert expected.tobytes() == np.asarray(array).tobytes(), f"{what}: {name}"
+    np.testing.assert_allclose(read, np.concatenate([one[1] for one in plain]), rtol=1e-5, err_msg=what)
+
+
 def main(seed):
     rng = np.random.default_rng(seed)
     shards = [shard_of(rng) for _ in range(SHARDS)]
@@ -115,26 +133,13 @@ def main(seed):
     state = {name: np.concatenate([s[0][name] for s in shards], axis_of(name)) for name in shards[0][0]}
     plan = np.concatenate([s[1] for s in shards])
     brought = {name: np.concatenate([s[2][name] for s in shards]) for name in shards[0][2]}
-    mesh = jax.make_mesh((SHARDS,), ("shard",), axis_types=(AxisType.Auto,))
-    spec = {name: PartitionSpec(*[None] * axis_of(name), "shard") for name in state}
-    first = PartitionSpec("shard")
-
-    for implementation, scanned, check in itertools.product(IMPLEMENTATIONS, (False, True), (False, True)):
+    given = (weights, state, plan, brought)
+    for implementation, scanned in itertools.product(IMPLEMENTATIONS, (False, True)):
         function = functools.partial(step, implementation, scanned)
-        plain = [jax.jit(function)(weights, *shard) for shard in shards]
-        mapped = jax.shard_map(
-            function,
-            mesh=mesh,
-            in_specs=(PartitionSpec(), spec, first, first),
-            out_specs=(spec, first),
-            check_vma=check,
-        )
-        made, read = jax.jit(mapped)(weights, state, plan, brought)
-        what = f"{implementation}, scanned {scanned}, check_vma {check}"
-        for name, array in made.items():
-            expected = np.concatenate([np.asarray(one[0][name]) for one in plain], axis_of(name))
-            assert expected.tobytes() == np.asarray(array).tobytes(), f"{what}: {name}"
-        np.testing.assert_allclose(read, np.concatenate([one[1] for one in plain]), rtol=1e-5, err_msg=what)
+        single = jax.jit(function)
+        plain = [single(weights, *shard) for shard in shards]
+        for check in (False, True):
+            compare(f"{implementation}, scanned {scanned}, check_vma {check}", function, check, plain, given)
 
 
 if __name__ == "__main__":
