@@ -19,6 +19,7 @@ from dsv4_jax import (
     TransferList,
     Transfers,
     apply_transfers,
+    init_cache,
     ops,
 )
 from dsv4_jax.layout.formats import HCA_TAILS
@@ -92,10 +93,7 @@ def test_operations_happen_in_order(device, rng, implementation, role, shape, dt
         array = random_array(rng, shape, dtype)
         transfers = random_list(rng, 5, shape[-1], operations).pack()
         expected = by_loop(array, transfers, role)
-        assert (
-            np.asarray(transfer(jnp.array(array), transfers)).tobytes()
-            == expected.tobytes()
-        )
+        assert np.asarray(transfer(jnp.array(array), transfers)).tobytes() == expected.tobytes()
 
 
 @IMPLEMENTATION
@@ -108,10 +106,7 @@ def test_what_is_out_of_range_writes_nothing(device, rng, implementation, role, 
         array = random_array(rng, shape, dtype)
         transfers = Transfers(rng.choice(strange, (64, 5)), rng.integers(0, 99, 4).astype(np.int32))
         expected = by_loop(array, transfers, role)
-        assert (
-            np.asarray(transfer(array, transfers)).tobytes()
-            == expected.tobytes()
-        )
+        assert np.asarray(transfer(array, transfers)).tobytes() == expected.tobytes()
 
 
 def test_roles_and_kinds_are_told_apart(rng):
@@ -257,7 +252,7 @@ def shapes(formats: CacheFormats) -> tuple[Cache, Transfers]:
     """A large cache and a list of operations, shapes only."""
     schema = CacheSchema(SPEC, formats, slots=512, blocks=1 << 16, max_context=4096)
     lists = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), TransferList().pack())
-    return Cache(**schema.arrays, schema=schema), lists
+    return jax.eval_shape(lambda: init_cache(schema)), lists
 
 
 @FORMATS
