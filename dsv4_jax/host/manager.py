@@ -274,8 +274,8 @@ class CacheManager:
         receipt = self._receipts.issue(serial)
         resets = table.reset_due.take(slots)
         if steps is None:
-            changes = None if changes is None else changes[1:]
-            plan = build_plan(layout, slots, starts, counts, resets, changes, receipt=receipt)
+            of_step = None if changes is None else changes[1:]
+            plan = build_plan(layout, slots, starts, counts, resets, of_step, receipt=receipt)
         else:
             plan = build_plans(layout, steps, slots, starts, counts, resets, changes, receipt=receipt)
         if np.count_nonzero(resets):
