@@ -36,7 +36,7 @@ def shard_of(rng):
         "keys": np.zeros((LAYERS, BLOCKS, *KEY.page_shape(32)), KEY.dtype),
         "key_tail": rng.normal(size=(LAYERS, SLOTS, 2, 12, 128)).astype(np.float32),
     }
-    plan = build_plan(LAYOUT, rng.permutation(SLOTS), rng.integers(0, 200, 2), [5, 7]).packed
+    plan = build_plan(LAYOUT, rng.permutation(SLOTS), rng.integers(0, 200, 2), [5, 7], [False, False]).packed
     brought = {"rows": rng.normal(size=(LAYOUT.tokens, 512)).astype(np.float32)}
     for prefix, width in (("", 512), ("key_", 128)):
         for name in ("kv", "gate"):

@@ -18,7 +18,7 @@ from dsv4_jax.ops.operands import Compressed, Window
 
 EACH = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 LAYOUT = PlanLayout(tokens=8, requests=1)
-PLAN = build_plan(LAYOUT, [0], [0], [8])
+PLAN = build_plan(LAYOUT, [0], [0], [8], [True])
 FP32 = WINDOW_FORMATS["fp32"]
 
 

@@ -12,7 +12,7 @@ import pytest
 from harness import SPEC, inputs_of, random_tokens, random_weights
 from implementations import IMPLEMENTATIONS
 
-from dsv4_jax import PROFILES, CacheManager, CacheSchema, LayerCache, OperandError, begin_step, init_cache, ops
+from dsv4_jax import PROFILES, CacheManager, CacheSchema, OperandError, begin, init_cache, ops
 
 EACH = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
@@ -26,13 +26,12 @@ def _step(rng, implementation):
     brought = random_tokens(rng, plan.layout.tokens)
 
     def loss(brought):
-        total, state = 0.0, begin_step(cache, plan, implementation=implementation)[0]
+        total, step = 0.0, begin(cache, plan, implementation=implementation)
         for layer, arrays in enumerate(brought):
-            handle = LayerCache(state, plan, layer, implementation)
-            inputs = [inputs_of(plan, SPEC, layer, weights[layer], arrays, prefix) for prefix in ("", "index_")]
-            handle = handle.update(arrays["rows"], *inputs)
+            inputs = [inputs_of(step.plan, SPEC, layer, weights[layer], arrays, prefix) for prefix in ("", "index_")]
+            handle = step.layer(layer).update(arrays["rows"], *inputs)
             handle, rows = handle.window(dtype=jnp.float32)
-            state, total = handle.cache, total + jnp.sum(rows.values)
+            step, total = handle.step, total + jnp.sum(rows.values)
         return total
 
     return loss, brought
