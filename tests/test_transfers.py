@@ -10,9 +10,20 @@ import pytest
 from aot import assert_in_place, compile_for_h200
 from harness import SPEC, Driver, assert_same_bytes, random_tokens, random_weights
 
-from dsv4_jax import PROFILES, Cache, CacheFormats, CacheSchema, OperandError, TransferList, apply_transfers, ops
+from dsv4_jax import (
+    PROFILES,
+    Cache,
+    CacheFormats,
+    CacheSchema,
+    OperandError,
+    TransferList,
+    Transfers,
+    apply_transfers,
+    init_cache,
+    ops,
+)
 from dsv4_jax.layout.formats import HCA_TAILS
-from dsv4_jax.layout.transfers import SlotArray, TransferKind, Transfers
+from dsv4_jax.layout.transfers import SlotArray, TransferKind
 
 NONE, RESET, INSTALL, COPY = TransferKind
 TABLE, POSITIONS, STATE = SlotArray
@@ -170,7 +181,7 @@ def test_operands_are_checked_while_tracing(array, transfers, role):
 
 def slot_state(cache: Cache, slot: int) -> dict[str, np.ndarray]:
     """Everything a slot holds of its own, its table row aside."""
-    names = ("window", "window_positions", *(name for name in cache.schema.arrays if "tail" in name))
+    names = ("window", "window_positions", *cache.schema.tails)
     return {name: np.asarray(cache.arrays[name])[:, slot] for name in names}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv4_jax import ops
-from dsv4_jax.cache.pools import Cache
+from dsv4_jax.cache.pools import Cache, check_one_shard
 from dsv4_jax.layout.transfers import SlotArray, Transfers
 from dsv4_jax.ops import Implementation
 
@@ -24,11 +24,14 @@ def apply_transfers(cache: Cache, transfers: Transfers, *, implementation: Imple
     Returns:
       The cache, updated in place where it is donated.
     """
-    names = ("block_table", "window", "window_positions", *(name for name in cache.schema.arrays if "tail" in name))
-    done = {
-        name: ops.transfer(
-            cache.arrays[name], transfers, role=_ROLES.get(name, SlotArray.STATE), implementation=implementation
-        )
-        for name in names
-    }
-    return cache.with_arrays(done)
+    check_one_shard(cache)
+    arrays = cache.arrays
+    names = ("block_table", "window", "window_positions", *cache.schema.tails)
+    return cache.with_arrays(
+        {
+            name: ops.transfer(
+                arrays[name], transfers, role=_ROLES.get(name, SlotArray.STATE), implementation=implementation
+            )
+            for name in names
+        }
+    )

@@ -49,7 +49,7 @@ class CacheManager:
 
     def __init__(self, schema: CacheSchema, *, token_buckets: Sequence[int]) -> None:
         buckets = bucket_list(token_buckets)
-        fingerprint = getattr(schema, "fingerprint", "")
+        fingerprint = schema.fingerprint
         self._schema = schema
         self._buckets = buckets
         self._layouts = [PlanLayout(bucket, min(schema.slots, bucket), fingerprint) for bucket in buckets]
