@@ -21,7 +21,7 @@ from dsv4_jax.layout.capacity import capacity_plan, requests_that_fit
 from dsv4_jax.layout.formats import PROFILES, CacheFormats
 from dsv4_jax.layout.plan import PlanLayout, StepPlan
 from dsv4_jax.layout.schema import CacheSchema, SchemaError, compute_block_budget
-from dsv4_jax.layout.transfers import TransferList
+from dsv4_jax.layout.transfers import TransferList, Transfers
 from dsv4_jax.ops import OperandError
 from dsv4_jax.ops.operands import CompressorInputs, RawRows, Rows
 from dsv4_jax.spec.config_json import model_spec
@@ -53,6 +53,7 @@ __all__ = [
     "StepError",
     "StepPlan",
     "TransferList",
+    "Transfers",
     "apply_rotary",
     "apply_transfers",
     "begin",
