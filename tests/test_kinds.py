@@ -33,6 +33,11 @@ def test_what_the_table_says():
         compression_of_ratio(2)
 
 
+def test_kernels_have_the_same_table():
+    native = pytest.importorskip("dsv4_jax_native")
+    assert native.kinds() == {name: dataclasses.asdict(compression) for name, compression in COMPRESSIONS.items()}
+
+
 def test_a_made_up_kind_gets_its_arrays_from_its_row():
     spec = tiny_spec()
     layers = (*spec.layers[:2], *[LayerSpec(MadeUpKind.PAIRS, spec.layers[1].rope)] * 3)  # SWA, CSA, three of pairs
