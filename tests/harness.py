@@ -210,7 +210,7 @@ class Driver:
     def stored(self, request: int) -> dict[str, np.ndarray]:
         """Every stored byte of one request, in the order of its context, wherever its slot and blocks lie.
 
-        Of tails, the rows that are in use.
+        Tail rows that are not in use read as cleared, whatever they hold.
         """
         slot, blocks = self.manager.slot(request), np.asarray(self.manager.blocks(request))
         by_block = {"csa_entries", "csa_keys", "hca_entries"}
@@ -223,8 +223,10 @@ class Driver:
                 if self.manager.length(request) % ratio == 0:
                     stored[name][:] = np.array([-1e9, 0, 0], np.float32)[:, None]
                 continue
-            in_use = tail_rows_in_use(self.manager.length(request), ratio, self.schema.lookahead)
-            stored[name] = stored[name][:, :, in_use]
+            unused = np.ones(stored[name].shape[2], bool)
+            unused[tail_rows_in_use(self.manager.length(request), ratio, self.schema.lookahead)] = False
+            stored[name][:, 0, unused] = 0
+            stored[name][:, 1, unused] = -1e9
         return stored
 
 
