@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from dsv4_jax.native.signatures import Signature
 
@@ -63,11 +64,18 @@ def _check_names(signature: Signature, what: str, expected: Iterable[str], given
         raise TypeError(f"{signature.op} has the {what} {', '.join(expected)}; got {', '.join(given)}.")
 
 
-def _struct(shape: Sequence[int], dtype: Any, types: Iterable[Any]) -> jax.ShapeDtypeStruct:
+def _struct(shape: Sequence[int], dtype: Any, types: Iterable[Any]) -> Any:
     """A result that varies over every manual axis (of ``jax.shard_map``) that one of these types varies over."""
-    axes = [kind.manual_axis_type for kind in types]
-    varying = frozenset().union(*(axis.varying for axis in axes))
-    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=axes[0].update(varying=varying))
+    kind, *others = types
+    axes = kind.manual_axis_type
+    varying = axes.varying.union(*(other.manual_axis_type.varying for other in others))
+    return kind.update(
+        shape=tuple(shape),
+        dtype=np.dtype(dtype),
+        weak_type=False,
+        sharding=kind.sharding.update(spec=PartitionSpec(*[None] * len(shape))),
+        manual_axis_type=axes.update(varying=varying),
+    )
 
 
 def _typed(attributes: Mapping[str, Any]) -> dict[str, Any]:
