@@ -1,4 +1,4 @@
-"""Ops under JAX's stricter modes: 64-bit integers, no implicit promotion of ranks or dtypes, no NaN, no leaked tracer."""
+"""Ops under stricter modes of JAX: 64-bit integers, no implicit promotion, no NaN, no leaked tracer."""
 
 import contextlib
 import functools

@@ -90,7 +90,7 @@ def read_rows(
     """
     layers, pages = pool.shape[:2]
     valid = valid & in_range(layer, layers) & in_range(page, pages)
-    layer, page, row = (jnp.where(valid, index, 0) for index in (layer, page, row))
+    layer, page, row = (jnp.where(valid, jnp.asarray(index, jnp.int32), 0) for index in (layer, page, row))
     if not vector_format.quantized:
         rows = cast(pool[layer, page, row], dtype)
     else:

@@ -177,7 +177,7 @@ def unpack_nibbles(data: jax.Array) -> jax.Array:
 def ceil_exponent(x: jax.Array) -> jax.Array:
     """The UE8M0 byte of 2^ceil(log2 x), the smallest power of two not below x; x fp32, positive and normal."""
     bits = bits_of(x)
-    return ((bits >> 23) + (bits & (_HIDDEN_BIT - 1) != 0)).astype(jnp.uint8)
+    return ((bits >> 23) + (bits & (_HIDDEN_BIT - 1) != 0).astype(jnp.uint32)).astype(jnp.uint8)
 
 
 def power_of_two(exponent_byte: jax.Array) -> jax.Array:
