@@ -125,12 +125,11 @@ def _case_json(result: Result, run: Run) -> dict[str, Any]:
 
 
 def write_json(run: Run, command: str, path: Path) -> None:
-    """Writes ``as_json``, folders included."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes ``as_json``."""
     path.write_text(json.dumps(as_json(run, command), indent=1) + "\n")
 
 
-def plot(run: Run, path: Path) -> None:
+def draw(run: Run, path: Path) -> None:
     """Draws every case by its bytes and its rate, under the two roofs: the copy's speed, and the smallest call's time.
 
     Raises:
@@ -165,5 +164,4 @@ def plot(run: Run, path: Path) -> None:
     axes.set_ylabel("GB/s")
     axes.set_title(f"{jax.devices()[0].device_kind}: rate of every op, {run.scale.name} sizes")
     axes.grid(True, which="major", alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
