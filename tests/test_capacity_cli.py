@@ -33,7 +33,7 @@ def number(text):
 @pytest.mark.parametrize("hca_tail", HCA_TAILS)
 def test_numbers_are_those_of_a_real_cache(run, hca_tail):
     result = run(
-        *("--model", "tiny", "--context", "5000", "--requests", "3", "--formats", "flashmla", "--indexer", "mxfp4"),
+        *("--model", "tiny", "--context", "5000", "--requests", "3", "--formats", "flashmla", "--keys", "mxfp4"),
         *("--hca-tail", hca_tail),
     )
     assert result.exit_code == 0, result.output

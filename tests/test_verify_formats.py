@@ -22,11 +22,11 @@ def test_every_format_is_served():
     everywhere = SERVED + SERVED_ELSEWHERE
     assert {one.entries for one in everywhere} == set(ENTRY_FORMATS)
     assert {one.window for one in everywhere} == set(WINDOW_FORMATS)
-    assert {one.key_format.name for one in everywhere} == set(KEY_FORMATS)
+    assert {one.keys for one in everywhere} == set(KEY_FORMATS)
     assert {one.hca_tail for one in everywhere} == set(HCA_TAILS)
 
 
-@pytest.mark.parametrize("formats", SERVED, ids=lambda one: f"{one.entries}-{one.window}-{one.key_format.name}")
+@pytest.mark.parametrize("formats", SERVED, ids=lambda one: f"{one.entries}-{one.window}-{one.keys}")
 def test_a_run_agrees_whatever_is_stored(formats, seed):
     server = make_server(formats, seed)
     result = check(server, server.serve(make_requests(seed)))
@@ -41,9 +41,8 @@ def test_every_format_has_tolerances_and_the_coarsest_decides():
             alone = tolerances(dataclasses.replace(exact, **{component: name}))
             assert 0 < alone[0] < 0.1
     assert tolerances(dataclasses.replace(exact, entries="bf16", window="fp8"))[0] >= 3e-3
-    component = "keys" if hasattr(exact, "keys") else "indexer"
     for name in KEY_FORMATS:
-        assert tolerances(dataclasses.replace(exact, **{component: name}))[0] == tolerances(exact)[0]
+        assert tolerances(dataclasses.replace(exact, keys=name))[0] == tolerances(exact)[0]
 
 
 def test_a_format_nobody_measured_is_named(monkeypatch):

@@ -13,10 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax import CacheFormats, LayerKind, ModelSpec, RopeSpec, VectorFormat, apply_rotary, reference, rotary
+from dsv4_jax import CacheFormats, LayerKind, ModelSpec, apply_rotary, reference
 from dsv4_jax.example.attention import Source, index_scores, rms_norm, sink_attention, top_entries
 from dsv4_jax.example.layer import Compressed, IndexQuery, merge_heads, project
 from dsv4_jax.example.weights import CompressorWeights, LayerWeights, StackWeights
+from dsv4_jax.layout.formats import VectorFormat
+from dsv4_jax.spec.model import RopeSpec
+from dsv4_jax.spec.rotary import rotary
 
 
 class SelectionCheck(NamedTuple):
@@ -110,7 +113,7 @@ def _scores(
     """fp32 [n, n // 4]: the indexer's scores."""
     keys = compressed_entries(weights.indexer.keys, made, LayerKind.CSA, rope, spec)
     queries = query.queries
-    if formats.indexer_hadamard:
+    if formats.keys_hadamard:
         transform = _hadamard(keys.shape[-1])
         keys, queries = keys @ transform, queries @ transform
     return index_scores(queries, query.head_weights, _as_stored(keys, formats.key_format))

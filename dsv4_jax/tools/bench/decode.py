@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.cache.layer import LayerCache
+from dsv4_jax.cache.step import Step
 from dsv4_jax.layout.schema import CacheSchema
 from dsv4_jax.spec.kinds import HEAD_DIM, LayerKind
 from dsv4_jax.tools.bench import traffic
@@ -61,8 +61,10 @@ def layer_update(implementation: str) -> Any:
     """``LayerCache.update`` as a workload's call; the layer is an operand."""
 
     def call(cache: Any, plan: Any, inputs: Any, layer: Any) -> tuple[Any, None]:
-        handle = LayerCache(cache, plan, 0, implementation, layer_index=layer, kind_index=layer)
-        return handle.update(*inputs).cache, None
+        # Every layer of the workload's model is of one kind, so its index is the row of every pool.
+        kind = cache.schema.spec.layers[0].kind
+        step = Step(cache, plan, implementation).scanning()
+        return step.layer(layer, kind=kind).update(*inputs).step.end(), None
 
     return call
 
@@ -138,7 +140,7 @@ def separate_op(op: str, kind: LayerKind, batch: int, scale: Scale, implementati
 
     def call(cache: Any, plan: Any, operands: Any, layer: Any) -> tuple[Any, Any]:
         (raw, inputs), entries = operands
-        pool, tail, result = getattr(cache, pool_name), getattr(cache, tail_name), None
+        pool, tail, result = cache.arrays[pool_name], cache.arrays[tail_name], None
         if op == "append_window":
             made = module.append_window(cache.window, cache.window_positions, raw.rows, plan, layer, format=window)
             return dataclasses.replace(cache, window=made[0], window_positions=made[1]), None
@@ -151,7 +153,7 @@ def separate_op(op: str, kind: LayerKind, batch: int, scale: Scale, implementati
             tail = module.rotate(tail, plan, layer, ratio=ratio)
         elif op == "flush":
             pool = module.flush(pool, entries, cache.block_table, plan, layer, ratio=ratio, format=entry)
-        return dataclasses.replace(cache, **{pool_name: pool, tail_name: tail}), result
+        return cache.with_arrays({pool_name: pool, tail_name: tail}), result
 
     counted = {
         "append_window": lambda shape: traffic.window_rows(shape, schema.ring, window, ROW_ITEMSIZE),
