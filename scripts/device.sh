@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Build and test on a machine with an NVIDIA GPU, offline: jax with its CUDA plugin, nvcc, cmake, ninja and what
 # [build-system] requires in pyproject.toml lists are installed there already.
-#   [BENCH_OPTIONS="--quick --reference"] bash scripts/device.sh [sanitize] [decode] [bench] [trace]
-# bench writes bench.json and bench.png, trace the profile, beside the logs.
+#   [BENCH_OPTIONS="--quick --reference"] bash scripts/device.sh [only] [sanitize] [decode] [bench] [step] [trace]
+# bench writes bench.json and bench.png, step the parts of a planned step (step.json), trace the profile, beside the logs.
+# "only" leaves the GPU tests out.
 # Logs go to ${OUT:-build/device} as well as to stdout. Every step runs; the exit status is 1 if any failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -35,17 +36,20 @@ step build env DSV4_CUDA=ON python -m pip install --quiet --no-build-isolation -
   exit 1
 step doctor dsv4-jax doctor
 parallel=$(python -c "import xdist" 2>/dev/null && echo "-n 12")
-step gpu python -m pytest -m gpu --durations=10 $parallel
+[[ " $* " == *" only "* ]] || step gpu python -m pytest -m gpu --durations=10 $parallel
+measure() { step "$1" env -u XLA_PYTHON_CLIENT_PREALLOCATE dsv4-jax bench --json "$logs/$1.json" "${@:2}"; }
 for wanted in "$@"; do
   case $wanted in
     sanitize) step memcheck sanitize memcheck; step racecheck sanitize racecheck ;;
     decode) step decode dsv4-jax decode --verify ;;
     bench)
       read -ra options <<<"${BENCH_OPTIONS:-}"
-      step bench env -u XLA_PYTHON_CLIENT_PREALLOCATE dsv4-jax bench --json "$logs/bench.json" --plot "$logs/bench.png" "${options[@]}"
+      measure bench --plot "$logs/bench.png" "${options[@]}"
       ;;
+    step) measure step --only '^(host|step)/' ;;
+    only) ;;
     trace) step trace dsv4-jax trace --logdir "$logs/trace" ;;
-    *) echo "unknown step '$wanted': sanitize, decode, bench or trace"; failed+=("$wanted") ;;
+    *) echo "unknown step '$wanted': only, sanitize, decode, bench, step or trace"; failed+=("$wanted") ;;
   esac
 done
 

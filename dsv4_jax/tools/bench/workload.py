@@ -80,9 +80,9 @@ class Scale:
 FULL = Scale(
     name="full",
     batches=(1, 8, 64, 256),
-    layers=16,
+    layers=32,
     plans=4,
-    calls=32,
+    calls=64,
     context=512,
     prefill=8192,
     prefill_requests=8,
@@ -90,9 +90,9 @@ FULL = Scale(
     chosen=1024,
     gather_context=65_536,
     rows=16_384,
-    scratch_bytes=2**28,
+    scratch_bytes=2**29,
     copy_bytes=2**30,
-    trial_seconds=0.004,
+    trial_seconds=0.008,
     trials=11,
     step_requests=64,
     host_requests=1024,
@@ -174,10 +174,10 @@ def model_of(kind: LayerKind, layers: int) -> ModelSpec:
     )
 
 
-def schema_of(spec: ModelSpec, slots: int, context: int, hca_tail: str = "rows") -> CacheSchema:
+def schema_of(spec: ModelSpec, slots: int, context: int, hca_tail: str = "rows", lookahead: int = 0) -> CacheSchema:
     """A schema in which every slot has blocks for its whole context."""
     formats = dataclasses.replace(FORMATS, hca_tail=hca_tail)
-    return CacheSchema(spec, formats, slots, slots * -(-context // BLOCK_TOKENS), context)
+    return CacheSchema(spec, formats, slots, slots * -(-context // BLOCK_TOKENS), context, lookahead)
 
 
 def block_table(slots: int, blocks_per_slot: int) -> np.ndarray:
@@ -190,7 +190,8 @@ def noisy_cache(schema: CacheSchema) -> Cache:
     """A cache full of noise, each slot with blocks for its whole context."""
     arrays = {name: noise(array.shape, array.dtype, seed) for seed, (name, array) in enumerate(schema.arrays.items())}
     arrays["block_table"] = jnp.asarray(block_table(schema.slots, schema.max_blocks))
-    return Cache(**arrays, schema=schema)
+    pools = {name: arrays.pop(name) for name in schema.pools}
+    return Cache(**arrays, pools=pools, schema=schema)
 
 
 def plan_of(shape: StepShape, slots: np.ndarray) -> StepPlan:
