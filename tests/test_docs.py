@@ -1,0 +1,50 @@
+"""The examples of the pages in docs/ run, and what they show about masks is right."""
+
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dsv4_jax as dsv4
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(page.name for page in DOCS.glob("*.md") if "```python" in page.read_text())
+
+
+def run_page(name: str) -> dict:
+    """Runs a page's examples one after the other, as a reader would; their names."""
+    names: dict = {"__name__": f"docs.{name}"}
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.DOTALL):
+        exec(compile(block, f"docs/{name}", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_examples_run(page):
+    run_page(page)
+
+
+def test_prefill_masks_show_each_token_its_own_past(rng):
+    """Rows hold their position and request, so what a token sees can be counted; chunks of several requests at once."""
+    window_source = run_page("prefill.md")["window_source"]
+    schema = dsv4.CacheSchema(dsv4.tiny_spec(), dsv4.PROFILES["exact"], slots=3, blocks=32, max_context=1024)
+    manager, cache = dsv4.CacheManager(schema, token_buckets=[512]), dsv4.init_cache(schema)
+    requests = [manager.admit() for _ in range(3)]
+    for _ in range(4):
+        counts = {request: int(rng.integers(1, 170)) for request in requests if rng.random() < 0.9}
+        plan = manager.prepare_forward(counts)
+        marks = plan.token_request * 10_000 + plan.token_position
+        step = dsv4.begin(cache, plan)
+        layer, before = step.layer(0).window_before(dtype=jnp.float32)
+        rows = jnp.broadcast_to(jnp.asarray(marks, jnp.float32)[:, None], (len(marks), 512))
+        marks_before = np.asarray(before.values[..., 0])
+        layer = layer.append(rows)
+        cache = layer.step.end(partial=True)
+        values, seen = window_source(plan, before, layer.stored(rows, dtype=jnp.float32), schema.spec.window)
+        assert marks_before.shape == (plan.layout.requests, schema.spec.window - 1)
+        for token in np.flatnonzero(plan.token_position >= 0):
+            position = plan.token_position[token]
+            found = np.asarray(values)[np.asarray(seen)[token], 0] % 10_000
+            assert sorted(found) == list(range(max(0, position - 127), position + 1))
