@@ -22,6 +22,3 @@ def kinds() -> dict[str, tuple[int, bool, bool, bool, bool, int]]:
 
 def plan_offsets(tokens: int, requests: int) -> dict[str, int]:
     """Where the kernels look for each field of a packed plan: field name -> index of its first element."""
-
-def kinds() -> dict[str, dict[str, Any]]:
-    """The kernels' table of kinds of compression: name -> the fields of ``Compression``."""

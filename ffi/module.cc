@@ -107,22 +107,6 @@ nb::dict PlanOffsets(int tokens, int requests) {
   return offsets;
 }
 
-// The rows of the kinds table, to be held against COMPRESSIONS in dsv4_jax/spec/kinds.py.
-nb::dict Kinds() {
-  nb::dict kinds;
-  constexpr dsv4::KindTable table{};
-  for (const dsv4::Kind& kind : table.rows) {
-    nb::dict row;
-    row["ratio"] = kind.ratio;
-    row["overlap"] = kind.overlap;
-    row["gate"] = kind.gate;
-    row["position_bias"] = kind.position_bias;
-    row["indexed"] = kind.indexed;
-    kinds[kind.name] = row;
-  }
-  return kinds;
-}
-
 }  // namespace
 
 NB_MODULE(dsv4_jax_native, m) {
@@ -131,7 +115,6 @@ NB_MODULE(dsv4_jax_native, m) {
   m.def("codecs", &CodecTable);
   m.def("kinds", &Kinds);
   m.def("plan_offsets", &PlanOffsets, nb::arg("tokens"), nb::arg("requests"));
-  m.def("kinds", &Kinds);
   m.def("ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
   m.def("cuda_version", [] {
 #ifdef DSV4_WITH_CUDA
