@@ -90,26 +90,6 @@ __device__ __forceinline__ void append_window_token(const UpdateParams& params, 
   });
 }
 
-__device__ __forceinline__ void hadamard_transform(float (&x)[2], const RowThreads<kKeyDim, 2>& threads) {
-  const float a = x[0] + x[1], b = x[0] - x[1];
-  x[0] = a, x[1] = b;
-  const auto step = [&](bool high, int i, float other) { x[i] = high ? other - x[i] : x[i] + other; };
-#pragma unroll
-  for (int lane = 1; lane < kWarp; lane *= 2) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) step((threads.thread & lane) != 0, i, __shfl_xor_sync(kAllLanes, x[i], lane));
-  }
-  __shared__ float values[2][kKeyDim / 2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) values[i][threads.thread] = x[i];
-  threads.sync();
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    step(threads.thread >= kWarp, i, values[i][threads.thread ^ kWarp]);
-    x[i] *= kHadamardScale;
-  }
-}
-
 // The rows that a closing CSA window pools, two channels a thread.
 struct CsaRows {
   float kv[kGroupRows][2];

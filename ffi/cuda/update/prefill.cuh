@@ -20,30 +20,6 @@ __device__ __forceinline__ bool all_in_step(const Token& closing) {
   return closing.position - (pooled_rows(TailGeometry{kRatio}) - 1) >= closing.start;
 }
 
-// Moves four channels of a request's tail on, kAtOnce tokens' loads in flight together; of kThreads threads each takes
-// every kThreads-th token. `closing` is token `index`.
-template <int kRatio, int kThreads, int kAtOnce, class T>
-__device__ __forceinline__ void move_tail_on(const Compressor& compressor, int64_t layer, const Token& closing,
-                                             int index, int thread, int channel) {
-  const int open = closing.next - closing.next % kRatio;
-  const int first = max(closing.start, kRatio == kCsaRatio ? open - kRatio : open);
-  for (int position = first + thread; position < closing.next; position += kAtOnce * kThreads) {
-    TokenHalves halves[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int at = min(position + i * kThreads, closing.next - 1);
-      halves[i] = load_halves<T>(compressor.tail, compressor.projections, index + at - closing.position, channel);
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int at = position + i * kThreads;
-      if (at >= closing.next) continue;
-      const Token token{true, closing.slot, at, closing.start, closing.next};
-      store_halves(compressor.tail, compressor.projections, layer, token, halves[i], channel);
-    }
-  }
-}
-
 // The tokens whose rows may survive: the last `per_request` of each request, or if that makes fewer, all of the step.
 struct LastTokens {
   int requests;
