@@ -24,7 +24,6 @@ struct HcaThread : ClusterBarrier<kRanks_> {
   __device__ __forceinline__ int channel() const { return 4 * thread; }
   __device__ __forceinline__ int first_group() const { return kGroups * (kSplits * rank + split); }
   __device__ __forceinline__ bool finishes() const { return rank == 0 && split == 0; }
-
 };
 
 constexpr int kHcaThreads = 512;  // four blocks of as many have all rows on their way at once
@@ -37,8 +36,8 @@ __device__ __forceinline__ Partials<4> pool_hca_rows(const Compressor& compresso
   Partials<4> partial, pair;
 #pragma unroll 1
   for (int i = 0; i < At::kGroups; ++i) {  // registers hold the rows of one group at a time
-    const Partials<4> one = pool_rows<kHeadDim, kHcaRatio, T, 4>(
-        compressor.tail, compressor.projections, layer, closing, index, at.first_group() + i, at.channel());
+    const Partials<4> one = pool_rows<kHeadDim, kHcaRatio, T, 4>(compressor.tail, compressor.projections, layer,
+                                                                 closing, index, at.first_group() + i, at.channel());
     pair = i % 2 == 0 ? one : merge(pair, one);
     if (i <= 1) partial = pair;
     if (i == 3) partial = merge(partial, pair);

@@ -9,8 +9,8 @@
 
 namespace dsv4::cuda {
 
-// The compressor as this kernel knows it: width and ratio as constants, so that addresses need no divisions; the depth of
-// the tail's rings too, unless they are deep (then a row costs a division).
+// The compressor as this kernel knows it: width and ratio as constants, so that addresses need no divisions; the depth
+// of the tail's rings too, unless they are deep (then a row costs a division).
 template <int W, int kRatio, bool kDeep = true>
 __device__ __forceinline__ Compressor with_constants(Compressor compressor) {
   compressor.tail.width = W;
@@ -229,8 +229,8 @@ __device__ __forceinline__ void csa_entry(const Compressor& compressor, int64_t 
   const int64_t angles = static_cast<int64_t>(row) * (kRopeDim / 2);
   const auto finish = FinishOf<N>::template load<W>(compressor.norm_weight, compressor.cos + angles,
                                                     compressor.sin + angles, threads.channel());
-  const Partials<N> partial =
-      pool_rows<W, kCsaRatio, T, N>(compressor.tail, compressor.projections, layer, closing, index, 0, threads.channel());
+  const Partials<N> partial = pool_rows<W, kCsaRatio, T, N>(compressor.tail, compressor.projections, layer, closing,
+                                                            index, 0, threads.channel());
   finish_csa_entry(compressor, finish, partial, threads, x);
 }
 }  // namespace dsv4::cuda

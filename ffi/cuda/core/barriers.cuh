@@ -35,6 +35,13 @@ __device__ __forceinline__ void arrive(Barrier barrier, int threads) {
 
 template <int kBlocks>
 struct ClusterBarrier {
+  // Whether a kernel with clusters of so many blocks has code for this architecture.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  static constexpr bool kCompiled = true;
+#else
+  static constexpr bool kCompiled = kBlocks == 1;
+#endif
+
   // Tells the cluster that this block runs, so that its shared memory may be written; `wait` waits until all do.
   // Relaxed and without a clobber, because it publishes nothing: before its first arrival a block has written nothing
   // that others read, and later ones come after the reads of what others wrote, whose values went through the barrier

@@ -239,7 +239,8 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp)
 }
 
 template <template <class> class Sources, class Params>
-const char* launch_gather(CUstream_st* stream, const char* op, const Pool& pool, const Rows& rows, const Params& params) {
+const char* launch_gather(CUstream_st* stream, const char* op, const Pool& pool, const Rows& rows,
+                          const Params& params) {
   const int64_t total = rows.queries * rows.count;
   if (total == 0) return nullptr;
   with_codec(pool, [&](auto codec, auto alignment) {

@@ -4,9 +4,68 @@
 // if these pool rows of the tail, else by whoever stores the surviving rows.
 #pragma once
 
+#include "cuda/state/tail.cuh"
+#include "cuda/state/window.cuh"
 #include "cuda/update/update.cuh"
 
 namespace dsv4::cuda {
+
+// What a warp makes a window row of, besides the weights that all rows share.
+struct LoadedWindowRow {
+  WarpRow<kHeadDim> row;
+  float cos[2];  // angles only where the row comes raw
+  float sin[2];
+};
+
+// Channels that RoPE applies to are the upper half of a warp's last quad.
+static_assert(kRopeDim == kQuadChannels / 2);
+
+template <class RowT>
+__device__ __forceinline__ LoadedWindowRow load_window_row(const UpdateParams& params, int index, int lane) {
+  LoadedWindowRow loaded;
+  const RowT* rows = static_cast<const RowT*>(params.window.rows) + static_cast<int64_t>(index) * kHeadDim;
+#pragma unroll
+  for (int q = 0; q < loaded.row.kQuads; ++q) load_values(rows + channel_of(q, lane), loaded.row.x[q]);
+  if (params.norm.weight != nullptr && lane >= kWarp / 2) {
+    const int64_t pair = static_cast<int64_t>(index) * (kRopeDim / 2) + 2 * (lane - kWarp / 2);
+    load_values(params.norm.cos + pair, loaded.cos);
+    load_values(params.norm.sin + pair, loaded.sin);
+  }
+  return loaded;
+}
+
+// The weights that raw window rows are normalized with.
+__device__ __forceinline__ WarpRow<kHeadDim> load_norm_weight(const UpdateParams& params, int lane) {
+  WarpRow<kHeadDim> weight{};
+  if (params.norm.weight == nullptr) return weight;
+#pragma unroll
+  for (int q = 0; q < weight.kQuads; ++q) load_values(params.norm.weight + channel_of(q, lane), weight.x[q]);
+  return weight;
+}
+
+// One warp stores the window row of a token, normalizing and rotating it first where it comes raw.
+__device__ __forceinline__ void store_window_row(const UpdateParams& params, int64_t layer, const Token& token,
+                                                 const LoadedWindowRow& loaded, const WarpRow<kHeadDim>& weight,
+                                                 int lane) {
+  const Pool& window = params.window.window;
+  WarpRow<kHeadDim> row = loaded.row;
+  if (params.norm.weight != nullptr) {
+    float sums[row.kQuads];
+#pragma unroll
+    for (int q = 0; q < row.kQuads; ++q) sums[q] = sum_over_lanes(square_sum(row.x[q]));
+    const float inverse = inverse_rms((sums[0] + sums[1]) + (sums[2] + sums[3]), kHeadDim, params.norm.eps);
+#pragma unroll
+    for (int q = 0; q < row.kQuads; ++q) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) row.x[q][i] = row.x[q][i] * inverse * weight.x[q][i];
+    }
+    if (lane >= kWarp / 2) rotate_pairs(row.x[row.kQuads - 1], loaded.cos, loaded.sin, 0);
+  }
+  visit_window_codec(window.codec, [&](auto codec) {
+    using Codec = decltype(codec);
+    store_in_ring<Codec, kAlignmentOf<Codec>>(window, params.window.positions, layer, token, row, lane);
+  });
+}
 
 // Whether one of the windows that a request closes in a step pools rows of the tail.
 template <int kRatio>
@@ -33,7 +92,8 @@ struct LastTokens {
 template <int kRatio>
 LastTokens last_tokens(const UpdateParams& params) {
   const Plan& plan = params.window.plan;
-  const int kept = kRatio == 0 ? 0 : TailGeometry{kRatio}.rows();
+  const TailGeometry& geometry = params.entries.compressor.tail.geometry;
+  const int kept = kRatio == 0 ? 0 : std::max(geometry.overlap_ring(), geometry.current_ring());
   return {plan.requests, std::max(params.window.window.rows, kept), plan.tokens};
 }
 
@@ -48,26 +108,26 @@ __device__ __forceinline__ void append_last_token(const UpdateParams& params, co
     store_window_row(params, window_layer, token, row, weight, lane);
   }
   if constexpr (kRatio != 0) {
-    const TailGeometry geometry{kRatio};
     const int64_t layer = *params.kind_layer;
     if (!has_layer(params.entries.pool, layer) || closes_from_tail<kRatio>(token.start, token.next)) return;
-    if (!geometry.overlap_survives(token.position, token.next) &&
-        !geometry.current_survives(token.position, token.next)) {
+    const Compressor compressor = with_constants<kHeadDim, kRatio>(params.entries.compressor);
+    const Tail& tail = compressor.tail;
+    if (!tail.geometry.overlap_survives(token.position, token.next) &&
+        !tail.geometry.current_survives(token.position, token.next)) {
       return;
     }
-    const Compressor compressor = with_constants<kHeadDim, kRatio>(params.entries.compressor);
-    TokenHalves halves[WarpRow<kHeadDim>::kQuads];
+    TokenHalves<4> halves[WarpRow<kHeadDim>::kQuads];
 #pragma unroll
     for (int q = 0; q < WarpRow<kHeadDim>::kQuads; ++q) {
-      halves[q] = load_halves<T>(compressor.tail, compressor.projections, index, channel_of(q, lane));
+      halves[q] = load_halves<T, 4>(tail, compressor.projections, index, channel_of(q, lane));
     }
 #pragma unroll
     for (int q = 0; q < WarpRow<kHeadDim>::kQuads; ++q) {
-      store_halves(compressor.tail, compressor.projections, layer, token, halves[q], channel_of(q, lane));
+      store_halves(tail, compressor.projections, layer, token, halves[q], channel_of(q, lane));
     }
     if constexpr (kRatio == kCsaRatio) {
       const Compressor keys = with_constants<kKeyDim, kRatio>(params.keys.compressor);
-      append_token<T>(keys.tail, keys.projections, layer, token, index, channel_of(0, lane));
+      append_token<T, 4>(keys.tail, keys.projections, layer, token, index, channel_of(0, lane));
     }
   }
 }

@@ -13,14 +13,6 @@ constexpr int kRunThreads = kPoolThreads + kWarp;
 constexpr int kRunWarps = kRunThreads / kWarp;
 constexpr int kLongestRun = kWarp / 2 - 1;  // one warp looks all up, with what comes behind each
 
-// The barrier behind which windows are looked up: one warp arrives, the others wait for it.
-constexpr int kLookUpBarrier = 1;
-
-__device__ __forceinline__ void arrive(int barrier, int threads) {
-  __syncwarp();
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 template <class T>
 constexpr int kRunBlocks = sizeof(T) == 4 ? 2 : 3;  // that fit on a multiprocessor
 
@@ -115,18 +107,18 @@ __device__ __forceinline__ void close_run(const UpdateParams& params, const Comp
     if (place == 0 || window.kind == ClosingWindow::kStep) partial = landed.pool();
     __syncwarp();
     copy(place + 1);
-    if (place == 0) sync_threads(kLookUpBarrier, kRunThreads);
+    if (place == 0) sync_threads(Barrier::kLookUp, kRunThreads);
     row = run.rows[place + 1];
     if (window.kind == ClosingWindow::kNone) continue;
     if (window.kind == ClosingWindow::kTail) {
       const int64_t layer = *params.kind_layer;
       const Token token = window.closing;
-      partial = pool_rows<W, kCsaRatio, T>(compressor.tail, in, layer, token, window.index, 0, channel);
+      partial = pool_rows<W, kCsaRatio, T, 4>(compressor.tail, in, layer, token, window.index, 0, channel);
       Token later = token;
       later.position += kCsaRatio;
       const bool another = !all_in_step<kCsaRatio>(later) && later.position < later.next;
       if (!another && token.start > 0) {
-        move_tail_on<kCsaRatio, 1, 2, T>(compressor, layer, token, window.index, 0, channel);
+        move_tail_on<T, 1, 2, 4>(compressor.tail, in, layer, token, window.index, 0, channel);
       }
     }
     const RowThreads<W> now{threads.thread, threads.barrier, scratch};
@@ -153,15 +145,15 @@ __global__ void __launch_bounds__(kRunThreads, kRunBlocks<T>)
   }
   if (thread >= kPoolThreads) {
     run.find(params, runs, thread % kWarp);
-    arrive(kLookUpBarrier, kRunThreads);
+    arrive(Barrier::kLookUp, kRunThreads);
     if (kInPassing) append_last_tokens<RowT, T, kCsaRatio>(params, last, blockIdx.x, gridDim.x, thread % kWarp);
     return;
   }
   char* landing = reinterpret_cast<char*>(landings) + thread / kWarp * Landing<kHeadDim, T>::kBytes;
   if (thread < kRowThreads) {
-    close_run<kHeadDim, T>(params, params.entries, runs, run, landing, {thread, 2, scratch});
+    close_run<kHeadDim, T>(params, params.entries, runs, run, landing, {thread, Barrier::kEntryRow, scratch});
   } else {
-    close_run<kKeyDim, T>(params, params.keys, runs, run, landing, {thread % kWarp, 0, nullptr});
+    close_run<kKeyDim, T>(params, params.keys, runs, run, landing, {thread % kWarp, Barrier::kNone, nullptr});
   }
 }
 

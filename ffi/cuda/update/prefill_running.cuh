@@ -12,7 +12,7 @@ template <class RowT, class T>
 __global__ void __launch_bounds__(RunningThreads::kThreads)
     prefill_running_kernel(UpdateParams params, int rows, LastTokens last) {
   __shared__ float scratch[2 * RunningThreads::kWarps];
-  const RunningThreads threads{static_cast<int>(threadIdx.x), 1, scratch};
+  const RunningThreads threads{static_cast<int>(threadIdx.x), Barrier::kEntryRow, scratch};
   const Plan& plan = params.window.plan;
   const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
   const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
