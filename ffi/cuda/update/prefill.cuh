@@ -116,14 +116,18 @@ __device__ __forceinline__ void append_last_token(const UpdateParams& params, co
         !tail.geometry.current_survives(token.position, token.next)) {
       return;
     }
-    TokenHalves<4> halves[WarpRow<kHeadDim>::kQuads];
+    constexpr int kAtOnce = 2;  // quads whose loads are in flight together: all four would not fit in registers
 #pragma unroll
-    for (int q = 0; q < WarpRow<kHeadDim>::kQuads; ++q) {
-      halves[q] = load_halves<T, 4>(tail, compressor.projections, index, channel_of(q, lane));
-    }
+    for (int first = 0; first < WarpRow<kHeadDim>::kQuads; first += kAtOnce) {
+      TokenHalves<4> halves[kAtOnce];
 #pragma unroll
-    for (int q = 0; q < WarpRow<kHeadDim>::kQuads; ++q) {
-      store_halves(tail, compressor.projections, layer, token, halves[q], channel_of(q, lane));
+      for (int q = 0; q < kAtOnce; ++q) {
+        halves[q] = load_halves<T, 4>(tail, compressor.projections, index, channel_of(first + q, lane));
+      }
+#pragma unroll
+      for (int q = 0; q < kAtOnce; ++q) {
+        store_halves(tail, compressor.projections, layer, token, halves[q], channel_of(first + q, lane));
+      }
     }
     if constexpr (kRatio == kCsaRatio) {
       const Compressor keys = with_constants<kKeyDim, kRatio>(params.keys.compressor);
@@ -136,8 +140,8 @@ __device__ __forceinline__ void append_last_token(const UpdateParams& params, co
 // index of -1 where there is none.
 struct LastToken {
   int index = -1;
-  int place;
-  int back;
+  int place = 0;
+  int back = 0;
 
   __device__ __forceinline__ LastToken(const Plan& plan, const LastTokens& last, int item) {
     if (item >= last.count()) return;
@@ -160,22 +164,20 @@ __device__ __forceinline__ void append_last_tokens(const UpdateParams& params, c
 #pragma unroll 1
   for (int begin = warp; begin < last.count(); begin += kWarp * warps) {
     const LastToken mine(plan, last, begin + lane * warps);
-    const auto index_of = [&](int i) { return __shfl_sync(kAllLanes, mine.index, i); };
+    const int first = __shfl_sync(kAllLanes, mine.index, 0);
     LoadedWindowRow row;
-    if (index_of(0) >= 0) row = load_window_row<RowT>(params, index_of(0), lane);
-    Token token{};
-    if (mine.index >= 0) {
-      const Request request = request_at(plan, mine.place, static_cast<int>(params.window.window.pages));
-      token = {request.valid, request.slot, request.next - 1 - mine.back, request.start, request.next};
-    }
+    if (first >= 0) row = load_window_row<RowT>(params, first, lane);
+    Request request{};
+    if (mine.index >= 0) request = request_at(plan, mine.place, static_cast<int>(params.window.window.pages));
+    const int found = request.valid ? mine.index : -1, position = request.next - 1 - mine.back;
     const int count = min(kWarp, (last.count() - begin + warps - 1) / warps);
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-      const int index = index_of(i);
-      if (i > 0 && index >= 0) row = load_window_row<RowT>(params, index, lane);
       const auto of_lane = [&](int value) { return __shfl_sync(kAllLanes, value, i); };
-      const Token one{of_lane(token.valid) != 0, of_lane(token.slot), of_lane(token.position), of_lane(token.start),
-                      of_lane(token.next)};
+      const int index = of_lane(found);
+      if (i > 0 && index >= 0) row = load_window_row<RowT>(params, index, lane);
+      const Token one{index >= 0, of_lane(request.slot), of_lane(position), of_lane(request.start),
+                      of_lane(request.next)};
       const WarpRow<kHeadDim> weight = load_norm_weight(params, lane);
       if (one.valid) append_last_token<T, kRatio>(params, one, index, row, weight, lane);
     }

@@ -13,8 +13,10 @@ constexpr int kRunThreads = kPoolThreads + kWarp;
 constexpr int kRunWarps = kRunThreads / kWarp;
 constexpr int kLongestRun = kWarp / 2 - 1;  // one warp looks all up, with what comes behind each
 
-template <class T>
-constexpr int kRunBlocks = sizeof(T) == 4 ? 2 : 3;  // that fit on a multiprocessor
+// Blocks that fit on a multiprocessor: three have too little shared memory where projections are fp32, and too few
+// registers where rows are.
+template <class RowT, class T>
+constexpr int kRunBlocks = sizeof(RowT) == 4 || sizeof(T) == 4 ? 2 : 3;
 
 template <class T>
 constexpr int kRunBytes = kPoolThreads / kWarp * Landing<kHeadDim, T>::kBytes;
@@ -91,8 +93,7 @@ __device__ __forceinline__ void close_run(const UpdateParams& params, const Comp
     commit_copies();
   };
   Finish finish;
-  load_early(compressor.norm_weight + channel, finish.weight);
-  landed.copy_bias(in);
+  landed.copy_constants(in, compressor.norm_weight);
   copy(0);
 
   int row = blockIdx.x;  // of the list, that of the window at hand
@@ -125,13 +126,14 @@ __device__ __forceinline__ void close_run(const UpdateParams& params, const Comp
     // Others may still read this one when the next window's values come.
     scratch = scratch == threads.scratch ? scratch + 2 * now.kWarps : threads.scratch;
     float x[4];
+    landed.load_weights(finish.weight);
     finish_csa_entry(compressor, finish, partial, now, x);
     store_entry(pool, {W == kHeadDim ? window.entry_page : window.key_page, window.row}, x, now);
   }
 }
 
 template <class RowT, class T, bool kInPassing>
-__global__ void __launch_bounds__(kRunThreads, kRunBlocks<T>)
+__global__ void __launch_bounds__(kRunThreads, kRunBlocks<RowT, T>)
     prefill_csa_kernel(const __grid_constant__ UpdateParams params, Runs runs, LastTokens last) {
   extern __shared__ __align__(128) uint4 landings[];  // copies to other addresses take longer
   __shared__ RunWindows run;

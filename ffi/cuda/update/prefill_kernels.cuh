@@ -39,7 +39,7 @@ cudaError_t launch_csa(CUstream_st* stream, const UpdateParams& params) {
   const Plan& plan = params.window.plan;
   const LastTokens last = last_tokens<kCsaRatio>(params);
   const int rows = closing_capacity(plan.tokens, plan.requests, kCsaRatio);
-  const int at_once = static_cast<int>(multiprocessors()) * kRunBlocks<T>, blocks = run_blocks(rows, at_once);
+  const int at_once = static_cast<int>(multiprocessors()) * kRunBlocks<RowT, T>, blocks = run_blocks(rows, at_once);
   const auto launch = [&](auto in_passing, int others, const LastTokens& tokens) {
     const auto kernel = prefill_csa_kernel<RowT, T, decltype(in_passing)::value>;
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRunBytes<T>);
