@@ -11,5 +11,10 @@ def ffi_api_version() -> tuple[int, int]:
 def cuda_version() -> int:
     """CUDA runtime linked in, as CUDART_VERSION (13000 = 13.0); 0 when built without CUDA."""
 
+def cuda_architectures() -> tuple[str, ...]:
+    """What the kernels were compiled for: "90" is machine code for compute capability 9.0, which newer devices of the
+    same major version run too; "90-virtual" is PTX, which the driver compiles for any newer device. Empty when built
+    without CUDA."""
+
 def plan_offsets(tokens: int, requests: int) -> dict[str, int]:
     """Where the kernels look for each field of a packed plan: field name -> index of its first element."""
