@@ -1,4 +1,8 @@
 // compress and normalize on the GPU.
+//
+// Threads: one block an entry, four channels a thread (a running tail: two); hca a cluster of four blocks an entry, or
+// one where there are no clusters, see hca.cuh. Barrier: kEntryRow. Shared memory: two floats a warp; hca as in
+// hca.cuh.
 
 #include "cuda/close/hca.cuh"
 #include "cuda/close/running.cuh"

@@ -1,5 +1,9 @@
 // An HCA entry on the GPU, by a cluster of thread blocks, or where there are no clusters by one block.
 //
+// Threads: a block's are kSplits groups of 128, four channels a thread. Barriers: __syncthreads between the groups, the
+// cluster's between the blocks, kEntryRow among the 128 threads that finish. Shared memory (finish_hca_entry): partials
+// of 128 threads, 48 bytes each, from all groups but the first, and from all blocks.
+//
 // Each block pools a share of the window's rows, whole rows, four channels a thread; each thread pools neighbouring
 // groups of rows. What the threads of a channel have merges pairwise, within the block, then between blocks, in the
 // order of ffi/math/pooling.h; the first block finishes the entry.

@@ -18,6 +18,14 @@ struct RowThreads {
 
   __device__ __forceinline__ int channel() const { return N * thread; }
 
+  // The same threads, as if counted anew: what follows from the count is computed behind this, and takes no registers
+  // from what stands before a branch to it.
+  __device__ __forceinline__ RowThreads again() const {
+    RowThreads same = *this;
+    asm volatile("" : "+r"(same.thread));
+    return same;
+  }
+
   __device__ __forceinline__ void sync() const {
     if constexpr (kWarps == 1) {
       __syncwarp();

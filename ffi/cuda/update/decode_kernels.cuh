@@ -1,23 +1,21 @@
-// Decode: the writes of one layer in a step whose closing entry i belongs to token i, one launch.
+// Decode: the writes of one layer in a step whose closing entry i belongs to token i, in one launch.
 //
 // The blocks that keep what a request brings to a tail also close its windows. They do so before they move that tail
 // on, so nothing is read after it was overwritten, and a tail row that is no longer needed is simply never read again.
 //
-// | kernel  | blocks              | threads of a block                                               | registers |
-// |---------|---------------------|------------------------------------------------------------------|-----------|
-// | swa     | one a request       | 256: the window row                                              | 255       |
-// | csa     | two a request       | 256: the entry / 128: the window row, 64: the key, 64: none      | 64        |
-// | hca     | 1, 2 or 4 a request | 512: a share of the rows; the last block's last 256 store the window row first, the
-// first block's first 128 finish the entry or keep the token | 128 | | running | one a request       | 128: the entry,
-// 256: the window row                              | 80        |
-//
-// Rows have two channels a thread, except 128 threads' rows: four. Registers are what the launch bounds leave: four
-// blocks of csa to a multiprocessor, two of running, one of hca (512 threads are enough to have a quarter of a window
-// on its way at once).
-// Barriers: kWindowRow, kEntryRow and kKeyRow, each by the threads of that row; hca also __syncthreads and the
-// cluster's (finish_hca_entry). Shared memory: scratch of 2 floats a warp for each row that more than one warp has; a
-// CSA key's 512 bytes for the Hadamard transform; and with hca what splits and blocks hand over, 24 to 31 KiB
-// (finish_hca_entry).
+// Blocks and threads (rows have two channels a thread, or where 128 threads have one, four):
+//   swa      one block a request.    256 threads: the window row.
+//   csa      two blocks a request.   First: 256 threads, the entry. Second: 128 threads, the window row; 64, the key.
+//   hca      1, 2 or 4 blocks a request, a cluster. 512 threads: the rows of a closing window in equal shares; before,
+//            the last block's last 256 store the window row; behind, the first block's first 128 finish the entry, or
+//            keep the token.
+//   running  one block a request.    128 threads: the entry or the open window's state; 256, the window row.
+// Barriers: kWindowRow, kEntryRow, kKeyRow, each among the threads of that row; hca has __syncthreads and the cluster's
+// too (finish_hca_entry).
+// Shared memory: for each row, two floats a warp; a key's Hadamard transform, 512 bytes; hca: what splits and blocks
+// hand over, 18 KiB and 6 KiB a block of the cluster (finish_hca_entry). Registers that the launch bounds leave a
+// thread: csa 64 (four blocks to a multiprocessor), running 80 (two), hca 128 (one), swa 255. No kernel spills, see
+// scripts/architectures.sh.
 #pragma once
 
 #include "cuda/core/launch.cuh"
@@ -33,18 +31,23 @@ using KeyThreads = RowThreads<kKeyDim, 2>;
 template <class RowT, int N>
 __device__ __forceinline__ void append_window(const UpdateParams& params, const TokenFields& fields, int place,
                                               const RowThreads<kHeadDim, N>& threads) {
-  append_window_token<RowT>(params, fields, place, threads, [&] { append_window_rows<RowT>(params, place, threads); });
+  append_window_token<RowT>(params, fields, place, threads,
+                            [&] { append_window_rows<RowT>(params, place, threads.again()); });
 }
 
 template <bool kDeep, class T, int W>
 __device__ __forceinline__ void compress_tokens(const UpdateParams& params, const Compression& part,
                                                 const TokenFields& fields, int place, const RowThreads<W, 2>& threads) {
   compress_csa_token<kDeep, T>(params, part, fields, place, threads,
-                               [&] { compress_request<kDeep, T>(params, part, place, threads); });
+                               [&] { compress_request<kDeep, T>(params, part, place, threads.again()); });
 }
 
+// Blocks of csa to a multiprocessor. Deep rings and fp32 projections together need the registers of three.
+template <class T, bool kDeep>
+constexpr int kCsaBlocks = kDeep && sizeof(T) == 4 ? 3 : 4;
+
 template <class RowT, class T, bool kDeep>
-__global__ void __launch_bounds__(EntryThreads::kThreads, 4)
+__global__ void __launch_bounds__(EntryThreads::kThreads, kCsaBlocks<T, kDeep>)
     update_csa_kernel(const __grid_constant__ UpdateParams params, TokenFields fields) {
   __shared__ alignas(16) float scratch[2][2 * EntryThreads::kWarps];
   const int thread = threadIdx.x, place = blockIdx.x;

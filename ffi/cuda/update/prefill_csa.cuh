@@ -1,6 +1,12 @@
-// Prefill, CSA: a block closes windows, copying the next while it finishes one. Four warps make the entries, one the
-// indexer keys, and the last looks the windows up. Rows that survive are stored by more blocks, or where the windows
-// take all that find place at once, by these last warps.
+// Prefill, CSA: a block closes windows, copying the next while it finishes one. Rows that survive are stored by more
+// blocks, or where the windows take all that find place at once, by the last warp of these.
+//
+// Threads of a closing block: 128 (warps 0 to 3) make the entries, 32 (warp 4) the indexer keys, four channels a
+// thread; warp 5 looks the windows up, and may store surviving rows then. Threads of another block: a warp stores a
+// row. Barriers: kLookUp, where warp 5 arrives and the others wait, once; kEntryRow among the first 128. Copies are
+// waited for by each warp alone. Shared memory: dynamic, a Landing for each of warps 0 to 4 (8.5 KiB, 12.5 with fp32
+// projections); the windows looked up; two scratches of a row, used in turn. Registers that the launch bounds leave a
+// thread: 96 (three blocks of six warps), 168 where two blocks find place.
 #pragma once
 
 #include "cuda/update/landing.cuh"

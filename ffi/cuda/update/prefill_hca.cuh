@@ -1,5 +1,11 @@
-// Prefill, HCA: a cluster of two blocks closes a window, each half of its rows; where there are no clusters, one block.
-// More blocks store the rows that survive.
+// Prefill, HCA: a cluster of two blocks closes a window, each half of its rows; where there are no clusters, one block
+// does. More blocks store the rows that survive.
+//
+// Threads: 512 or 256 a block, each four channels of a share of the window's rows (HcaThread); the first block's first
+// 128 finish the entry, then all move the tail on. In another block a warp stores a row.
+// Barriers: __syncthreads, the cluster's, and kEntryRow among the threads that finish (finish_hca_entry).
+// Shared memory: what splits and blocks hand over, 18 KiB (6 with 256 threads) and 6 KiB a block of the cluster.
+// Registers that the launch bounds leave a thread: 128.
 #pragma once
 
 #include "cuda/update/prefill.cuh"

@@ -1,5 +1,9 @@
 // Prefill, HCA with a running tail: a block closes a window, moves a request's state on, or stores window rows that
 // survive.
+//
+// Threads: 256 a block, two channels of the row or the state each, 16 tokens' loads in flight twice; of the last kind
+// of block, a warp stores a row. Barrier: kEntryRow, among all. Shared memory: two floats a warp. Registers: 255, of
+// which the tokens in flight take most.
 #pragma once
 
 #include "cuda/update/prefill.cuh"

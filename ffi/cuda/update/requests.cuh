@@ -27,25 +27,16 @@ __device__ __forceinline__ StepRequest step_request(const Plan& plan, int index,
   return {request.valid, request.slot, plan.query_start()[index], plan.query_start()[index + 1], request.start};
 }
 
-// Calls `close(token, index)` for each of the request's tokens that closes a window.
+// Calls `close(token, index)` for each token that closes a window, of request `place` of a decode step. The request is
+// looked up anew each time: closing a window leaves no registers to keep it in.
 template <int kRatio, class Close>
-__device__ __forceinline__ void for_each_closing(const StepRequest& request, Close&& close) {
+__device__ __forceinline__ void for_each_closing(const UpdateParams& params, int place, Close&& close) {
 #pragma unroll 1
-  for (int index = request.first; index < request.end; ++index) {
-    const Token token = request.token(index);
-    if (token.position % kRatio == kRatio - 1) close(token, index);
-  }
-}
-
-// Calls `work(compressor, pool, layer, request)` for request `place` of a decode step, if there is one.
-template <int W, int kRatio, bool kDeep, class Work>
-__device__ __forceinline__ void with_request(const UpdateParams& params, const Compression& part, int place,
-                                             Work&& work) {
-  const Pool pool = with_rows<kBlockTokens / kRatio>(part.pool);
-  const int64_t layer = *params.kind_layer;
-  const StepRequest request = step_request(params.window.plan, place, params.table.slots);
-  if (request.valid && has_layer(pool, layer)) {
-    work(with_constants<W, kRatio, kDeep>(part.compressor), pool, layer, request);
+  for (int window = 0;; ++window) {
+    const StepRequest request = step_request(params.window.plan, place, params.table.slots);
+    const int index = request.first + kRatio - 1 - request.start % kRatio + window * kRatio;
+    if (!request.valid || index >= request.end) return;
+    close(request.token(index), index);
   }
 }
 
@@ -86,45 +77,54 @@ __device__ __forceinline__ void append_window_rows(const UpdateParams& params, i
 template <bool kDeep, class T, int W, int N>
 __device__ __forceinline__ void compress_request(const UpdateParams& params, const Compression& part, int place,
                                                  const RowThreads<W, N>& threads) {
-  with_request<W, kCsaRatio, kDeep>(
-      params, part, place, [&](const auto& compressor, const auto& pool, auto layer, auto request) {
-        for_each_closing<kCsaRatio>(request, [&](const Token& token, int index) {
-          close_csa_window<T>(compressor, pool, params.table, layer, token, index, index, threads);
-          threads.sync();  // before the next window reuses the scratch
-        });
-        move_tail_on<T, 1, 2, N>(compressor.tail, compressor.projections, layer, request.token(request.first),
-                                 request.first, 0, threads.channel());
-      });
+  const Compressor compressor = with_constants<W, kCsaRatio, kDeep>(part.compressor);
+  const Pool pool = with_rows<kBlockTokens / kCsaRatio>(part.pool);
+  const int64_t layer = *params.kind_layer;
+  if (!has_layer(pool, layer)) return;
+  for_each_closing<kCsaRatio>(params, place, [&](const Token& token, int index) {
+    close_csa_window<T>(compressor, pool, params.table, layer, token, index, index, threads);
+    threads.sync();  // before the next window reuses the scratch
+  });
+  const StepRequest request = step_request(params.window.plan, place, params.table.slots);
+  if (!request.valid) return;
+  move_tail_on<T, 1, 2, N>(compressor.tail, compressor.projections, layer, request.token(request.first), request.first,
+                           0, threads.channel());
 }
 
 // One block's part of an HCA request.
 template <bool kDeep, class T, class At>
 __device__ __forceinline__ void compress_hca_request(const UpdateParams& params, int place, const At& at) {
-  with_request<kHeadDim, kHcaRatio, kDeep>(
-      params, params.entries, place, [&](const auto& compressor, const auto& pool, auto layer, auto request) {
-        for_each_closing<kHcaRatio>(request, [&](const Token& token, int index) {
-          close_hca_window<T>(compressor, pool, params.table, layer, token, index, index, at);
-        });
-        // The barriers of the last entry stand between all reads of the tail and these writes.
-        move_tail_on<T, At::kRanks * At::kSplits, 1, 4>(compressor.tail, compressor.projections, layer,
-                                                        request.token(request.first), request.first,
-                                                        at.rank * At::kSplits + at.split, at.channel());
-      });
+  const Compressor compressor = with_constants<kHeadDim, kHcaRatio, kDeep>(params.entries.compressor);
+  const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
+  const int64_t layer = *params.kind_layer;
+  if (!has_layer(pool, layer)) return;
+  for_each_closing<kHcaRatio>(params, place, [&](const Token& token, int index) {
+    close_hca_window<T>(compressor, pool, params.table, layer, token, index, index, at);
+  });
+  const StepRequest request = step_request(params.window.plan, place, params.table.slots);
+  if (!request.valid) return;
+  // The barriers of the last entry stand between all reads of the tail and these writes.
+  move_tail_on<T, At::kRanks * At::kSplits, 1, 4>(compressor.tail, compressor.projections, layer,
+                                                  request.token(request.first), request.first,
+                                                  at.rank * At::kSplits + at.split, at.channel());
 }
 
 // A running HCA tail's part.
 template <class T>
 __device__ __forceinline__ void fold_request(const UpdateParams& params, int place,
                                              const RowThreads<kHeadDim>& threads) {
-  with_request<kHeadDim, kHcaRatio, false>(
-      params, params.entries, place, [&](const auto& compressor, const auto& pool, auto layer, auto request) {
-        for_each_closing<kHcaRatio>(request, [&](const Token& token, int index) {
-          close_running_window<T, 1>(compressor, pool, params.table, layer, token, index, index, threads);
-          threads.sync();  // before the next window reuses the scratch
-        });
-        const Request whole{true, request.slot, request.start, request.token(request.end).position};
-        append_running<T, 1>(compressor.tail, compressor.projections, layer, whole, request.end, threads);
-      });
+  const Compressor compressor = with_constants<kHeadDim, kHcaRatio, false>(params.entries.compressor);
+  const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
+  const int64_t layer = *params.kind_layer;
+  if (!has_layer(pool, layer)) return;
+  for_each_closing<kHcaRatio>(params, place, [&](const Token& token, int index) {
+    close_running_window<T, 1>(compressor, pool, params.table, layer, token, index, index, threads);
+    threads.sync();  // before the next window reuses the scratch
+  });
+  const StepRequest request = step_request(params.window.plan, place, params.table.slots);
+  if (!request.valid) return;
+  const Request whole{true, request.slot, request.start, request.token(request.end).position};
+  append_running<T, 1>(compressor.tail, compressor.projections, layer, whole, request.end, threads);
 }
 
 }  // namespace dsv4::cuda

@@ -21,8 +21,8 @@ const char* update(CUstream_st* stream, const UpdateParams& params) {
     with_element(params.entries.compressor.projections.element, [&](auto element) {
       using RowT = decltype(row_element);
       using T = decltype(element);
-      status = plan.closings_by_token() ? launch_decode<RowT, T>(stream, params)
-                                        : launch_prefill<RowT, T>(stream, params);
+      status =
+          plan.closings_by_token() ? launch_decode<RowT, T>(stream, params) : launch_prefill<RowT, T>(stream, params);
     });
   });
   return launch_error(tail.data == nullptr       ? "update_swa"
