@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "cpu/denormals.h"
+#include "handlers/alignment.h"
 #include "layout/codecs.h"
 #include "ops/kernels.h"
 #include "ops/params.h"
@@ -238,6 +239,10 @@ template <auto kCheck, auto kLaunch>
 struct CudaHandler {
   template <class... Operands>
   ffi::Error operator()(CUstream_st* stream, Operands... operands) const {
+    if (!(is_aligned(operands) && ...)) {
+      return ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                        "dsv4: an operand does not begin at a multiple of 16 bytes, as CUDA kernels need it");
+    }
     auto params = kCheck(operands...);
     if (params.has_error()) return params.error();
     const char* problem = kLaunch(stream, *params);

@@ -101,7 +101,10 @@ __global__ void rotate_kernel(RotateParams params) {
   const int channel = 4 * threadIdx.x;
   if (tail.running) {
     if (request.next % geometry.ratio == 0) {
-      store_state(running_state(tail, layer, request.slot) + channel, empty_partials<4>());
+      Partials<4> cleared;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) cleared.set(i, {kClearedScore, 0.0f, 0.0f});
+      store_state(running_state(tail, layer, request.slot) + channel, cleared);
     }
     return;
   }
