@@ -60,6 +60,7 @@ __device__ __forceinline__ void append_window_rows(const UpdateParams& params, i
   };
   int index = max(request.first, request.end - window.rows);
   load(index, x, finish);
+  threads.sync();  // a row was summed up ahead of the branch that led here: its scratch may still be read
 #pragma unroll 1
   for (; index < request.end; ++index) {
     next_finish = finish;
