@@ -206,7 +206,7 @@ __device__ __forceinline__ ClosingWindow look_up(const UpdateParams& params, int
   if (index < 0 || index >= plan.tokens || !has_layer(entries, layer)) return window;
   const int slot = load_early(plan.token_slot() + index), position = load_early(plan.token_position() + index);
   const int request = load_early(plan.token_request() + index);
-  if (slot < 0 || slot >= table.slots || position < 0 || request < 0 || request >= plan.requests) return window;
+  if (!is_in_range(plan, table.slots, slot, position, request)) return window;
   const int first = load_early(plan.query_start() + request), end = load_early(plan.query_start() + request + 1);
   const int entry = position / kRatio, place = entry / entries.rows;
   int block = -1;
