@@ -51,24 +51,24 @@ __device__ __forceinline__ void append_window_rows(const UpdateParams& params, i
   const StepRequest request = step_request(params.window.plan, place, static_cast<int>(window.pages));
   if (!request.valid || !has_layer(window, layer)) return;
   float x[N], next[N];
-  FinishOf<N> finish{}, next_finish;
+  FinishOf<N> finish{};
   if (raw) load_early(norm.weight + threads.channel(), finish.weight);
-  const auto load = [&](int index, float (&row)[N], FinishOf<N>& of_row) {
+  const auto load = [&](int index, float (&row)[N]) {
     load_early(static_cast<const RowT*>(params.window.rows) + (int64_t{index} * kHeadDim + threads.channel()), row);
-    const int64_t angles = int64_t{index} * (kRopeDim / 2);
-    if (raw) of_row.template load_angles<kHeadDim>(norm.cos + angles, norm.sin + angles, threads.channel());
   };
   int index = max(request.first, request.end - window.rows);
-  load(index, x, finish);
+  load(index, x);
   threads.sync();  // a row was summed up ahead of the branch that led here: its scratch may still be read
 #pragma unroll 1
   for (; index < request.end; ++index) {
-    next_finish = finish;
-    if (index + 1 < request.end) load(index + 1, next, next_finish);
+    if (raw) {
+      const int64_t angles = int64_t{index} * (kRopeDim / 2);
+      finish.template load_angles<kHeadDim>(norm.cos + angles, norm.sin + angles, threads.channel());
+    }
+    if (index + 1 < request.end) load(index + 1, next);
     if (raw) finish.template apply<kHeadDim>(x, threads.sum(square_sum(x)), norm.eps, threads.channel());
     store_window_token(params, layer, request.slot, request.token(index).position, x, threads);
     threads.sync();  // before the next row reuses the scratch
-    finish = next_finish;
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = next[i];
   }
