@@ -16,5 +16,12 @@ def cuda_architectures() -> tuple[str, ...]:
     same major version run too; "90-virtual" is PTX, which the driver compiles for any newer device. Empty when built
     without CUDA."""
 
+def signatures() -> dict[str, tuple[str, str, str]]:
+    """Op -> the names of its operands, results and attributes, in the order of the call, with a space between."""
+def codecs() -> dict[tuple[str, int], tuple[int, int, int]]:
+    """(codec, width) -> bytes of a row's data, of its scales, and what a page's size is a multiple of."""
+def kinds() -> dict[str, tuple[int, bool, bool, bool, bool, int]]:
+    """Kind of layer -> ratio, overlap, gate, position_bias, indexed, and rows of its tail."""
+
 def plan_offsets(tokens: int, requests: int) -> dict[str, int]:
     """Where the kernels look for each field of a packed plan: field name -> index of its first element."""

@@ -18,11 +18,14 @@ from dsv4_jax import (
     LayerKind,
     ModelSpec,
     StepPlan,
-    begin_step,
+    begin,
     closing_rotary,
     init_cache,
+    ops,
     tiny_spec,
 )
+from dsv4_jax.cache.layer import parts_of
+from dsv4_jax.cache.step import Step
 
 Arrays = dict[str, np.ndarray]
 
@@ -36,7 +39,7 @@ POOLS = (
     "csa_keys",
     "hca_entries",
     "csa_tail",
-    "key_tail",
+    "csa_key_tail",
     "hca_tail",
 )
 
@@ -90,12 +93,18 @@ def inputs_of(
 
 
 def _each_layer(cache: Cache, plan: StepPlan, weights, brought, implementation: str, write) -> Cache:
-    cache, plan = begin_step(cache, plan, implementation=implementation)
+    step = begin(cache, plan, implementation=implementation)
     for layer, arrays in enumerate(brought):
-        compressor = inputs_of(plan, cache.schema.spec, layer, weights[layer], arrays)
-        indexer = inputs_of(plan, cache.schema.spec, layer, weights[layer], arrays, "index_")
-        cache = write(LayerCache(cache, plan, layer, implementation), arrays["rows"], compressor, indexer).cache
-    return cache
+        compressor = inputs_of(step.plan, cache.schema.spec, layer, weights[layer], arrays)
+        indexer = inputs_of(step.plan, cache.schema.spec, layer, weights[layer], arrays, "index_")
+        step = write(step.layer(layer), arrays["rows"], compressor, indexer).step
+    return step.end()
+
+
+def reader(cache: Cache, plan: StepPlan, layer: int, implementation: str = "native") -> LayerCache:
+    """A layer to read from after the step of ``plan`` has run."""
+    kind = cache.schema.spec.layers[layer].kind
+    return Step(cache, plan, implementation).layer(layer)._written(*parts_of(kind))
 
 
 def update(cache: Cache, plan: StepPlan, weights: Sequence[Arrays], brought, *, implementation="native") -> Cache:
@@ -113,11 +122,22 @@ def _store_closed(handle: LayerCache, compressor, indexer) -> LayerCache:
     return handle
 
 
+def _rotate(handle: LayerCache) -> LayerCache:
+    """Clears what closed windows leave in the tails, which nothing reads."""
+    step, kind = handle.step, handle.kind
+    row = step.schema.rows(handle.layer).compressed
+    names = [name for name in step.schema.tails if name.startswith(kind.value)]
+    options = {"ratio": kind.ratio, "implementation": step.implementation}
+    tails = {name: ops.rotate(step.cache.pools[name], step.plan, row, **options) for name in names}
+    cache = step.cache.with_arrays(tails)
+    return dataclasses.replace(handle, step=dataclasses.replace(step, cache=cache))
+
+
 def update_op_by_op(cache: Cache, plan: StepPlan, weights, brought, *, implementation="native") -> Cache:
     """The same step by separate ops: compress, flush, append, rotate."""
 
     def write(handle, rows, compressor, indexer):
-        return _store_closed(handle, compressor, indexer).append(rows, compressor, indexer).rotate()
+        return _rotate(_store_closed(handle, compressor, indexer).append(rows, compressor, indexer))
 
     return _each_layer(cache, plan, weights, brought, implementation, write)
 
@@ -126,18 +146,22 @@ def update_append_first(cache: Cache, plan: StepPlan, weights, brought, *, imple
     """The same step in the order append, compress, flush, rotate; for steps of one token per request."""
 
     def write(handle, rows, compressor, indexer):
-        return _store_closed(handle.append(rows, compressor, indexer), compressor, indexer).rotate()
+        return _rotate(_store_closed(handle.append(rows, compressor, indexer), compressor, indexer))
 
     return _each_layer(cache, plan, weights, brought, implementation, write)
 
 
-def tail_rows_in_use(length: int, ratio: int) -> list[int]:
-    """Rows of a tail that an entry closed later will pool, once a request has `length` tokens."""
+def tail_rows_in_use(length: int, ratio: int, lookahead: int = 0) -> list[int]:
+    """Rows of a tail that an entry closed later will pool, once a request has `length` tokens; oldest first.
+
+    CSA's overlap halves come first. Rows that only matter if the request goes back are not among them.
+    """
+    open_window, previous = range(length - length % ratio, length), range(length - length % ratio - 4, length)
     if ratio == 128:
-        return [position % 128 for position in range(length - length % 128, length)]
-    open_window, previous = range(length - length % 4, length), range(length - length % 4 - 4, length - length % 4)
-    overlap = [position % 8 for position in (*previous, *open_window) if position >= 0]
-    return overlap + [8 + position % 4 for position in open_window]
+        return [position % (128 + lookahead) for position in open_window]
+    depth = -(-lookahead // 4) * 4
+    overlap = [position % (8 + depth) for position in previous if position >= 0]
+    return overlap + [8 + depth + position % (4 + depth) for position in open_window]
 
 
 class Driver:
@@ -151,12 +175,12 @@ class Driver:
         slots: int = 3,
         blocks: int = 32,
         max_context: int = 1024,
-        slack: int = 0,
+        lookahead: int = 0,
         buckets: Sequence[int] = (1, 3, 16, 64, 256, 1024),
         implementation: str = "native",
         step=update,
     ):
-        self.schema = CacheSchema(SPEC, formats, slots, blocks, max_context, slack)
+        self.schema = CacheSchema(SPEC, formats, slots, blocks, max_context, lookahead)
         self.manager = CacheManager(self.schema, token_buckets=buckets)
         self.cache = init_cache(self.schema)
         self.weights = weights
@@ -212,15 +236,15 @@ class Driver:
         by_block = {"csa_entries", "csa_keys", "hca_entries"}
         stored = {}
         for name in POOLS:
-            array = np.asarray(getattr(self.cache, name))
+            array = np.asarray(self.cache.arrays[name])
             stored[name] = array[:, blocks] if name in by_block else array[:, slot].copy()
-        for name, ratio in (("csa_tail", 4), ("key_tail", 4), ("hca_tail", 128)):
+        for name, ratio in (("csa_tail", 4), ("csa_key_tail", 4), ("hca_tail", 128)):
             if stored[name].ndim == 3:  # a running tail, which nothing reads between two windows
                 if self.manager.length(request) % ratio == 0:
                     stored[name][:] = np.array([-1e9, 0, 0], np.float32)[:, None]
                 continue
             unused = np.ones(stored[name].shape[2], bool)
-            unused[tail_rows_in_use(self.manager.length(request), ratio)] = False
+            unused[tail_rows_in_use(self.manager.length(request), ratio, self.schema.lookahead)] = False
             stored[name][:, 0, unused] = 0
             stored[name][:, 1, unused] = -1e9
         return stored

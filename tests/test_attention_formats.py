@@ -13,14 +13,14 @@ import pytest
 from golden import GOLDEN, META, POSITIONS, golden_attention, golden_tokens, golden_weights
 from harness import SPEC, Driver, inputs_of
 
-from dsv4_jax import PROFILES, LayerCache, begin_step
+from dsv4_jax import PROFILES, begin
 from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
 
 TOKENS, TOPK = META["seq"], META["topk"]
 EXACT = PROFILES["exact"]
 SWA, CSA, HCA = range(3)
 
-COMPONENTS = {"entries": ENTRY_FORMATS, "window": WINDOW_FORMATS, "indexer": KEY_FORMATS}
+COMPONENTS = {"entries": ENTRY_FORMATS, "window": WINDOW_FORMATS, "keys": KEY_FORMATS}
 ROUND_TRIP = {"fp32": 0, "bf16": 2**-8, "fp8": 0.03, "fp8_ds_mla": 0.03, "nvfp4": 0.10, "nvfp4_static": 0.10}
 
 
@@ -35,12 +35,12 @@ def stored(formats):
 
 
 def _step_and_read(cache, plan, weights, brought):
-    (cache, plan), read = begin_step(cache, plan), {"window": []}
+    step, read = begin(cache, plan), {"window": []}
     for layer, arrays in enumerate(brought):
-        handle = LayerCache(cache, plan, layer)
+        handle = step.layer(layer)
         read["window"].append(handle.stored(arrays["rows"], dtype=jnp.float32))
-        compressor = inputs_of(plan, SPEC, layer, weights[layer], arrays)
-        indexer = inputs_of(plan, SPEC, layer, weights[layer], arrays, "index_")
+        compressor = inputs_of(step.plan, SPEC, layer, weights[layer], arrays)
+        indexer = inputs_of(step.plan, SPEC, layer, weights[layer], arrays, "index_")
         handle = handle.update(arrays["rows"], compressor, indexer)
         if layer == CSA:
             handle, rows = handle.all_entries(TOKENS // 4, dtype=jnp.float32)
@@ -50,8 +50,8 @@ def _step_and_read(cache, plan, weights, brought):
         elif layer == HCA:
             handle, rows = handle.all_entries(TOKENS // 128, dtype=jnp.float32)
             read["hca"] = rows.values[0]
-        cache = handle.cache
-    return cache, read
+        step = handle.step
+    return step.end(), read
 
 
 def chosen(formats, golden_row):
@@ -79,7 +79,7 @@ def attention(formats):
 
 def only(component, name, hadamard=False):
     """One component in a format, the others in fp32."""
-    return dataclasses.replace(EXACT, **{component: name}, indexer_hadamard=hadamard)
+    return dataclasses.replace(EXACT, **{component: name}, keys_hadamard=hadamard)
 
 
 def relative_errors(formats):
@@ -124,7 +124,7 @@ def test_attention_is_off_by_no_more_than_the_rows_it_averages(component, name):
 )
 def test_quantized_keys_change_few_choices(name, share, error, hadamard):
     """A key's error moves scores by as much, so entries whose scores are that close change places."""
-    formats = only("indexer", name, hadamard)
+    formats = only("keys", name, hadamard)
     assert changed_choices(formats) <= share
     swa, csa, hca = relative_errors(formats)
     assert swa == hca == 0
@@ -138,7 +138,7 @@ def _print_tables():
         (f"{component} {name}{', Hadamard' * hadamard}", only(component, name, hadamard))
         for component, table in COMPONENTS.items()
         for name in table
-        for hadamard in ((False, True) if component == "indexer" else (False,))
+        for hadamard in ((False, True) if component == "keys" else (False,))
         if name != "fp32"
     ]
     rows += [(f"profile {name}", formats) for name, formats in PROFILES.items() if formats != EXACT]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax import CacheFormats, LayerKind, apply_rotary, rotary, tiny_spec
+from dsv4_jax import CacheFormats, LayerKind, apply_rotary, tiny_spec
 from dsv4_jax.example.attention import Source, index_scores, sink_attention, top_entries
 from dsv4_jax.example.full_context import compressed_entries
 from dsv4_jax.example.layer import Compressed
@@ -18,6 +18,7 @@ from dsv4_jax.example.serve import Request, Served, Server
 from dsv4_jax.example.text import load_text, text_requests
 from dsv4_jax.example.verify import Verification, verify
 from dsv4_jax.example.weights import CompressorWeights, StackWeights, init_weights
+from dsv4_jax.spec.rotary import rotary
 
 SPEC = tiny_spec()
 ROPES = {layer.kind: layer.rope for layer in SPEC.layers}
@@ -152,7 +153,7 @@ def check(server: Server, served: Sequence[Served], weights: StackWeights | None
     [
         (EXACT, "native"),
         (CacheFormats(), "native"),
-        (CacheFormats("bf16", "fp8", "bf16", indexer_hadamard=True), "native"),
+        (CacheFormats("bf16", "fp8", "bf16", keys_hadamard=True), "native"),
         (CacheFormats(), "reference"),
     ],
     ids=["exact", "default", "hadamard", "default-reference"],
@@ -215,7 +216,7 @@ def test_verification_sees_what_was_lost(component, seed, monkeypatch):
         if steps == 3:
             slot, start = int(plan.request_slot[0]), int(plan.request_start[0])
             assert start == 192
-            pool = getattr(cache, component)
+            pool = cache.arrays[component]
             where = {
                 "window": (1, slot, (start - 1) % 128),
                 "csa_entries": (0, cache.block_table[slot, 0], slice(8)),
@@ -223,7 +224,7 @@ def test_verification_sees_what_was_lost(component, seed, monkeypatch):
                 "csa_tail": (0, slot, 0, (start - 1) % 8),
                 "hca_tail": (0, slot, 0, (start - 1) % 128),
             }[component]
-            cache = dataclasses.replace(cache, **{component: pool.at[where].set(0)})
+            cache = cache.with_arrays({component: pool.at[where].set(0)})
         return run(weights, cache, plan, tokens)
 
     monkeypatch.setattr(server, "_step", losing)

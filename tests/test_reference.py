@@ -1,7 +1,6 @@
 """The operations against golden data and float64 NumPy: entries, keys, tails and windows, however a prompt is cut."""
 
 import functools
-import importlib
 import itertools
 
 import jax
@@ -10,12 +9,13 @@ import numpy as np
 import numpy_reference
 import pytest
 from golden import GOLDEN, META
+from implementations import IMPLEMENTATIONS, ops_of
 
+from dsv4_jax.cache.rotary import closing_rotary
 from dsv4_jax.host.planning import build_plan
 from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
 from dsv4_jax.layout.plan import PlanLayout
 from dsv4_jax.spec.model import RopeSpec
-from dsv4_jax.spec.rotary import closing_rotary
 
 LENGTH, EPS = META["seq"], META["eps"]
 ROPE = RopeSpec(theta=160000.0, factor=16.0)
@@ -26,7 +26,7 @@ BUCKETS = (2, 264, LENGTH)
 CSA, KEY, HCA = "L1.", "L1.idx_", "L2."
 WIDTHS = {CSA: 512, KEY: 128, HCA: 512}
 RATIOS = {CSA: 4, KEY: 4, HCA: 128}
-TAILS = {CSA: "csa_tail", KEY: "key_tail", HCA: "hca_tail"}
+TAILS = {CSA: "csa_tail", KEY: "csa_key_tail", HCA: "hca_tail"}
 POOLS = {CSA: "csa_entries", KEY: "csa_keys", HCA: "hca_entries"}
 FORMATS = {CSA: ENTRY_FORMATS["fp32"], KEY: KEY_FORMATS["fp32"], HCA: ENTRY_FORMATS["fp32"]}
 EXPECTED = {CSA: "L1.compressed", KEY: "L1.idx_keys", HCA: "L2.compressed"}
@@ -35,9 +35,9 @@ WINDOW_LAYER = 2  # of 3
 FP32 = WINDOW_FORMATS["fp32"]
 
 
-@pytest.fixture(params=["reference", "ops"], ids=["reference", "native"])
+@pytest.fixture(params=IMPLEMENTATIONS)
 def ops(request, device):
-    return importlib.import_module(f"dsv4_jax.{request.param}")
+    return ops_of(request.param)
 
 
 def golden_inputs():
@@ -61,7 +61,7 @@ def poisoned_state():
         "window": np.full((3, SLOTS, RING, 512), nan),
         "window_positions": np.broadcast_to(np.arange(RING, dtype=np.int32), (3, SLOTS, RING)),
         "csa_tail": np.full((2, SLOTS, 2, 12, 512), nan),
-        "key_tail": np.full((2, SLOTS, 2, 12, 128), nan),
+        "csa_key_tail": np.full((2, SLOTS, 2, 12, 128), nan),
         "hca_tail": np.full((1, SLOTS, 2, 128, 512), nan),
         "csa_entries": np.full((2, BLOCKS, 32, 512), nan),
         "csa_keys": np.full((2, BLOCKS, 32, 128), nan),
@@ -168,8 +168,7 @@ class Server:
         _, rows = self.ops.gather_all_entries(
             self.state[POOLS[kind]],
             self.state["block_table"],
-            jnp.array([slot], jnp.int32),
-            jnp.array([count], jnp.int32),
+            build_plan(PlanLayout(1, 1), [slot], [length - 1], [1]),
             LAYER[kind],
             ratio=RATIOS[kind],
             format=FORMATS[kind],
@@ -187,8 +186,7 @@ class Server:
         _, _, rows = self.ops.gather_window(
             self.state["window"],
             self.state["window_positions"],
-            jnp.array([slot], jnp.int32),
-            jnp.array([last], jnp.int32),
+            build_plan(PlanLayout(1, 1), [slot], [last], [1]),
             WINDOW_LAYER,
             format=FP32,
             dtype=jnp.float32,

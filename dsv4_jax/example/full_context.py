@@ -13,10 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax import CacheFormats, LayerKind, ModelSpec, RopeSpec, VectorFormat, apply_rotary, reference, rotary
+from dsv4_jax import CacheFormats, LayerKind, ModelSpec, apply_rotary, ops
 from dsv4_jax.example.attention import Source, index_scores, rms_norm, sink_attention, top_entries
 from dsv4_jax.example.layer import Compressed, IndexQuery, merge_heads, project
 from dsv4_jax.example.weights import CompressorWeights, LayerWeights, StackWeights
+from dsv4_jax.layout.formats import VectorFormat
+from dsv4_jax.spec.model import RopeSpec
+from dsv4_jax.spec.rotary import rotary
 
 
 class SelectionCheck(NamedTuple):
@@ -110,7 +113,7 @@ def _scores(
     """fp32 [n, n // 4]: the indexer's scores."""
     keys = compressed_entries(weights.indexer.keys, made, LayerKind.CSA, rope, spec)
     queries = query.queries
-    if formats.indexer_hadamard:
+    if formats.keys_hadamard:
         transform = _hadamard(keys.shape[-1])
         keys, queries = keys @ transform, queries @ transform
     return index_scores(queries, query.head_weights, _as_stored(keys, formats.key_format))
@@ -145,8 +148,9 @@ def _nothing_checked() -> SelectionCheck:
 
 def _as_stored(rows: jax.Array, vector_format: VectorFormat) -> jax.Array:
     """``rows`` [n, width] through the format and back, fp32."""
-    page = reference.quantize(rows, format=vector_format)
-    return reference.dequantize(page, format=vector_format, rows=rows.shape[0], dtype=jnp.float32)
+    page = ops.quantize(rows, format=vector_format, implementation="reference")
+    options = {"rows": rows.shape[0], "dtype": jnp.float32, "implementation": "reference"}
+    return ops.dequantize(page, format=vector_format, **options)
 
 
 def _hadamard(width: int) -> jax.Array:

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "cpu/running.h"
-#include "ops/kernels.h"
+#include "ops/signatures.h"
 
 namespace dsv4::cpu {
 namespace {

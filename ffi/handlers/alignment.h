@@ -16,12 +16,4 @@ inline bool is_aligned(const xla::ffi::AnyBuffer& buffer) {
          reinterpret_cast<uintptr_t>(buffer.untyped_data()) % kAlignment == 0;
 }
 
-inline bool is_aligned(xla::ffi::Result<xla::ffi::AnyBuffer> result) { return is_aligned(*result); }
-
-// Attributes have no address.
-template <class Attribute>
-bool is_aligned(const Attribute&) {
-  return true;
-}
-
 }  // namespace dsv4

@@ -1,4 +1,4 @@
-"""append_window and append_tail: a step's rows into the sliding window, its projections into a compressor's tail."""
+"""append_window and append_tail in jnp; ``append/api.py`` says what they do."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.arithmetic.pages import in_range, write_rows
-from dsv4_jax.arithmetic.places import all_tokens, current_row, current_survives, overlap_row, overlap_survives
+from dsv4_jax.arithmetic.places import all_tokens
 from dsv4_jax.arithmetic.running import append_running
 from dsv4_jax.arithmetic.scalars import to_float32
 from dsv4_jax.layout.formats import VectorFormat
+from dsv4_jax.layout.geometry import TailGeometry
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.layout.schema import is_running
 
@@ -23,19 +24,7 @@ def append_window(
     *,
     format: VectorFormat,
 ) -> tuple[jax.Array, jax.Array]:
-    """Store a step's rows in the ring: row = position % ring, and only rows that the same step does not overwrite.
-
-    Args:
-      window: [layers, slots, *page(ring)].
-      positions: int32 [layers, slots, ring], the position each ring row holds, -1 for none.
-      rows: fp32 or bf16 [T, 512], normalized and rotated; rows of padding are ignored.
-      plan: the step.
-      layer: int32 scalar, index along the window's first axis; out of range writes nothing.
-      format: how window rows are stored.
-
-    Returns:
-      window, positions.
-    """
+    """A step's rows in the ring: row = position % ring, and only rows that the same step does not overwrite."""
     layers, slots, ring = positions.shape
     token = all_tokens(plan, slots)
     survives = token.valid & (token.position >= token.next - ring) & in_range(layer, layers)
@@ -49,40 +38,26 @@ def append_tail(
     tail: jax.Array,
     kv: jax.Array,
     gate: jax.Array,
-    ape: jax.Array,
+    position_bias: jax.Array,
     plan: StepPlan,
     layer: jax.Array | int,
     *,
     ratio: int,
 ) -> jax.Array:
-    """Keep what later entries pool from a step's projections: kv, and score = gate + ape[position % ratio].
-
-    Only halves still needed after the step are written (`geometry.overlap_survives`, `current_survives`).
-
-    Args:
-      tail: fp32 [layers, slots, 2 (kv, score), rows, d], or running [layers, slots, 3, d] (`running.append_running`).
-      kv: fp32 or bf16 [T, 2d] for CSA, [T, d] for HCA.
-      gate: like kv.
-      ape: fp32 [ratio, columns of kv].
-      plan: the step.
-      layer: int32 scalar, index along the tail's first axis; out of range writes nothing.
-      ratio: tokens per entry, 4 (CSA) or 128 (HCA).
-
-    Returns:
-      The tail.
-    """
+    """What later entries pool of a step's projections: kv, and score = gate + position_bias[position % ratio]."""
     layers, slots, *_, width = tail.shape
     token = all_tokens(plan, slots)
-    kv, score = to_float32(kv), to_float32(gate) + jnp.asarray(ape)[token.position % ratio]
+    kv, score = to_float32(kv), to_float32(gate) + to_float32(position_bias)[token.position % ratio]
     if is_running(tail.shape):
         return append_running(tail, kv, score, plan, layer)
-    places = [(current_row, current_survives, slice(-width, None))]
-    if kv.shape[1] > width:
-        places.append((overlap_row, overlap_survives, slice(None, width)))
+    geometry = TailGeometry.of_rows(ratio, tail.shape[3])
+    places = [(geometry.current_row, geometry.current_survives, slice(-width, None))]
+    if geometry.compression.overlap:
+        places.append((geometry.overlap_row, geometry.overlap_survives, slice(None, width)))
     for row_of, survives, columns in places:
-        keep = token.valid & survives(token.position, token.next, ratio) & in_range(layer, layers)
+        keep = token.valid & survives(token.position, token.next) & in_range(layer, layers)
         slot = jnp.where(keep, token.slot, slots)[:, None]
-        row = row_of(token.position, ratio)[:, None]
+        row = row_of(token.position)[:, None]
         values = jnp.stack([kv[:, columns], score[:, columns]], axis=1)
-        tail = tail.at[layer, slot, jnp.arange(2), row].set(values, mode="drop")
+        tail = tail.at[layer, slot, jnp.arange(2)[None], row].set(values, mode="drop")
     return tail

@@ -8,14 +8,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.cache.layer import LayerCache
+from dsv4_jax import ops
+from dsv4_jax.cache.step import Step
 from dsv4_jax.layout.schema import CacheSchema
 from dsv4_jax.spec.kinds import HEAD_DIM, LayerKind
 from dsv4_jax.tools.bench import traffic
 from dsv4_jax.tools.bench.traffic import StepShape
 from dsv4_jax.tools.bench.workload import (
     FORMATS,
-    MODULES,
     Scale,
     Workload,
     model_of,
@@ -61,8 +61,10 @@ def layer_update(implementation: str) -> Any:
     """``LayerCache.update`` as a workload's call; the layer is an operand."""
 
     def call(cache: Any, plan: Any, inputs: Any, layer: Any) -> tuple[Any, None]:
-        handle = LayerCache(cache, plan, 0, implementation, layer_index=layer, kind_index=layer)
-        return handle.update(*inputs).cache, None
+        # Every layer of the workload's model is of one kind, so its index is the row of every pool.
+        kind = cache.schema.spec.layers[0].kind
+        step = Step(cache, plan, implementation).scanning()
+        return step.layer(layer, kind=kind).update(*inputs).step.end(), None
 
     return call
 
@@ -122,27 +124,27 @@ def separate_op(op: str, kind: LayerKind, batch: int, scale: Scale, implementati
     schema = schema_of(model_of(kind, scale.layers), scale.plans * max(scale.batches), scale.context)
     shapes = decode_shapes(kind, "mixed" if op.startswith("append") else "all", batch, scale)
     plans = [plan_of(*pair) for pair in zip(shapes, slot_sets(schema.slots, batch, scale.plans), strict=True)]
-    module, ratio, eps = MODULES[implementation], kind.ratio, schema.spec.norm_eps
+    ratio, eps, by = kind.ratio, schema.spec.norm_eps, {"implementation": implementation}
     names = {LayerKind.CSA: ("csa_entries", "csa_tail"), LayerKind.HCA: ("hca_entries", "hca_tail")}
     pool_name, tail_name = names[kind]
     entry, window = FORMATS.entry_format, FORMATS.window_format
 
     def call(cache: Any, plan: Any, operands: Any, layer: Any) -> tuple[Any, Any]:
         (raw, inputs), entries = operands
-        pool, tail, result = getattr(cache, pool_name), getattr(cache, tail_name), None
+        pool, tail, result = cache.arrays[pool_name], cache.arrays[tail_name], None
         if op == "append_window":
-            made = module.append_window(cache.window, cache.window_positions, raw.rows, plan, layer, format=window)
+            made = ops.append_window(cache.window, cache.window_positions, raw.rows, plan, layer, format=window, **by)
             return dataclasses.replace(cache, window=made[0], window_positions=made[1]), None
         if op == "append_tail":
-            tail = module.append_tail(tail, *inputs[:3], plan, layer, ratio=ratio)
+            tail = ops.append_tail(tail, *inputs[:3], plan, layer, ratio=ratio, **by)
         elif op == "compress":
-            tail, made = module.compress(tail, *inputs[:4], *inputs.rotary, plan, layer, ratio=ratio, eps=eps)
+            tail, made = ops.compress(tail, *inputs[:4], *inputs.rotary, plan, layer, ratio=ratio, eps=eps, **by)
             result = None if implementation == "native" else made
         elif op == "rotate":
-            tail = module.rotate(tail, plan, layer, ratio=ratio)
+            tail = ops.rotate(tail, plan, layer, ratio=ratio, **by)
         elif op == "flush":
-            pool = module.flush(pool, entries, cache.block_table, plan, layer, ratio=ratio, format=entry)
-        return dataclasses.replace(cache, **{pool_name: pool, tail_name: tail}), result
+            pool = ops.flush(pool, entries, cache.block_table, plan, layer, ratio=ratio, format=entry, **by)
+        return cache.with_arrays({pool_name: pool, tail_name: tail}), result
 
     counted = {
         "append_window": lambda shape: traffic.window_rows(shape, schema.ring, window, ROW_ITEMSIZE),

@@ -4,7 +4,7 @@
 #include "cuda/core/launch.cuh"
 #include "cuda/state/tail.cuh"
 #include "cuda/state/window.cuh"
-#include "ops/kernels.h"
+#include "ops/signatures.h"
 
 namespace dsv4::cuda {
 namespace {

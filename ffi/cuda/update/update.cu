@@ -2,7 +2,7 @@
 // types.
 
 #include "cuda/core/launch.cuh"
-#include "ops/kernels.h"
+#include "ops/signatures.h"
 
 namespace dsv4::cuda {
 
