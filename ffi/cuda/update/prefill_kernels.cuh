@@ -17,7 +17,8 @@ constexpr int kAppendWarps = 8;
 
 // Nothing closes, or more rows survive than the closing kernels' blocks can store in passing.
 template <class RowT, class T, int kRatio>
-__global__ void __launch_bounds__(kAppendWarps* kWarp) append_last_tokens_kernel(UpdateParams params, LastTokens last) {
+__global__ void __launch_bounds__(kAppendWarps* kWarp, 2)
+    append_last_tokens_kernel(UpdateParams params, LastTokens last) {
   append_last_tokens<RowT, T, kRatio>(params, last, blockIdx.x * kAppendWarps + threadIdx.x / kWarp,
                                       gridDim.x * kAppendWarps, threadIdx.x % kWarp);
 }
