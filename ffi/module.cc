@@ -2,6 +2,8 @@
 
 #include <nanobind/nanobind.h>
 
+#include <sstream>
+#include <string>
 #include <vector>
 
 #include "layout/codecs.h"
@@ -107,6 +109,16 @@ nb::dict PlanOffsets(int tokens, int requests) {
   return offsets;
 }
 
+// What the kernels were compiled for, as CMakeLists.txt lists it: "90,90-virtual".
+nb::tuple CudaArchitectures() {
+  nb::list architectures;
+#ifdef DSV4_WITH_CUDA
+  std::stringstream all(DSV4_CUDA_ARCHITECTURES);
+  for (std::string one; std::getline(all, one, ',');) architectures.append(nb::str(one.c_str()));
+#endif
+  return nb::tuple(architectures);
+}
+
 }  // namespace
 
 NB_MODULE(dsv4_jax_native, m) {
@@ -116,6 +128,7 @@ NB_MODULE(dsv4_jax_native, m) {
   m.def("kinds", &Kinds);
   m.def("plan_offsets", &PlanOffsets, nb::arg("tokens"), nb::arg("requests"));
   m.def("ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
+  m.def("cuda_architectures", &CudaArchitectures);
   m.def("cuda_version", [] {
 #ifdef DSV4_WITH_CUDA
     return CUDART_VERSION;

@@ -36,6 +36,9 @@ echo "== build, warnings are errors"
 python -m pip install --quiet --no-build-isolation --no-deps -Cbuild-dir=build/test \
   -Ccmake.define.DSV4_CUDA=ON -Ccmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON -e .
 
+echo "== kernels without clusters of blocks, and without spills"
+bash scripts/architectures.sh --quick 80 90
+
 echo "== style"
 ruff check .
 ruff format --check .

@@ -6,9 +6,11 @@
 #include <initializer_list>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "cpu/denormals.h"
+#include "handlers/alignment.h"
 #include "layout/codecs.h"
 #include "ops/signatures.h"
 #include "xla/ffi/api/ffi.h"
@@ -34,6 +36,16 @@ class Call {
       that(in == nullptr || in->data() == out.data(), out.name,
            "is updated in place, so its input and output must be aliased (input_output_aliases)");
     }
+  }
+
+  // The same call, for kernels that load 16 bytes at once.
+  Call aligned() && {
+    for (const auto* bound : {&operands_, &results_}) {
+      for (const Bound& one : *bound) {
+        that(is_aligned(one.buffer), one.name, "does not begin at a multiple of 16 bytes, as CUDA kernels need it");
+      }
+    }
+    return std::move(*this);
   }
 
   bool failed() const { return !message_.empty(); }
@@ -316,7 +328,8 @@ ffi::Error handle(Call call, Check check, Run run) {
       dsv4_##op##_cuda,                                                                                            \
       [](CUstream_st* stream, xla::ffi::RemainingArgs operands, xla::ffi::RemainingRets results,                   \
          xla::ffi::Dictionary attributes) {                                                                        \
-        return dsv4::handle(dsv4::Call(dsv4::signature_of_##op, operands, results, attributes), dsv4::check_##op,  \
+        return dsv4::handle(dsv4::Call(dsv4::signature_of_##op, operands, results, attributes).aligned(),          \
+                            dsv4::check_##op,                                                                      \
                             [stream](const auto& params) { return dsv4::cuda::kernel(stream, params); });          \
       },                                                                                                           \
       xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<CUstream_st*>>().RemainingArgs().RemainingRets().Attrs(), \

@@ -61,12 +61,17 @@ DSV4_HOST_DEVICE Token token_of(const Plan& plan, int index, int slot, int posit
   return token;
 }
 
+// Whether what a plan says of a token is in range.
+DSV4_HOST_DEVICE bool is_in_range(const Plan& plan, int slots, int slot, int position, int request) {
+  return slot >= 0 && slot < slots && position >= 0 && request >= 0 && request < plan.requests;
+}
+
 DSV4_HOST_DEVICE Token token_at(const Plan& plan, int index, int slots) {
   const Token none{false, -1, -1, -1, -1};
   if (index < 0 || index >= plan.tokens) return none;
   const int slot = plan.token_slot()[index], position = plan.token_position()[index];
   const int request = plan.token_request()[index];
-  if (slot < 0 || slot >= slots || position < 0 || request < 0 || request >= plan.requests) return none;
+  if (!is_in_range(plan, slots, slot, position, request)) return none;
   return token_of(plan, index, slot, position, plan.query_start()[request], plan.query_start()[request + 1]);
 }
 

@@ -1,4 +1,8 @@
 // compress and normalize on the GPU.
+//
+// Threads: one block an entry, four channels a thread (a running tail: two); hca a cluster of four blocks an entry, or
+// one where there are no clusters, see hca.cuh. Barrier: kEntryRow. Shared memory: two floats a warp; hca as in
+// hca.cuh.
 
 #include "cuda/close/hca.cuh"
 #include "cuda/close/running.cuh"
@@ -9,8 +13,6 @@
 namespace dsv4::cuda {
 namespace {
 
-constexpr int kHcaRanks = 4;
-
 __device__ __forceinline__ Token closing_token(const CompressParams& params, int row, int* index) {
   *index = params.plan.closing(params.compressor.tail.geometry.ratio)[row];
   return token_at(params.plan, *index, params.compressor.tail.slots);
@@ -20,25 +22,24 @@ __device__ __forceinline__ Token closing_token(const CompressParams& params, int
 template <int W, class T>
 __global__ void __launch_bounds__(W / 4) compress_csa_kernel(CompressParams params) {
   __shared__ float scratch[2 * RowThreads<W>::kWarps];
-  const RowThreads<W> threads{static_cast<int>(threadIdx.x), 1, scratch};
+  const RowThreads<W> threads{static_cast<int>(threadIdx.x), Barrier::kEntryRow, scratch};
   const Compressor compressor = with_constants<W, kCsaRatio>(params.compressor);
   const int64_t layer = *params.layer;
   int index;
   const Token closing = closing_token(params, blockIdx.x, &index);
   float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   if (closing.valid && layer >= 0 && layer < compressor.tail.layers) {
-    csa_entry<W, T>(compressor, layer, closing, index, blockIdx.x, threads, x);
+    csa_entry<T>(compressor, layer, closing, index, blockIdx.x, threads, x);
   }
   store_values(params.entries + static_cast<int64_t>(blockIdx.x) * W + threads.channel(), x);
 }
 
 // HCA: a cluster of blocks an entry.
-template <class T>
-__global__ void __cluster_dims__(kHcaRanks, 1, 1) __launch_bounds__(kHcaThreads)
-    compress_hca_kernel(CompressParams params) {
-  const HcaThread<kHcaRanks, kHcaThreads> at;
+template <class T, int kRanks>
+__global__ void DSV4_CLUSTER_DIMS(kRanks) __launch_bounds__(kHcaThreads) compress_hca_kernel(CompressParams params) {
+  const HcaThread<kRanks, kHcaThreads> at;
   const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.compressor);
-  const int row = blockIdx.x / kHcaRanks;
+  const int row = blockIdx.x / kRanks;
   float* entry = params.entries + static_cast<int64_t>(row) * kHeadDim;
   const int64_t layer = *params.layer;
   int index;
@@ -57,7 +58,7 @@ __global__ void __cluster_dims__(kHcaRanks, 1, 1) __launch_bounds__(kHcaThreads)
 template <class T>
 __global__ void __launch_bounds__(RunningThreads::kThreads) compress_running_kernel(CompressParams params) {
   __shared__ float scratch[2 * RunningThreads::kWarps];
-  const RunningThreads threads{static_cast<int>(threadIdx.x), 1, scratch};
+  const RunningThreads threads{static_cast<int>(threadIdx.x), Barrier::kEntryRow, scratch};
   const int64_t layer = *params.layer;
   int index;
   const Token closing = closing_token(params, blockIdx.x, &index);
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(RunningThreads::kThreads) compress_running_ker
 template <class T>
 __global__ void __launch_bounds__(kRowThreads) normalize_kernel(NormalizeParams params) {
   __shared__ float scratch[2 * RowThreads<kHeadDim>::kWarps];
-  const RowThreads<kHeadDim> threads{static_cast<int>(threadIdx.x), 1, scratch};
+  const RowThreads<kHeadDim> threads{static_cast<int>(threadIdx.x), Barrier::kEntryRow, scratch};
   const int64_t row = blockIdx.x, angles = row * (kRopeDim / 2);
   const int channel = threads.channel();
   float x[4];
@@ -95,14 +96,18 @@ const char* compress(CUstream_st* stream, const CompressParams& params) {
     if (tail.running) {
       compress_running_kernel<T><<<closing, RunningThreads::kThreads, 0, stream>>>(params);
     } else if (!tail.geometry.overlaps()) {
-      compress_hca_kernel<T><<<closing * kHcaRanks, kHcaThreads, 0, stream>>>(params);
+      if (has_clusters(compress_hca_kernel<T, 4>)) {
+        compress_hca_kernel<T, 4><<<4 * closing, kHcaThreads, 0, stream>>>(params);
+      } else {
+        compress_hca_kernel<T, 1><<<closing, kHcaThreads, 0, stream>>>(params);
+      }
     } else if (tail.width == kHeadDim) {
       compress_csa_kernel<kHeadDim, T><<<closing, kHeadDim / 4, 0, stream>>>(params);
     } else {
       compress_csa_kernel<kKeyDim, T><<<closing, kKeyDim / 4, 0, stream>>>(params);
     }
   });
-  return launch_error();
+  return launch_error("compress");
 }
 
 const char* normalize(CUstream_st* stream, const NormalizeParams& params) {
@@ -110,7 +115,7 @@ const char* normalize(CUstream_st* stream, const NormalizeParams& params) {
   with_element(params.element, [&](auto element) {
     normalize_kernel<decltype(element)><<<static_cast<unsigned>(params.count), kRowThreads, 0, stream>>>(params);
   });
-  return launch_error();
+  return launch_error("normalize");
 }
 
 }  // namespace dsv4::cuda

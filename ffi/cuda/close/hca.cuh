@@ -1,11 +1,13 @@
-// An HCA entry on the GPU, by a cluster of thread blocks.
+// An HCA entry on the GPU, by a cluster of thread blocks, or where there are no clusters by one block.
+//
+// Threads: a block's are kSplits groups of 128, four channels a thread. Barriers: __syncthreads between the groups, the
+// cluster's between the blocks, kEntryRow among the 128 threads that finish. Shared memory (finish_hca_entry): partials
+// of 128 threads, 48 bytes each, from all groups but the first, and from all blocks.
 //
 // Each block pools a share of the window's rows, whole rows, four channels a thread; each thread pools neighbouring
 // groups of rows. What the threads of a channel have merges pairwise, within the block, then between blocks, in the
 // order of ffi/math/pooling.h; the first block finishes the entry.
 #pragma once
-
-#include <cooperative_groups.h>
 
 #include "cuda/close/window.cuh"
 
@@ -13,7 +15,7 @@ namespace dsv4::cuda {
 
 // A thread's place among the kRanks blocks of kThreads threads that make an entry.
 template <int kRanks_, int kThreads>
-struct HcaThread {
+struct HcaThread : ClusterBarrier<kRanks_> {
   static constexpr int kRanks = kRanks_;
   static constexpr int kSplits = kThreads / kRowThreads;
   static constexpr int kGroups = kHcaRatio / kGroupRows / kRanks / kSplits;  // groups a thread pools
@@ -26,13 +28,6 @@ struct HcaThread {
   __device__ __forceinline__ int channel() const { return 4 * thread; }
   __device__ __forceinline__ int first_group() const { return kGroups * (kSplits * rank + split); }
   __device__ __forceinline__ bool finishes() const { return rank == 0 && split == 0; }
-
-  // Tells the cluster that this thread runs; `wait` waits for all that have to.
-  __device__ __forceinline__ void begin() const { asm volatile("barrier.cluster.arrive.relaxed.aligned;"); }
-  __device__ __forceinline__ void wait() const { cooperative_groups::this_cluster().barrier_wait(); }
-
-  // Waits for all threads of the cluster.
-  __device__ __forceinline__ void sync() const { cooperative_groups::this_cluster().sync(); }
 };
 
 constexpr int kHcaThreads = 512;  // four blocks of as many have all rows on their way at once
@@ -45,8 +40,8 @@ __device__ __forceinline__ Partials<4> pool_hca_rows(const Compressor& compresso
   Partials<4> partial, pair;
 #pragma unroll 1
   for (int i = 0; i < At::kGroups; ++i) {  // registers hold the rows of one group at a time
-    const Partials<4> one = pool_rows<kHeadDim, kHcaRatio, T>(compressor.tail, compressor.projections, layer, closing,
-                                                              index, at.first_group() + i, at.channel());
+    const Partials<4> one = pool_rows<kHeadDim, kHcaRatio, T, 4>(compressor.tail, compressor.projections, layer,
+                                                                 closing, index, at.first_group() + i, at.channel());
     pair = i % 2 == 0 ? one : merge(pair, one);
     if (i <= 1) partial = pair;
     if (i == 3) partial = merge(partial, pair);
@@ -83,11 +78,11 @@ __device__ __forceinline__ void finish_hca_entry(const Compressor& compressor, i
   at.wait();
   if (at.split == 0) {
     partial = merge_neighbours<At::kSplits>([&](int i) { return i == 0 ? partial : of_splits[i - 1][at.thread]; });
-    if (at.rank != 0) *cooperative_groups::this_cluster().map_shared_rank(&of_ranks[at.rank][at.thread], 0) = partial;
+    if (at.rank != 0) *at.of_first_block(&of_ranks[at.rank][at.thread]) = partial;
   }
   at.sync();
   if (!at.finishes()) return;
-  const RowThreads<kHeadDim> threads{at.thread, 2, scratch};
+  const RowThreads<kHeadDim> threads{at.thread, Barrier::kEntryRow, scratch};
   float x[4];
   pooled(merge_neighbours<At::kRanks>([&](int i) { return i == 0 ? partial : of_ranks[i][at.thread]; }), x);
   finish.apply<kHeadDim>(x, threads.sum(square_sum(x)), compressor.eps, at.channel());

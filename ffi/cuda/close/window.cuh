@@ -1,74 +1,21 @@
 // A closing window on the GPU: reading its rows, pooling them, and finishing the entry, four channels a thread (where
-// decode needs less code a warp: two). Reductions over the threads of a row follow the balanced tree of
-// ffi/math/pooling.h.
+// decode needs less code a warp: two).
 #pragma once
 
-#include "cuda/core/warp_rows.cuh"
+#include "cuda/core/early_loads.cuh"
+#include "cuda/core/row_threads.cuh"
 #include "layout/window_rows.h"
 #include "math/pooling.h"
 
 namespace dsv4::cuda {
 
-// Waits for `threads` threads of the block that name the same barrier (1 to 15; 0 is __syncthreads).
-__device__ __forceinline__ void sync_threads(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-// The threads that share a row, N neighbouring channels each, and how they exchange values. `thread` counts from 0
-// within the row.
-template <int W, int N = 4>
-struct RowThreads {
-  static constexpr int kThreads = W / N;
-  static constexpr int kWarps = kThreads / kWarp;
-  int thread;
-  int barrier;
-  float* scratch;  // shared memory, 2 * kWarps floats; unused by single-warp rows
-
-  __device__ __forceinline__ int channel() const { return N * thread; }
-
-  __device__ __forceinline__ void sync() const {
-    if constexpr (kWarps == 1) {
-      __syncwarp();
-    } else {
-      sync_threads(barrier, kThreads);
-    }
-  }
-
-  __device__ __forceinline__ float sum(float leaf) const {
-    return over_warps(scratch, sum_over_lanes(leaf), [](float a, float b) { return a + b; });
-  }
-
-  // Of values that are not below 0.
-  __device__ __forceinline__ float max(float value) const {
-    return over_warps(scratch + kWarps, max_over_lanes<kWarp>(value), max_ignoring_nan);
-  }
-
- private:
-  // A balanced tree over the warps.
-  template <class Merge>
-  __device__ __forceinline__ float over_warps(float* of_warps, float of_warp, Merge&& merge) const {
-    if constexpr (kWarps == 1) return of_warp;
-    if (thread % kWarp == 0) of_warps[static_cast<unsigned>(thread) / kWarp] = of_warp;
-    sync();
-    float values[kWarps];
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) values[i] = of_warps[i];
-#pragma unroll
-    for (int step = 1; step < kWarps; step *= 2) {
-#pragma unroll
-      for (int i = 0; i < kWarps; i += 2 * step) values[i] = merge(values[i], values[i + step]);
-    }
-    return values[0];
-  }
-};
-
-constexpr int kRowThreads = RowThreads<kHeadDim>::kThreads;
-
-// The compressor as this kernel knows it: width and ratio as constants, so that no address needs a division.
-template <int W, int kRatio>
+// The compressor as this kernel knows it: width and ratio as constants, so that addresses need no divisions; the depth
+// of the tail's rings too, unless they are deep (then a row costs a division).
+template <int W, int kRatio, bool kDeep = true>
 __device__ __forceinline__ Compressor with_constants(Compressor compressor) {
   compressor.tail.width = W;
   compressor.tail.geometry.ratio = kRatio;
+  if (!kDeep) compressor.tail.geometry.depth = 0;
   compressor.projections.columns = kRatio == kCsaRatio ? 2 * W : W;
   return compressor;
 }
@@ -118,25 +65,25 @@ __device__ __forceinline__ void pooled(const Partials<N>& partials, float (&x)[N
 // Rows 8 group .. 8 group + 7 of the window that token `index` closes, pooled. The same rows as window_row's, at
 // addresses that differ by constants, and loaded without branches between, so that all of a group's loads are in flight
 // together.
-template <int W, int kRatio, class T>
-__device__ __forceinline__ Partials<4> pool_rows(const Tail& tail, const Projections& in, int64_t layer,
+template <int W, int kRatio, class T, int N>
+__device__ __forceinline__ Partials<N> pool_rows(const Tail& tail, const Projections& in, int64_t layer,
                                                  const Token& closing, int index, int group, int channel) {
   constexpr bool kOverlaps = kRatio == kCsaRatio;
   constexpr int kRows = kOverlaps ? 2 * kRatio : kRatio, kColumns = kOverlaps ? 2 * W : W;
   const int back = kRows - 1 - group * kGroupRows, first = closing.position - back;
   const auto column = [&](int i) { return (kOverlaps && i >= kRatio ? W : 0) + channel; };
 
-  float kv[kGroupRows][4], score[kGroupRows][4];
+  float kv[kGroupRows][N], score[kGroupRows][N];
   const auto load_projection = [&](int i, int from) {
     const int64_t offset = static_cast<int64_t>(index - back) * kColumns + from * kColumns + column(from);
     load_values(static_cast<const T*>(in.kv) + offset, kv[i]);
     load_values(static_cast<const T*>(in.gate) + offset, score[i]);
   };
   const auto add_bias = [&](int i) {
-    float ape[4];
+    float ape[N];
     load_values(in.ape + (kOverlaps ? i % kRatio : group * kGroupRows + i) * kColumns + column(i), ape);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) score[i][c] += ape[c];
+    for (int c = 0; c < N; ++c) score[i][c] += ape[c];
   };
 
   if (first >= closing.start || (first < 0 && closing.start == 0)) {
@@ -152,12 +99,22 @@ __device__ __forceinline__ Partials<4> pool_rows(const Tail& tail, const Project
 #pragma unroll
     for (int i = 0; i < kGroupRows; ++i) add_bias(i);
   } else {
+    const TailGeometry& geometry = tail.geometry;
     const float* rows = tail_row(tail, layer, closing.slot, 0, 0) + channel;
-    const int previous =
-        (closing.position + 1) % (2 * kRatio);  // where the ring of overlap halves has the window before
+    // Where the rings have the group's first row, with overlap that of each half's four. A window of four lies in one
+    // piece; eight of 128 rows may begin anew in a deep ring. (The window before, counted around the ring: it need not
+    // be there.)
+    const int depth = geometry.depth, ring = geometry.current_ring();
+    const int previous = static_cast<unsigned>(closing.position + 1 + depth) % (2u * kRatio + depth);
+    const int current = depth == 0 ? group * kGroupRows % kRatio
+                                   : static_cast<unsigned>(kOverlaps ? closing.position + 1 - kRatio : first) % ring;
+    const auto row_of = [&](int i) {
+      if (kOverlaps) return i < kRatio ? previous + i : geometry.overlap_ring() + current + i - kRatio;
+      return depth == 0 || current + i < ring ? current + i : current + i - ring;
+    };
 #pragma unroll
     for (int i = 0; i < kGroupRows; ++i) {
-      const int row = !kOverlaps ? group * kGroupRows + i : i < kRatio ? previous + i : kRatio + i;
+      const int row = row_of(i);
       load_values(rows + row * W, kv[i]);
       load_values(rows + (tail.geometry.rows() + row) * W, score[i]);
     }
@@ -174,18 +131,18 @@ __device__ __forceinline__ Partials<4> pool_rows(const Tail& tail, const Project
 #pragma unroll
     for (int i = 0; i < kRatio; ++i) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) kv[i][c] = 0.0f, score[i][c] = kNoScore;
+      for (int c = 0; c < N; ++c) kv[i][c] = 0.0f, score[i][c] = kNoScore;
     }
   }
   return pool_group(kv, score);
 }
 
-__device__ __forceinline__ void hadamard_transform(float (&x)[4], int lane) {
+__device__ __forceinline__ void hadamard_transform(float (&x)[4], const RowThreads<kKeyDim, 4>& threads) {
   const float a = x[0] + x[1], b = x[0] - x[1], c = x[2] + x[3], d = x[2] - x[3];
   x[0] = a + c, x[1] = b + d, x[2] = a - c, x[3] = b - d;
 #pragma unroll
   for (int step = 1; step < kWarp; step *= 2) {
-    const bool high = (lane & step) != 0;
+    const bool high = (threads.thread & step) != 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float other = __shfl_xor_sync(kAllLanes, x[i], step);
@@ -194,6 +151,26 @@ __device__ __forceinline__ void hadamard_transform(float (&x)[4], int lane) {
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) x[i] *= kHadamardScale;
+}
+
+__device__ __forceinline__ void hadamard_transform(float (&x)[2], const RowThreads<kKeyDim, 2>& threads) {
+  const float a = x[0] + x[1], b = x[0] - x[1];
+  x[0] = a, x[1] = b;
+  const auto step = [&](bool high, int i, float other) { x[i] = high ? other - x[i] : x[i] + other; };
+#pragma unroll
+  for (int lane = 1; lane < kWarp; lane *= 2) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) step((threads.thread & lane) != 0, i, __shfl_xor_sync(kAllLanes, x[i], lane));
+  }
+  __shared__ float values[2][kKeyDim / 2];  // a row's next transform comes behind a barrier of the row
+#pragma unroll
+  for (int i = 0; i < 2; ++i) values[i][threads.thread] = x[i];
+  threads.sync();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    step(threads.thread >= kWarp, i, values[i][threads.thread ^ kWarp]);
+    x[i] *= kHadamardScale;
+  }
 }
 
 // What finishes N channels of a row: norm weights, and the angles of its pairs where RoPE applies. Loaded early, to be
@@ -234,71 +211,26 @@ struct FinishOf {
 using Finish = FinishOf<4>;
 
 // A CSA entry from its pooled rows.
-template <int W>
-__device__ __forceinline__ void finish_csa_entry(const Compressor& compressor, const Finish& finish,
-                                                 const Partials<4>& partial, const RowThreads<W>& threads,
-                                                 float (&x)[4]) {
+template <int W, int N>
+__device__ __forceinline__ void finish_csa_entry(const Compressor& compressor, const FinishOf<N>& finish,
+                                                 const Partials<N>& partial, const RowThreads<W, N>& threads,
+                                                 float (&x)[N]) {
   pooled(partial, x);
-  finish.apply<W>(x, threads.sum(square_sum(x)), compressor.eps, threads.channel());
+  finish.template apply<W>(x, threads.sum(square_sum(x)), compressor.eps, threads.channel());
   if constexpr (W == kKeyDim) {
-    if (compressor.hadamard) hadamard_transform(x, threads.thread);
+    if (compressor.hadamard) hadamard_transform(x, threads);
   }
 }
 
 // The CSA entry that token `index` closes, entry `row` of the step.
-template <int W, class T>
+template <class T, int W, int N>
 __device__ __forceinline__ void csa_entry(const Compressor& compressor, int64_t layer, const Token& closing, int index,
-                                          int row, const RowThreads<W>& threads, float (&x)[4]) {
+                                          int row, const RowThreads<W, N>& threads, float (&x)[N]) {
   const int64_t angles = static_cast<int64_t>(row) * (kRopeDim / 2);
-  const Finish finish =
-      Finish::load<W>(compressor.norm_weight, compressor.cos + angles, compressor.sin + angles, threads.channel());
-  const Partials<4> partial =
-      pool_rows<W, kCsaRatio, T>(compressor.tail, compressor.projections, layer, closing, index, 0, threads.channel());
+  const auto finish = FinishOf<N>::template load<W>(compressor.norm_weight, compressor.cos + angles,
+                                                    compressor.sin + angles, threads.channel());
+  const Partials<N> partial = pool_rows<W, kCsaRatio, T, N>(compressor.tail, compressor.projections, layer, closing,
+                                                            index, 0, threads.channel());
   finish_csa_entry(compressor, finish, partial, threads, x);
 }
-
-// Four channels of what a token brings to a compressor: overlap half and current half, kv and gate.
-struct TokenHalves {
-  float kv[2][4];
-  float gate[2][4];
-};
-
-template <class T>
-__device__ __forceinline__ TokenHalves load_halves(const Tail& tail, const Projections& in, int index, int channel) {
-  TokenHalves halves;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int first_column = half == 0 ? 0 : in.columns - tail.width;  // one and the same without overlap
-    const int64_t projection = static_cast<int64_t>(index) * in.columns + first_column + channel;
-    load_values(static_cast<const T*>(in.kv) + projection, halves.kv[half]);
-    load_values(static_cast<const T*>(in.gate) + projection, halves.gate[half]);
-  }
-  return halves;
-}
-
-// Keeps the halves of a token that later entries will pool.
-__device__ __forceinline__ void store_halves(const Tail& tail, const Projections& in, int64_t layer, const Token& token,
-                                             const TokenHalves& halves, int channel) {
-  const TailGeometry& geometry = tail.geometry;
-  const auto write = [&](int half, int row, int first_column) {
-    float ape[4], score[4];
-    load_values(in.ape + static_cast<int64_t>(token.position % geometry.ratio) * in.columns + first_column + channel,
-                ape);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) score[i] = halves.gate[half][i] + ape[i];
-    store_values(tail_row(tail, layer, token.slot, 0, row) + channel, halves.kv[half]);
-    store_values(tail_row(tail, layer, token.slot, 1, row) + channel, score);
-  };
-  if (geometry.overlap_survives(token.position, token.next)) write(0, geometry.overlap_row(token.position), 0);
-  if (geometry.current_survives(token.position, token.next)) {
-    write(1, geometry.current_row(token.position), in.columns - tail.width);
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void append_token(const Tail& tail, const Projections& in, int64_t layer, const Token& token,
-                                             int index, int channel) {
-  store_halves(tail, in, layer, token, load_halves<T>(tail, in, index, channel), channel);
-}
-
 }  // namespace dsv4::cuda

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "cuda/close/window.cuh"
+#include "cuda/core/row_threads.cuh"
 
 namespace dsv4::cuda {
 
@@ -16,6 +16,14 @@ __device__ __forceinline__ void visit_on_device(CodecList<Codecs...>, int index,
 
 template <int W>
 using CodecsOf = std::conditional_t<W == kHeadDim, HeadCodecs, KeyCodecs>;
+
+// The same for the codecs that windows can have: NVFP4 with one scale for the whole cache is none.
+template <class Visitor>
+__device__ __forceinline__ void visit_window_codec(int index, Visitor&& visit) {
+  visit_on_device(HeadCodecs{}, index, [&](auto codec) {
+    if constexpr (!std::is_base_of_v<Nvfp4Static<kHeadDim>, decltype(codec)>) visit(codec);
+  });
+}
 
 template <class Codec>
 constexpr int kAlignmentOf = Layout<Codec>::kAligned16 ? 16 : 4;

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <string>
 
 #include "layout/codecs.h"
 #include "ops/params.h"
@@ -23,9 +24,20 @@ inline unsigned multiprocessors() {
   return static_cast<unsigned>(count);
 }
 
-inline const char* launch_error() {
-  const cudaError_t status = cudaGetLastError();
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+// What an op's launch met, by name; null if nothing. The text lives until the thread's next error.
+inline const char* launch_error(const char* op, cudaError_t status = cudaGetLastError()) {
+  if (status == cudaSuccess) return nullptr;
+  thread_local std::string text;
+  text = std::string("dsv4 ") + op + ": the kernel cannot be launched: " + cudaGetErrorString(status);
+  return text.c_str();
+}
+
+// Whether the code of `kernel` that this device runs was compiled for clusters of blocks. The code is asked, not the
+// device: PTX of an older architecture knows none on a newer device either.
+template <class Kernel>
+bool has_clusters(Kernel* kernel) {
+  cudaFuncAttributes attributes{};
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
 }
 
 // Calls `visit(codec, alignment)`, 16 wherever these pages allow it.

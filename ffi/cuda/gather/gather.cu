@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp)
 }
 
 template <template <class> class Sources, class Params>
-const char* launch_gather(CUstream_st* stream, const Pool& pool, const Rows& rows, const Params& params) {
+const char* launch_gather(CUstream_st* stream, const char* op, const Pool& pool, const Rows& rows,
+                          const Params& params) {
   const int64_t total = rows.queries * rows.count;
   if (total == 0) return nullptr;
   with_codec(pool, [&](auto codec, auto alignment) {
@@ -84,17 +85,17 @@ const char* launch_gather(CUstream_st* stream, const Pool& pool, const Rows& row
               pool.data, pool.global_scale, rows, warp_rows, Sources<Codec>{params});
     });
   });
-  return launch_error();
+  return launch_error(op);
 }
 
 }  // namespace
 
 const char* gather_entries(CUstream_st* stream, const GatherEntriesParams& params) {
-  return launch_gather<EntrySources>(stream, params.pool, params.rows, params);
+  return launch_gather<EntrySources>(stream, "gather_entries", params.pool, params.rows, params);
 }
 
 const char* gather_window(CUstream_st* stream, const GatherWindowParams& params) {
-  return launch_gather<WindowSources>(stream, params.window, params.rows, params);
+  return launch_gather<WindowSources>(stream, "gather_window", params.window, params.rows, params);
 }
 
 }  // namespace dsv4::cuda

@@ -68,7 +68,7 @@ const char* flush(CUstream_st* stream, const FlushParams& params) {
     flush_kernel<decltype(codec), decltype(alignment)::value>
         <<<blocks_for(params.closing, kRowWarps), kThreads, 0, stream>>>(params);
   });
-  return launch_error();
+  return launch_error("flush");
 }
 
 const char* quantize(CUstream_st* stream, const QuantizeParams& params) {
@@ -79,7 +79,7 @@ const char* quantize(CUstream_st* stream, const QuantizeParams& params) {
           <<<blocks_for(params.page.rows, kRowWarps), kThreads, 0, stream>>>(params);
     });
   });
-  return launch_error();
+  return launch_error("quantize");
 }
 
 const char* dequantize(CUstream_st* stream, const QuantizeParams& params) {
@@ -90,7 +90,7 @@ const char* dequantize(CUstream_st* stream, const QuantizeParams& params) {
           <<<blocks_for(params.page.rows, kRowWarps), kThreads, 0, stream>>>(params);
     });
   });
-  return launch_error();
+  return launch_error("dequantize");
 }
 
 }  // namespace dsv4::cuda

@@ -1,8 +1,9 @@
 // Per-request state on the GPU: begin_step, append_window, append_tail, rotate.
 
 #include "cuda/close/running.cuh"
-#include "cuda/close/window.cuh"
 #include "cuda/core/launch.cuh"
+#include "cuda/state/tail.cuh"
+#include "cuda/state/window.cuh"
 #include "ops/signatures.h"
 
 namespace dsv4::cuda {
@@ -63,11 +64,7 @@ __global__ void append_window_kernel(AppendWindowParams params) {
     load_values(static_cast<const T*>(params.rows) + static_cast<int64_t>(index) * Codec::kWidth + channel_of(q, lane),
                 row.x[q]);
   }
-  const int64_t page = layer * window.pages + token.slot;
-  const int ring_row = token.position % window.rows;
-  store_row<Codec, kAlignment>(stored_row<Codec>(window.data + page * window.page_bytes, window.rows, ring_row), row,
-                               lane, window.global_scale);
-  if (lane == 0) params.positions[page * window.rows + ring_row] = token.position;
+  store_in_ring<Codec, kAlignment>(window, params.positions, layer, token, row, lane);
 }
 
 // One block a token, four channels a thread.
@@ -77,7 +74,7 @@ __global__ void append_tail_kernel(AppendTailParams params) {
   const int64_t layer = *params.layer;
   const Token token = token_at(params.plan, blockIdx.x, tail.slots);
   if (!token.valid || layer < 0 || layer >= tail.layers) return;
-  append_token<T>(tail, params.projections, layer, token, blockIdx.x, 4 * threadIdx.x);
+  append_token<T, 4>(tail, params.projections, layer, token, blockIdx.x, 4 * threadIdx.x);
 }
 
 // One block a request.
@@ -87,7 +84,7 @@ __global__ void __launch_bounds__(RunningThreads::kThreads) append_running_kerne
   const int64_t layer = *params.layer;
   const Request request = request_at(params.plan, blockIdx.x, tail.slots);
   if (!request.valid || layer < 0 || layer >= tail.layers) return;
-  const RunningThreads threads{static_cast<int>(threadIdx.x), 1, nullptr};
+  const RunningThreads threads{static_cast<int>(threadIdx.x), Barrier::kEntryRow, nullptr};
   append_running<T, kRowsInFlight>(tail, params.projections, layer, request, params.plan.query_start()[blockIdx.x + 1],
                                    threads);
 }
@@ -125,7 +122,7 @@ const char* begin_step(CUstream_st* stream, const BeginStepParams& params) {
   begin_step_kernel<<<grid, kThreads, 0, stream>>>(params);
   const int changes = params.plan.table_changes();
   if (changes > 0) table_changes_kernel<<<blocks_for(changes, kThreads), kThreads, 0, stream>>>(params);
-  return launch_error();
+  return launch_error("begin_step");
 }
 
 const char* append_window(CUstream_st* stream, const AppendWindowParams& params) {
@@ -139,7 +136,7 @@ const char* append_window(CUstream_st* stream, const AppendWindowParams& params)
       });
     }
   });
-  return launch_error();
+  return launch_error("append_window");
 }
 
 const char* append_tail(CUstream_st* stream, const AppendTailParams& params) {
@@ -154,14 +151,14 @@ const char* append_tail(CUstream_st* stream, const AppendTailParams& params) {
     }
     append_tail_kernel<T><<<params.plan.tokens, params.tail.width / 4, 0, stream>>>(params);
   });
-  return launch_error();
+  return launch_error("append_tail");
 }
 
 const char* rotate(CUstream_st* stream, const RotateParams& params) {
   if (params.plan.requests == 0) return nullptr;
   const dim3 grid(params.plan.requests, params.tail.running ? 1 : params.tail.geometry.rows());
   rotate_kernel<<<grid, params.tail.width / 4, 0, stream>>>(params);
-  return launch_error();
+  return launch_error("rotate");
 }
 
 }  // namespace dsv4::cuda

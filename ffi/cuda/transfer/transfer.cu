@@ -62,7 +62,7 @@ const char* transfer(CUstream_st* stream, const TransferParams& params) {
   } else {
     copies_kernel<uint8_t><<<grid_of(params, 1), kThreads, 0, stream>>>(params);
   }
-  return launch_error();
+  return launch_error("apply_transfers");
 }
 
 }  // namespace dsv4::cuda

@@ -3,7 +3,10 @@
 //
 // So little work is all latency. Code is read from memory too, and runs once, so a row is spread over many warps that
 // each run through little of it; and what needs nothing of the plan, then what needs only the plan, is loaded together.
-// Where requests bring several tokens each function calls `several` instead.
+// Where requests bring several tokens (requests.cuh) each function calls `several` instead.
+//
+// kDeep: the rings of the tail are deeper than pooling needs (a lookahead), so that a ring row costs a division.
+// Without a lookahead they are powers of two, known while compiling.
 #pragma once
 
 #include "cuda/close/running.cuh"
@@ -56,6 +59,24 @@ __device__ __forceinline__ float* tail_at(const Tail& tail, const OnlyToken& tok
   return tail.data + request * floats;
 }
 
+// Stores the window row of a token that is in range, by all its threads.
+template <int N>
+__device__ __forceinline__ void store_window_token(const UpdateParams& params, unsigned layer, unsigned slot,
+                                                   unsigned position, const float (&x)[N],
+                                                   const RowThreads<kHeadDim, N>& threads) {
+  const Pool& window = params.window.window;
+  const unsigned rows = window.rows, mask = rows - 1;
+  const unsigned row = (rows & mask) == 0 ? position & mask : position % rows;  // a division takes long
+  if (threads.thread == 0) {
+    const uint64_t page = layer * static_cast<unsigned>(window.pages) + slot;
+    params.window.positions[page * rows + row] = position;
+  }
+  visit_window_codec(window.codec, [&](auto codec) {
+    using Codec = decltype(codec);
+    store_spread<Codec>(stored_row<Codec>(page_at(window, layer, slot), rows, row), x, window.global_scale, threads);
+  });
+}
+
 // The window row of request `place`, normalized and rotated first where it comes raw.
 template <class RowT, int N, class Several>
 __device__ __forceinline__ void append_window_token(const UpdateParams& params, const TokenFields& fields, int place,
@@ -75,39 +96,7 @@ __device__ __forceinline__ void append_window_token(const UpdateParams& params, 
     if (!token.is_only()) several();
     return;
   }
-  const unsigned rows = window.rows, mask = rows - 1;
-  const unsigned row = (rows & mask) == 0 ? token.position & mask : token.position % rows;  // a division takes long
-  if (threads.thread == 0) {
-    const uint64_t page = token.layer * static_cast<unsigned>(window.pages) + token.slot;
-    params.window.positions[page * rows + row] = token.position;
-  }
-  visit_on_device(HeadCodecs{}, window.codec, [&](auto codec) {
-    using Codec = decltype(codec);
-    if constexpr (!std::is_base_of_v<Nvfp4Static<kHeadDim>, Codec>) {  // not a window format
-      store_spread<Codec>(stored_row<Codec>(page_at(window, token.layer, token.slot), rows, row), x,
-                          window.global_scale, threads);
-    }
-  });
-}
-
-__device__ __forceinline__ void hadamard_transform(float (&x)[2], const RowThreads<kKeyDim, 2>& threads) {
-  const float a = x[0] + x[1], b = x[0] - x[1];
-  x[0] = a, x[1] = b;
-  const auto step = [&](bool high, int i, float other) { x[i] = high ? other - x[i] : x[i] + other; };
-#pragma unroll
-  for (int lane = 1; lane < kWarp; lane *= 2) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) step((threads.thread & lane) != 0, i, __shfl_xor_sync(kAllLanes, x[i], lane));
-  }
-  __shared__ float values[2][kKeyDim / 2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) values[i][threads.thread] = x[i];
-  threads.sync();
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    step(threads.thread >= kWarp, i, values[i][threads.thread ^ kWarp]);
-    x[i] *= kHadamardScale;
-  }
+  store_window_token(params, token.layer, token.slot, token.position, x, threads);
 }
 
 // The rows that a closing CSA window pools, two channels a thread.
@@ -117,12 +106,15 @@ struct CsaRows {
 };
 
 // One CSA compressor's work on request `place`. A thread reads and writes only its own channels of the tail.
-template <int W, class T, class Several>
+template <bool kDeep, class T, int W, class Several>
 __device__ __forceinline__ void compress_csa_token(const UpdateParams& params, const Compression& part,
                                                    const TokenFields& fields, int place,
                                                    const RowThreads<W, 2>& threads, Several&& several) {
-  constexpr unsigned kColumns = 2 * W, kScores = 3 * kCsaRatio * W;  // kScores: from a tail row to its scores
-  const Compressor compressor = with_constants<W, kCsaRatio>(part.compressor);
+  constexpr unsigned kColumns = 2 * W;
+  const Compressor compressor = with_constants<W, kCsaRatio, kDeep>(part.compressor);
+  const TailGeometry& geometry = compressor.tail.geometry;
+  const unsigned overlap_ring = geometry.overlap_ring(), current_ring = geometry.current_ring();
+  const unsigned scores = (overlap_ring + current_ring) * W;  // from a tail row to its scores
   const Pool pool = with_rows<kBlockTokens / kCsaRatio>(part.pool);
   const Projections& in = compressor.projections;
   const unsigned channel = threads.channel(), own = place * kColumns + channel, angles = place * (kRopeDim / 2);
@@ -142,17 +134,22 @@ __device__ __forceinline__ void compress_csa_token(const UpdateParams& params, c
 
   const unsigned phase = token.position % kCsaRatio, entry = token.position / kCsaRatio;
   const bool closes = phase == kCsaRatio - 1;
-  float* const rows = tail_at(compressor.tail, token, 2 * kScores) + channel;
+  const unsigned overlap_row = token.position % overlap_ring, current_row = token.position % current_ring;
+  float* const rows = tail_at(compressor.tail, token, 2 * scores) + channel;
+  float* const current_rows = rows + overlap_ring * W;
   CsaRows window;
   int block = -1;
   if (closes) {
-    const float* const previous = rows + (token.position + 1) % (2 * kCsaRatio) * W;
-    const float* const current = rows + kCsaRatio * W;
+    // The window before begins seven rows back around the ring, this one's other rows are the three before its last.
+    constexpr unsigned kBack = 2 * kCsaRatio - 1;
+    const unsigned previous_row = overlap_row < kBack ? overlap_row + overlap_ring - kBack : overlap_row - kBack;
+    const float* const previous = rows + previous_row * W;
+    const float* const current = current_rows + (current_row - (kCsaRatio - 1)) * W;
 #pragma unroll
     for (int i = 0; i < kGroupRows - 1; ++i) {
-      const float* const from = (i < kCsaRatio ? previous : current) + i * W;
+      const float* const from = i < kCsaRatio ? previous + i * W : current + (i - kCsaRatio) * W;
       load_early(from, window.kv[i]);
-      load_early(from + kScores, window.score[i]);
+      load_early(from + scores, window.score[i]);
     }
     const unsigned index = entry / pool.rows, blocks = params.table.max_blocks;
     if (index < blocks) block = load_early(params.table.data + (static_cast<uint64_t>(token.slot) * blocks + index));
@@ -166,13 +163,11 @@ __device__ __forceinline__ void compress_csa_token(const UpdateParams& params, c
   }
   const auto store = [&](int half, float* to) {
     store_values(to, kv[half]);
-    store_values(to + kScores, score[half]);
+    store_values(to + scores, score[half]);
   };
-  store(0, rows + token.position % (2 * kCsaRatio) * W);
-  if (!closes) {
-    store(1, rows + phase * W + 2 * kCsaRatio * W);
-    return;
-  }
+  store(0, rows + overlap_row * W);
+  if (kDeep || !closes) store(1, current_rows + current_row * W);  // a closed window may be opened again if deep
+  if (!closes) return;
 
   if (static_cast<unsigned>(block) >= static_cast<unsigned>(pool.pages)) return;
 #pragma unroll
@@ -198,21 +193,22 @@ __device__ __forceinline__ void compress_csa_token(const UpdateParams& params, c
 }
 
 // Keeps what an HCA token brings, four channels a thread.
-template <class T>
+template <bool kDeep, class T>
 __device__ __forceinline__ void append_hca_token(const UpdateParams& params, const OnlyToken& token, int place,
                                                  unsigned channel) {
-  const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
+  const Compressor compressor = with_constants<kHeadDim, kHcaRatio, kDeep>(params.entries.compressor);
   const Projections& in = compressor.projections;
-  const unsigned own = place * kHeadDim + channel, to = token.position % kHcaRatio * kHeadDim + channel;
+  const unsigned ring = compressor.tail.geometry.current_ring(), scores = ring * kHeadDim;
+  const unsigned own = place * kHeadDim + channel;
   float kv[4], score[4], ape[4];
   load_early(static_cast<const T*>(in.kv) + own, kv);
   load_early(static_cast<const T*>(in.gate) + own, score);
-  load_early(in.ape + to, ape);
+  load_early(in.ape + (token.position % kHcaRatio * kHeadDim + channel), ape);
 #pragma unroll
   for (int i = 0; i < 4; ++i) score[i] += ape[i];
-  float* const rows = tail_at(compressor.tail, token, 2 * kHcaRatio * kHeadDim);
-  store_values(rows + to, kv);
-  store_values(rows + to + kHcaRatio * kHeadDim, score);
+  float* const row = tail_at(compressor.tail, token, 2 * scores) + (token.position % ring * kHeadDim + channel);
+  store_values(row, kv);
+  store_values(row + scores, score);
 }
 
 // A running HCA tail's work on request `place`: its token goes into the open window, which it may close.

@@ -24,8 +24,9 @@ __device__ __forceinline__ void wait_copies() {
   __syncwarp();
 }
 
-// Where the eight rows that a CSA window pools land, 128 channels of them: kv, then gates. Behind them the rows of ape,
-// which stay: loads for each window would have to wait behind copies that other warps have begun.
+// Where the eight rows that a CSA window pools land, 128 channels of them: kv, then gates. Behind them the rows of ape
+// and the norm weights, which stay: loads for each window would have to wait behind copies that other warps have begun,
+// and registers are too few.
 template <int W, class T>
 struct Landing {
   static constexpr int kColumns = 2 * W;
@@ -33,7 +34,7 @@ struct Landing {
   static constexpr int kRowBytes = kQuadChannels * static_cast<int>(sizeof(T));
   static constexpr int kRowsAtOnce = kWarp * kLaneBytes / kRowBytes;
   static constexpr int kBiasRowBytes = kQuadChannels * static_cast<int>(sizeof(float));
-  static constexpr int kBytes = kGroupRows * (2 * kRowBytes + kBiasRowBytes);
+  static constexpr int kBytes = kGroupRows * (2 * kRowBytes + kBiasRowBytes) + kBiasRowBytes;
 
   char* rows;
   int channel;  // the warp's first
@@ -42,14 +43,15 @@ struct Landing {
   // Where row i's half of a token's columns begins: the window before is pooled by its overlap halves.
   __device__ __forceinline__ static constexpr int half(int i) { return i < kCsaRatio ? 0 : W; }
 
-  // Begins copying ape's rows.
-  __device__ __forceinline__ void copy_bias(const Projections& in) const {
+  // Begins copying ape's rows, and the weights.
+  __device__ __forceinline__ void copy_constants(const Projections& in, const float* norm_weight) const {
     const unsigned to = shared(bias()) + lane * kLaneBytes;
 #pragma unroll
     for (int i = 0; i < kGroupRows; ++i) {
       copy_async<true>(to + i * kBiasRowBytes,
                        in.ape + i % kCsaRatio * kColumns + half(i) + channel + channel_of(0, lane));
     }
+    copy_async<true>(to + kGroupRows * kBiasRowBytes, norm_weight + channel + channel_of(0, lane));
   }
 
   // Begins copying the rows of tokens `first` .. `first` + 7.
@@ -65,6 +67,11 @@ struct Landing {
       copy_async<false>(to + i * kRowBytes, kv + i * kColumns + half(i));
       copy_async<false>(to + (kGroupRows + i) * kRowBytes, gate + i * kColumns + half(i));
     }
+  }
+
+  // The weights of four channels.
+  __device__ __forceinline__ void load_weights(float (&weight)[4]) const {
+    load_values(reinterpret_cast<const float*>(bias() + kGroupRows * kBiasRowBytes) + channel_of(0, lane), weight);
   }
 
   // Pools four channels of what has landed.

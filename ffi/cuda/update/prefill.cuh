@@ -4,9 +4,68 @@
 // if these pool rows of the tail, else by whoever stores the surviving rows.
 #pragma once
 
+#include "cuda/state/tail.cuh"
+#include "cuda/state/window.cuh"
 #include "cuda/update/update.cuh"
 
 namespace dsv4::cuda {
+
+// What a warp makes a window row of, besides the weights that all rows share.
+struct LoadedWindowRow {
+  WarpRow<kHeadDim> row;
+  float cos[2];  // angles only where the row comes raw
+  float sin[2];
+};
+
+// Channels that RoPE applies to are the upper half of a warp's last quad.
+static_assert(kRopeDim == kQuadChannels / 2);
+
+template <class RowT>
+__device__ __forceinline__ LoadedWindowRow load_window_row(const UpdateParams& params, int index, int lane) {
+  LoadedWindowRow loaded;
+  const RowT* rows = static_cast<const RowT*>(params.window.rows) + static_cast<int64_t>(index) * kHeadDim;
+#pragma unroll
+  for (int q = 0; q < loaded.row.kQuads; ++q) load_values(rows + channel_of(q, lane), loaded.row.x[q]);
+  if (params.norm.weight != nullptr && lane >= kWarp / 2) {
+    const int64_t pair = static_cast<int64_t>(index) * (kRopeDim / 2) + 2 * (lane - kWarp / 2);
+    load_values(params.norm.cos + pair, loaded.cos);
+    load_values(params.norm.sin + pair, loaded.sin);
+  }
+  return loaded;
+}
+
+// The weights that raw window rows are normalized with.
+__device__ __forceinline__ WarpRow<kHeadDim> load_norm_weight(const UpdateParams& params, int lane) {
+  WarpRow<kHeadDim> weight{};
+  if (params.norm.weight == nullptr) return weight;
+#pragma unroll
+  for (int q = 0; q < weight.kQuads; ++q) load_values(params.norm.weight + channel_of(q, lane), weight.x[q]);
+  return weight;
+}
+
+// One warp stores the window row of a token, normalizing and rotating it first where it comes raw.
+__device__ __forceinline__ void store_window_row(const UpdateParams& params, int64_t layer, const Token& token,
+                                                 const LoadedWindowRow& loaded, const WarpRow<kHeadDim>& weight,
+                                                 int lane) {
+  const Pool& window = params.window.window;
+  WarpRow<kHeadDim> row = loaded.row;
+  if (params.norm.weight != nullptr) {
+    float sums[row.kQuads];
+#pragma unroll
+    for (int q = 0; q < row.kQuads; ++q) sums[q] = sum_over_lanes(square_sum(row.x[q]));
+    const float inverse = inverse_rms((sums[0] + sums[1]) + (sums[2] + sums[3]), kHeadDim, params.norm.eps);
+#pragma unroll
+    for (int q = 0; q < row.kQuads; ++q) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) row.x[q][i] = row.x[q][i] * inverse * weight.x[q][i];
+    }
+    if (lane >= kWarp / 2) rotate_pairs(row.x[row.kQuads - 1], loaded.cos, loaded.sin, 0);
+  }
+  visit_window_codec(window.codec, [&](auto codec) {
+    using Codec = decltype(codec);
+    store_in_ring<Codec, kAlignmentOf<Codec>>(window, params.window.positions, layer, token, row, lane);
+  });
+}
 
 // Whether one of the windows that a request closes in a step pools rows of the tail.
 template <int kRatio>
@@ -18,30 +77,6 @@ __device__ __forceinline__ bool closes_from_tail(int start, int next) {
 template <int kRatio>
 __device__ __forceinline__ bool all_in_step(const Token& closing) {
   return closing.position - (pooled_rows(TailGeometry{kRatio}) - 1) >= closing.start;
-}
-
-// Moves four channels of a request's tail on, kAtOnce tokens' loads in flight together; of kThreads threads each takes
-// every kThreads-th token. `closing` is token `index`.
-template <int kRatio, int kThreads, int kAtOnce, class T>
-__device__ __forceinline__ void move_tail_on(const Compressor& compressor, int64_t layer, const Token& closing,
-                                             int index, int thread, int channel) {
-  const int open = closing.next - closing.next % kRatio;
-  const int first = max(closing.start, kRatio == kCsaRatio ? open - kRatio : open);
-  for (int position = first + thread; position < closing.next; position += kAtOnce * kThreads) {
-    TokenHalves halves[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int at = min(position + i * kThreads, closing.next - 1);
-      halves[i] = load_halves<T>(compressor.tail, compressor.projections, index + at - closing.position, channel);
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int at = position + i * kThreads;
-      if (at >= closing.next) continue;
-      const Token token{true, closing.slot, at, closing.start, closing.next};
-      store_halves(compressor.tail, compressor.projections, layer, token, halves[i], channel);
-    }
-  }
 }
 
 // The tokens whose rows may survive: the last `per_request` of each request, or if that makes fewer, all of the step.
@@ -57,7 +92,8 @@ struct LastTokens {
 template <int kRatio>
 LastTokens last_tokens(const UpdateParams& params) {
   const Plan& plan = params.window.plan;
-  const int kept = kRatio == 0 ? 0 : TailGeometry{kRatio}.rows();
+  const TailGeometry& geometry = params.entries.compressor.tail.geometry;
+  const int kept = kRatio == 0 ? 0 : std::max(geometry.overlap_ring(), geometry.current_ring());
   return {plan.requests, std::max(params.window.window.rows, kept), plan.tokens};
 }
 
@@ -72,26 +108,30 @@ __device__ __forceinline__ void append_last_token(const UpdateParams& params, co
     store_window_row(params, window_layer, token, row, weight, lane);
   }
   if constexpr (kRatio != 0) {
-    const TailGeometry geometry{kRatio};
     const int64_t layer = *params.kind_layer;
     if (!has_layer(params.entries.pool, layer) || closes_from_tail<kRatio>(token.start, token.next)) return;
-    if (!geometry.overlap_survives(token.position, token.next) &&
-        !geometry.current_survives(token.position, token.next)) {
+    const Compressor compressor = with_constants<kHeadDim, kRatio>(params.entries.compressor);
+    const Tail& tail = compressor.tail;
+    if (!tail.geometry.overlap_survives(token.position, token.next) &&
+        !tail.geometry.current_survives(token.position, token.next)) {
       return;
     }
-    const Compressor compressor = with_constants<kHeadDim, kRatio>(params.entries.compressor);
-    TokenHalves halves[WarpRow<kHeadDim>::kQuads];
+    constexpr int kAtOnce = 2;  // quads whose loads are in flight together: all four would not fit in registers
 #pragma unroll
-    for (int q = 0; q < WarpRow<kHeadDim>::kQuads; ++q) {
-      halves[q] = load_halves<T>(compressor.tail, compressor.projections, index, channel_of(q, lane));
-    }
+    for (int first = 0; first < WarpRow<kHeadDim>::kQuads; first += kAtOnce) {
+      TokenHalves<4> halves[kAtOnce];
 #pragma unroll
-    for (int q = 0; q < WarpRow<kHeadDim>::kQuads; ++q) {
-      store_halves(compressor.tail, compressor.projections, layer, token, halves[q], channel_of(q, lane));
+      for (int q = 0; q < kAtOnce; ++q) {
+        halves[q] = load_halves<T, 4>(tail, compressor.projections, index, channel_of(first + q, lane));
+      }
+#pragma unroll
+      for (int q = 0; q < kAtOnce; ++q) {
+        store_halves(tail, compressor.projections, layer, token, halves[q], channel_of(first + q, lane));
+      }
     }
     if constexpr (kRatio == kCsaRatio) {
       const Compressor keys = with_constants<kKeyDim, kRatio>(params.keys.compressor);
-      append_token<T>(keys.tail, keys.projections, layer, token, index, channel_of(0, lane));
+      append_token<T, 4>(keys.tail, keys.projections, layer, token, index, channel_of(0, lane));
     }
   }
 }
@@ -100,8 +140,8 @@ __device__ __forceinline__ void append_last_token(const UpdateParams& params, co
 // index of -1 where there is none.
 struct LastToken {
   int index = -1;
-  int place;
-  int back;
+  int place = 0;
+  int back = 0;
 
   __device__ __forceinline__ LastToken(const Plan& plan, const LastTokens& last, int item) {
     if (item >= last.count()) return;
@@ -124,22 +164,20 @@ __device__ __forceinline__ void append_last_tokens(const UpdateParams& params, c
 #pragma unroll 1
   for (int begin = warp; begin < last.count(); begin += kWarp * warps) {
     const LastToken mine(plan, last, begin + lane * warps);
-    const auto index_of = [&](int i) { return __shfl_sync(kAllLanes, mine.index, i); };
+    const int first = __shfl_sync(kAllLanes, mine.index, 0);
     LoadedWindowRow row;
-    if (index_of(0) >= 0) row = load_window_row<RowT>(params, index_of(0), lane);
-    Token token{};
-    if (mine.index >= 0) {
-      const Request request = request_at(plan, mine.place, static_cast<int>(params.window.window.pages));
-      token = {request.valid, request.slot, request.next - 1 - mine.back, request.start, request.next};
-    }
+    if (first >= 0) row = load_window_row<RowT>(params, first, lane);
+    Request request{};
+    if (mine.index >= 0) request = request_at(plan, mine.place, static_cast<int>(params.window.window.pages));
+    const int found = request.valid ? mine.index : -1, position = request.next - 1 - mine.back;
     const int count = min(kWarp, (last.count() - begin + warps - 1) / warps);
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-      const int index = index_of(i);
-      if (i > 0 && index >= 0) row = load_window_row<RowT>(params, index, lane);
       const auto of_lane = [&](int value) { return __shfl_sync(kAllLanes, value, i); };
-      const Token one{of_lane(token.valid) != 0, of_lane(token.slot), of_lane(token.position), of_lane(token.start),
-                      of_lane(token.next)};
+      const int index = of_lane(found);
+      if (i > 0 && index >= 0) row = load_window_row<RowT>(params, index, lane);
+      const Token one{index >= 0, of_lane(request.slot), of_lane(position), of_lane(request.start),
+                      of_lane(request.next)};
       const WarpRow<kHeadDim> weight = load_norm_weight(params, lane);
       if (one.valid) append_last_token<T, kRatio>(params, one, index, row, weight, lane);
     }
@@ -168,7 +206,7 @@ __device__ __forceinline__ ClosingWindow look_up(const UpdateParams& params, int
   if (index < 0 || index >= plan.tokens || !has_layer(entries, layer)) return window;
   const int slot = load_early(plan.token_slot() + index), position = load_early(plan.token_position() + index);
   const int request = load_early(plan.token_request() + index);
-  if (slot < 0 || slot >= table.slots || position < 0 || request < 0 || request >= plan.requests) return window;
+  if (!is_in_range(plan, table.slots, slot, position, request)) return window;
   const int first = load_early(plan.query_start() + request), end = load_early(plan.query_start() + request + 1);
   const int entry = position / kRatio, place = entry / entries.rows;
   int block = -1;

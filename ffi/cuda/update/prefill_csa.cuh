@@ -1,6 +1,12 @@
-// Prefill, CSA: a block closes windows, copying the next while it finishes one. Four warps make the entries, one the
-// indexer keys, and the last looks the windows up. Rows that survive are stored by more blocks, or where the windows
-// take all that find place at once, by these last warps.
+// Prefill, CSA: a block closes windows, copying the next while it finishes one. Rows that survive are stored by more
+// blocks, or where the windows take all that find place at once, by the last warp of these.
+//
+// Threads of a closing block: 128 (warps 0 to 3) make the entries, 32 (warp 4) the indexer keys, four channels a
+// thread; warp 5 looks the windows up, and may store surviving rows then. Threads of another block: a warp stores a
+// row. Barriers: kLookUp, where warp 5 arrives and the others wait, once; kEntryRow among the first 128. Copies are
+// waited for by each warp alone. Shared memory: dynamic, a Landing for each of warps 0 to 4 (8.5 KiB, 12.5 with fp32
+// projections); the windows looked up; two scratches of a row, used in turn. Registers that the launch bounds leave a
+// thread: 96 (three blocks of six warps), 168 where two blocks find place.
 #pragma once
 
 #include "cuda/update/landing.cuh"
@@ -13,16 +19,10 @@ constexpr int kRunThreads = kPoolThreads + kWarp;
 constexpr int kRunWarps = kRunThreads / kWarp;
 constexpr int kLongestRun = kWarp / 2 - 1;  // one warp looks all up, with what comes behind each
 
-// The barrier behind which windows are looked up: one warp arrives, the others wait for it.
-constexpr int kLookUpBarrier = 1;
-
-__device__ __forceinline__ void arrive(int barrier, int threads) {
-  __syncwarp();
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-template <class T>
-constexpr int kRunBlocks = sizeof(T) == 4 ? 2 : 3;  // that fit on a multiprocessor
+// Blocks that fit on a multiprocessor: three have too little shared memory where projections are fp32, and too few
+// registers where rows are.
+template <class RowT, class T>
+constexpr int kRunBlocks = sizeof(RowT) == 4 || sizeof(T) == 4 ? 2 : 3;
 
 template <class T>
 constexpr int kRunBytes = kPoolThreads / kWarp * Landing<kHeadDim, T>::kBytes;
@@ -99,8 +99,7 @@ __device__ __forceinline__ void close_run(const UpdateParams& params, const Comp
     commit_copies();
   };
   Finish finish;
-  load_early(compressor.norm_weight + channel, finish.weight);
-  landed.copy_bias(in);
+  landed.copy_constants(in, compressor.norm_weight);
   copy(0);
 
   int row = blockIdx.x;  // of the list, that of the window at hand
@@ -115,31 +114,32 @@ __device__ __forceinline__ void close_run(const UpdateParams& params, const Comp
     if (place == 0 || window.kind == ClosingWindow::kStep) partial = landed.pool();
     __syncwarp();
     copy(place + 1);
-    if (place == 0) sync_threads(kLookUpBarrier, kRunThreads);
+    if (place == 0) sync_threads(Barrier::kLookUp, kRunThreads);
     row = run.rows[place + 1];
     if (window.kind == ClosingWindow::kNone) continue;
     if (window.kind == ClosingWindow::kTail) {
       const int64_t layer = *params.kind_layer;
       const Token token = window.closing;
-      partial = pool_rows<W, kCsaRatio, T>(compressor.tail, in, layer, token, window.index, 0, channel);
+      partial = pool_rows<W, kCsaRatio, T, 4>(compressor.tail, in, layer, token, window.index, 0, channel);
       Token later = token;
       later.position += kCsaRatio;
       const bool another = !all_in_step<kCsaRatio>(later) && later.position < later.next;
       if (!another && token.start > 0) {
-        move_tail_on<kCsaRatio, 1, 2, T>(compressor, layer, token, window.index, 0, channel);
+        move_tail_on<T, 1, 2, 4>(compressor.tail, in, layer, token, window.index, 0, channel);
       }
     }
     const RowThreads<W> now{threads.thread, threads.barrier, scratch};
     // Others may still read this one when the next window's values come.
     scratch = scratch == threads.scratch ? scratch + 2 * now.kWarps : threads.scratch;
     float x[4];
+    landed.load_weights(finish.weight);
     finish_csa_entry(compressor, finish, partial, now, x);
     store_entry(pool, {W == kHeadDim ? window.entry_page : window.key_page, window.row}, x, now);
   }
 }
 
 template <class RowT, class T, bool kInPassing>
-__global__ void __launch_bounds__(kRunThreads, kRunBlocks<T>)
+__global__ void __launch_bounds__(kRunThreads, kRunBlocks<RowT, T>)
     prefill_csa_kernel(const __grid_constant__ UpdateParams params, Runs runs, LastTokens last) {
   extern __shared__ __align__(128) uint4 landings[];  // copies to other addresses take longer
   __shared__ RunWindows run;
@@ -153,15 +153,15 @@ __global__ void __launch_bounds__(kRunThreads, kRunBlocks<T>)
   }
   if (thread >= kPoolThreads) {
     run.find(params, runs, thread % kWarp);
-    arrive(kLookUpBarrier, kRunThreads);
+    arrive(Barrier::kLookUp, kRunThreads);
     if (kInPassing) append_last_tokens<RowT, T, kCsaRatio>(params, last, blockIdx.x, gridDim.x, thread % kWarp);
     return;
   }
   char* landing = reinterpret_cast<char*>(landings) + thread / kWarp * Landing<kHeadDim, T>::kBytes;
   if (thread < kRowThreads) {
-    close_run<kHeadDim, T>(params, params.entries, runs, run, landing, {thread, 2, scratch});
+    close_run<kHeadDim, T>(params, params.entries, runs, run, landing, {thread, Barrier::kEntryRow, scratch});
   } else {
-    close_run<kKeyDim, T>(params, params.keys, runs, run, landing, {thread % kWarp, 0, nullptr});
+    close_run<kKeyDim, T>(params, params.keys, runs, run, landing, {thread % kWarp, Barrier::kNone, nullptr});
   }
 }
 

@@ -1,5 +1,9 @@
 // Prefill, HCA with a running tail: a block closes a window, moves a request's state on, or stores window rows that
 // survive.
+//
+// Threads: 256 a block, two channels of the row or the state each, 16 tokens' loads in flight twice; of the last kind
+// of block, a warp stores a row. Barrier: kEntryRow, among all. Shared memory: two floats a warp. Registers: 255, of
+// which the tokens in flight take most.
 #pragma once
 
 #include "cuda/update/prefill.cuh"
@@ -12,7 +16,7 @@ template <class RowT, class T>
 __global__ void __launch_bounds__(RunningThreads::kThreads)
     prefill_running_kernel(UpdateParams params, int rows, LastTokens last) {
   __shared__ float scratch[2 * RunningThreads::kWarps];
-  const RunningThreads threads{static_cast<int>(threadIdx.x), 1, scratch};
+  const RunningThreads threads{static_cast<int>(threadIdx.x), Barrier::kEntryRow, scratch};
   const Plan& plan = params.window.plan;
   const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
   const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);

@@ -1,0 +1,5 @@
+// Decode's kernels for window rows in fp32 and projections in bf16.
+
+#include "cuda/update/decode_kernels.cuh"
+
+template cudaError_t dsv4::cuda::launch_decode<float, dsv4::bfloat16>(CUstream_st*, const UpdateParams&);
