@@ -14,12 +14,15 @@ def cuda_version() -> int:
 def cuda_architectures() -> tuple[str, ...]:
     """What the kernels were compiled for: "90" is machine code for compute capability 9.0, which newer devices of the
     same major version run too; "90-virtual" is PTX, which the driver compiles for any newer device. Empty when built
-    without CUDA."""
+    without CUDA.
+    """
 
 def signatures() -> dict[str, tuple[str, str, str]]:
     """Op -> the names of its operands, results and attributes, in the order of the call, with a space between."""
+
 def codecs() -> dict[tuple[str, int], tuple[int, int, int]]:
     """(codec, width) -> bytes of a row's data, of its scales, and what a page's size is a multiple of."""
+
 def kinds() -> dict[str, tuple[int, bool, bool, bool, bool, int]]:
     """Kind of layer -> ratio, overlap, gate, position_bias, indexed, and rows of its tail."""
 
