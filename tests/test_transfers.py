@@ -10,7 +10,17 @@ import pytest
 from aot import assert_in_place, compile_for_h200
 from harness import SPEC, Driver, assert_same_bytes, random_tokens, random_weights
 
-from dsv4_jax import PROFILES, Cache, CacheFormats, CacheSchema, OperandError, TransferList, apply_transfers, ops
+from dsv4_jax import (
+    PROFILES,
+    Cache,
+    CacheFormats,
+    CacheSchema,
+    OperandError,
+    TransferList,
+    apply_transfers,
+    init_cache,
+    ops,
+)
 from dsv4_jax.layout.formats import HCA_TAILS
 from dsv4_jax.layout.transfers import SlotArray, TransferKind, Transfers
 
