@@ -42,8 +42,8 @@ def _feed(driver: Driver, request: int, chunks: list[int]) -> None:
         driver.feed({request: count})
 
 
-def _one_shot(weights, formats, sequence) -> dict[str, np.ndarray]:
-    driver = Driver(weights, formats, step=update_op_by_op)
+def _one_shot(weights, formats, sequence, lookahead=0) -> dict[str, np.ndarray]:
+    driver = Driver(weights, formats, lookahead=lookahead, step=update_op_by_op)
     request = driver.admit(sequence)
     driver.feed({request: len(sequence[0]["rows"])})
     return driver.stored(request)
@@ -185,7 +185,7 @@ def test_truncate_to_a_remembered_length_goes_on_as_if_the_rest_had_not_been(dev
     """Multiples of 4: three more tokens leave the same CSA window open."""
     weights = random_weights(rng)
     kept, dropped = random_tokens(rng, TOKENS), random_tokens(rng, 3)
-    expected = _one_shot(weights, formats, kept)
+    expected = _one_shot(weights, formats, kept, lookahead=4)
     driver = Driver(weights, formats, lookahead=4)
     detour = [
         {name: np.concatenate([array[:at], other[name], array[at + 3 :]]) for name, array in layer.items()}
@@ -198,5 +198,5 @@ def test_truncate_to_a_remembered_length_goes_on_as_if_the_rest_had_not_been(dev
     driver.sequences[request] = kept
     _feed(driver, request, random_chunks(rng, TOKENS - at, 50))
     stored = driver.stored(request)
-    rings = ("window", "window_positions")  # of another size here
+    rings = ("window", "window_positions")  # which keep rows of what was dropped
     assert_same_bytes({n: a for n, a in expected.items() if n not in rings}, stored, "after truncate")

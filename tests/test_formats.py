@@ -408,3 +408,27 @@ def test_an_unknown_codec_is_refused():
 def test_profiles_are_complete_choices():
     assert all(isinstance(profile, CacheFormats) for profile in PROFILES.values())
     assert PROFILES["default"] == CacheFormats()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"keys_hadamard": "no"}, "keys_hadamard must be True or False, got 'no'"),
+        ({"keys_hadamard": 1}, "keys_hadamard must be True or False, got 1"),
+        ({"global_scale": "1"}, "global_scale must be .*got '1'"),
+        ({"global_scale": True}, "global_scale must be .*got True"),
+        ({"global_scale": None}, "global_scale must be .*got None"),
+        ({"entries": ["fp8"]}, r"entries=\['fp8'\] is not a format for entries; choose one of"),
+        ({"keys": None}, "keys=None is not a format for keys; choose one of"),
+    ],
+    ids=str,
+)
+def test_what_is_no_choice_is_refused(chosen, message):
+    with pytest.raises(FormatError, match=message):
+        CacheFormats(**chosen)
+
+
+def test_numpy_values_are_choices():
+    formats = CacheFormats(keys_hadamard=np.True_, global_scale=np.float32(0.5))
+    assert formats == CacheFormats(keys_hadamard=True, global_scale=0.5)
+    assert type(formats.global_scale) is float

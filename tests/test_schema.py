@@ -200,3 +200,31 @@ def test_equal_schemas_hash_alike_and_others_differ():
     for change in ({"slots": 1}, {"blocks": 4}, {"max_context": 255}, {"lookahead": 1}, {"formats": PROFILES["exact"]}):
         assert dataclasses.replace(schema, **change) != schema
     assert dataclasses.replace(schema, spec=windows_only()) != schema
+
+
+def test_numpy_integers_are_sizes():
+    schema = CacheSchema(tiny_spec(), BF16, np.int64(2), np.int32(3), np.uint16(256), np.int8(4))
+    assert schema == CacheSchema(tiny_spec(), BF16, 2, 3, 256, 4)
+    assert {type(getattr(schema, name)) for name in ("slots", "blocks", "max_context", "lookahead")} == {int}
+
+
+def test_a_fingerprint_names_a_schema():
+    schema = CacheSchema(tiny_spec(), BF16, 2, 3, 256)
+    renamed = dataclasses.replace(tiny_spec(), name="other")  # equal, as the name is for people
+    same = [copy.deepcopy(schema), dataclasses.replace(schema, spec=renamed), CacheSchema.from_json(schema.to_json())]
+    assert {twin.fingerprint for twin in same} == {schema.fingerprint}
+    others = [
+        dataclasses.replace(schema, **change)
+        for change in ({"slots": 1}, {"blocks": 4}, {"max_context": 255}, {"lookahead": 1}, {"formats": CacheFormats()})
+    ]
+    others.append(dataclasses.replace(schema, spec=windows_only()))
+    assert len({other.fingerprint for other in (schema, *others)}) == len(others) + 1
+    assert len(schema.fingerprint) == 16
+
+
+def test_copies_and_pickles_of_a_used_schema():
+    schema = CacheSchema(tiny_spec(), BF16, 2, 3, 256)
+    _ = (schema.arrays, schema.rows(1), schema.fingerprint)
+    for twin in (copy.copy(schema), copy.deepcopy(schema), pickle.loads(pickle.dumps(schema))):
+        assert twin == schema
+        assert twin.arrays == schema.arrays
