@@ -1,6 +1,6 @@
 """Whole steps plain and inside ``jax.shard_map`` on two devices: equal bytes, and every pool where it lies.
 
-Run by test_shards.py with a seed, in a process of its own, since the number of devices is settled when JAX starts.
+Run by test_sharded_layers.py with a seed, in a process of its own: JAX settles the number of devices when it starts.
 """
 
 import dataclasses

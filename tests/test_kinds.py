@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax import CacheFormats, CacheSchema, LayerKind, LayerSpec, tiny_spec
+from dsv4_jax import CacheFormats, CacheSchema, LayerKind, tiny_spec
 from dsv4_jax.layout.geometry import TailGeometry
 from dsv4_jax.spec.kinds import BLOCK_TOKENS, COMPRESSIONS, Compression, compression_of_ratio
+from dsv4_jax.spec.model import LayerSpec
 
 CSA, HCA = LayerKind.CSA.compression, LayerKind.HCA.compression
 PAIRS = Compression(ratio=2, position_bias=False)

@@ -1,4 +1,4 @@
-"""Ops under stricter modes of JAX: 64-bit integers, no implicit promotion, no NaN, no leaked tracer."""
+"""Ops under JAX's stricter modes: 64-bit integers, no promotion of ranks or dtypes, no NaN, no leaked tracer."""
 
 import contextlib
 import functools
@@ -10,7 +10,7 @@ import pytest
 from harness import SPEC, inputs_of, random_tokens, random_weights
 from implementations import IMPLEMENTATIONS
 
-from dsv4_jax import CacheFormats, CacheManager, CacheSchema, LayerCache, LayerKind, begin_step, init_cache
+from dsv4_jax import CacheFormats, CacheManager, CacheSchema, LayerKind, begin, init_cache
 
 MODES = {
     "x64": functools.partial(jax.enable_x64, True),
@@ -24,12 +24,10 @@ FORMATS = CacheFormats("nvfp4", "fp8_ds_mla", "mxfp4", hca_tail="running")
 
 def _step(implementation, cache, plan, weights, brought):
     """A step of every kind of layer, with each of its reads."""
-    cache, plan = begin_step(cache, plan, implementation=implementation)
-    read = []
+    step, read = begin(cache, plan, implementation=implementation), []
     for layer, arrays in enumerate(brought):
-        handle = LayerCache(cache, plan, layer, implementation)
-        handle, before = handle.window_before()
-        inputs = [inputs_of(plan, SPEC, layer, weights[layer], arrays, prefix) for prefix in ("", "index_")]
+        handle, before = step.layer(layer).window_before()
+        inputs = [inputs_of(step.plan, SPEC, layer, weights[layer], arrays, prefix) for prefix in ("", "index_")]
         handle = handle.update(arrays["rows"], *inputs)
         handle, after = handle.window()
         read += [before, after, handle.stored(arrays["rows"])]
@@ -38,8 +36,8 @@ def _step(implementation, cache, plan, weights, brought):
             chosen = jnp.zeros((plan.layout.tokens, 2), jnp.int32)
             handle, entries = handle.entries(chosen)
             read += [every, entries]
-        cache = handle.rotate().cache
-    return cache, read
+        step = handle.step
+    return step.end(), read
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

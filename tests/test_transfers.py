@@ -17,13 +17,12 @@ from dsv4_jax import (
     CacheSchema,
     OperandError,
     TransferList,
-    Transfers,
     apply_transfers,
     init_cache,
     ops,
 )
 from dsv4_jax.layout.formats import HCA_TAILS
-from dsv4_jax.layout.transfers import SlotArray, TransferKind
+from dsv4_jax.layout.transfers import SlotArray, TransferKind, Transfers
 
 NONE, RESET, INSTALL, COPY = TransferKind
 TABLE, POSITIONS, STATE = SlotArray
@@ -181,7 +180,7 @@ def test_operands_are_checked_while_tracing(array, transfers, role):
 
 def slot_state(cache: Cache, slot: int) -> dict[str, np.ndarray]:
     """Everything a slot holds of its own, its table row aside."""
-    names = ("window", "window_positions", *cache.schema.tails)
+    names = ("window", "window_positions", *(name for name in cache.schema.arrays if "tail" in name))
     return {name: np.asarray(cache.arrays[name])[:, slot] for name in names}
 
 

@@ -115,4 +115,5 @@ def _read_bytes(pool: jax.Array, layer: jax.Array, page: jax.Array, start: jax.A
     def read(layer: jax.Array, page: jax.Array, start: jax.Array) -> jax.Array:
         return lax.dynamic_slice(pool, (layer, page, start), (1, 1, count))[0, 0]
 
-    return jax.vmap(read)(layer, page, start)
+    # One width of index, whatever jax_enable_x64 made of each.
+    return jax.vmap(read)(*(jnp.asarray(index, jnp.int32) for index in (layer, page, start)))

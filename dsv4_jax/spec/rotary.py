@@ -90,7 +90,7 @@ def rotary(positions: jax.Array, rope: RopeSpec) -> Rotary:
       ``Rotary`` of two fp32 [n, dim / 2].
     """
     positions = jnp.maximum(jnp.asarray(positions), 0)
-    angles = positions.astype(jnp.float32)[:, None] * inverse_frequencies(rope)
+    angles = positions.astype(jnp.float32)[:, None] * inverse_frequencies(rope)[None]
     return Rotary(jnp.cos(angles), jnp.sin(angles), rope=rope)
 
 
