@@ -25,8 +25,8 @@ class Rotary(NamedTuple):
     """The cos and sin of n positions.
 
     Attributes:
-      cos: fp32 [n, dim / 2], cosine of the angle of every position and pair of channels.
-      sin: fp32 [n, dim / 2], the sine.
+      cos: fp32 [n, dim / 2], cosine of the angle of every position and pair of channels, times the attention factor.
+      sin: fp32 [n, dim / 2], the sine, times the attention factor.
     """
 
     cos: jax.Array
@@ -34,7 +34,11 @@ class Rotary(NamedTuple):
 
 
 def inverse_frequencies(rope: RopeSpec) -> np.ndarray:
-    """Radians per token of every pair of channels, to the bit as torch computes them.
+    """Radians per token of every pair of channels.
+
+    fp32 arithmetic in torch's order of operations, with correctly rounded powers. torch's own powers are a unit in the
+    last place off for some theta, not the same ones on every processor, and then its frequencies are off by one unit
+    or two. For the thetas of the published models, 1e4 and 1.6e5, all agree to the bit.
 
     Plain: ``theta ** (-2 i / dim)``. YaRN (arXiv 2309.00071, section 3.2, "NTK-by-parts", bounds rounded outward):
     pairs that turn more than ``beta_fast`` times over the original context keep that, pairs that turn less
@@ -46,7 +50,7 @@ def inverse_frequencies(rope: RopeSpec) -> np.ndarray:
     one = np.float32(1)
     pairs = np.arange(rope.dim // 2, dtype=np.float32)
     exponents = 2 * pairs / np.float32(rope.dim)
-    # A correctly rounded fp32 power, as torch has it; NumPy's own fp32 power is off by an ulp here and there.
+    # Rounded once, from float64: NumPy's own fp32 power is off by an ulp here and there.
     periods = np.power(np.float64(rope.theta), exponents.astype(np.float64)).astype(np.float32)
     kept = one / periods
     if rope.factor == 1:
@@ -66,18 +70,24 @@ def _pair_turning(rope: RopeSpec, turns: float) -> float:
 
 
 def rotary(positions: jax.Array, rope: RopeSpec) -> Rotary:
-    """The cos and sin of positions.
+    """The cos and sin of positions, times the attention factor of the rotary embedding.
 
     Args:
-      positions: int32 [n]; a negative one is padding and gets cos 1, sin 0, which rotates nothing.
+      positions: integers [n]; a negative one is padding and gets what position 0 gets, angle 0.
       rope: the layer's rotary embedding.
 
     Returns:
       ``Rotary`` of two fp32 [n, dim / 2].
+
+    Raises:
+      ValueError: ``positions`` are no integers [n].
     """
-    positions = jnp.maximum(jnp.asarray(positions), 0)
-    angles = positions.astype(jnp.float32)[:, None] * inverse_frequencies(rope)
-    return Rotary(jnp.cos(angles), jnp.sin(angles))
+    positions = jnp.asarray(positions)
+    if positions.ndim != 1 or not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(f"rotary needs integer positions [n], got {positions.dtype} {positions.shape}.")
+    angles = jnp.maximum(positions, 0).astype(jnp.float32)[:, None] * inverse_frequencies(rope)[None, :]
+    factor = np.float32(rope.attention_factor)
+    return Rotary(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
 
 
 def apply_rotary(x: jax.Array, rotary: Rotary, *, inverse: bool = False) -> jax.Array:
@@ -86,7 +96,8 @@ def apply_rotary(x: jax.Array, rotary: Rotary, *, inverse: bool = False) -> jax.
     Args:
       x: [n, ..., width], any float type; row i belongs to position i of ``rotary``, whatever axes follow (heads).
       rotary: cos and sin [n, pairs] with 2 * pairs <= width.
-      inverse: rotate back.
+      inverse: rotate by the opposite angle. That is back only where the attention factor is 1; another factor
+        multiplies once more, as it does in Hugging Face's code.
 
     Returns:
       x's shape and dtype; computed in fp32, the leading ``width - 2 * pairs`` channels as they were.
@@ -112,7 +123,7 @@ def apply_rotary(x: jax.Array, rotary: Rotary, *, inverse: bool = False) -> jax.
 
 
 def token_rotary(plan: StepPlan, rope: RopeSpec) -> Rotary:
-    """The cos and sin of a step's tokens: fp32 [T, dim / 2] each, cos 1 and sin 0 for padding."""
+    """The cos and sin of a step's tokens: fp32 [T, dim / 2] each, angle 0 for padding."""
     return rotary(plan.token_position, rope)
 
 
@@ -132,5 +143,5 @@ def closing_positions(plan: StepPlan, ratio: int) -> jax.Array:
 
 
 def closing_rotary(plan: StepPlan, ratio: int, rope: RopeSpec) -> Rotary:
-    """The cos and sin of the entries that a step closes: fp32 [C, dim / 2] each, cos 1 and sin 0 for padding."""
+    """The cos and sin of the entries that a step closes: fp32 [C, dim / 2] each, angle 0 for padding."""
     return rotary(closing_positions(plan, ratio), rope)
