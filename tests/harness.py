@@ -18,11 +18,15 @@ from dsv4_jax import (
     LayerKind,
     ModelSpec,
     StepPlan,
-    begin_step,
+    begin,
     closing_rotary,
     init_cache,
+    ops,
+    reference,
     tiny_spec,
 )
+from dsv4_jax.cache.layer import parts_of
+from dsv4_jax.cache.step import Step
 
 Arrays = dict[str, np.ndarray]
 
@@ -90,12 +94,18 @@ def inputs_of(
 
 
 def _each_layer(cache: Cache, plan: StepPlan, weights, brought, implementation: str, write) -> Cache:
-    cache, plan = begin_step(cache, plan, implementation=implementation)
+    step = begin(cache, plan, implementation=implementation)
     for layer, arrays in enumerate(brought):
-        compressor = inputs_of(plan, cache.schema.spec, layer, weights[layer], arrays)
-        indexer = inputs_of(plan, cache.schema.spec, layer, weights[layer], arrays, "index_")
-        cache = write(LayerCache(cache, plan, layer, implementation), arrays["rows"], compressor, indexer).cache
-    return cache
+        compressor = inputs_of(step.plan, cache.schema.spec, layer, weights[layer], arrays)
+        indexer = inputs_of(step.plan, cache.schema.spec, layer, weights[layer], arrays, "index_")
+        step = write(step.layer(layer), arrays["rows"], compressor, indexer).step
+    return step.end()
+
+
+def reader(cache: Cache, plan: StepPlan, layer: int, implementation: str = "native") -> LayerCache:
+    """A layer to read from after the step of ``plan`` has run."""
+    kind = cache.schema.spec.layers[layer].kind
+    return Step(cache, plan, implementation).layer(layer)._written(*parts_of(kind))
 
 
 def update(cache: Cache, plan: StepPlan, weights: Sequence[Arrays], brought, *, implementation="native") -> Cache:
@@ -113,20 +123,33 @@ def _store_closed(handle: LayerCache, compressor, indexer) -> LayerCache:
     return handle
 
 
+def _rotate(handle: LayerCache) -> LayerCache:
+    """Clears what closed windows leave in the tails, which nothing reads."""
+    step, kind = handle.step, handle.kind
+    rotate = {"native": ops, "reference": reference}[step.implementation].rotate
+    row = step.schema.spec.kind_index(handle.layer)
+    names = {LayerKind.SWA: (), LayerKind.CSA: ("csa_tail", "key_tail"), LayerKind.HCA: ("hca_tail",)}[kind]
+    tails = {name: rotate(getattr(step.cache, name), step.plan, row, ratio=kind.ratio) for name in names}
+    cache = dataclasses.replace(step.cache, **tails)
+    return dataclasses.replace(handle, step=dataclasses.replace(step, cache=cache))
+
+
+def write_op_by_op(handle: LayerCache, rows, compressor, indexer) -> LayerCache:
+    """All writes of a layer by separate ops: compress, flush, append, rotate."""
+    return _rotate(_store_closed(handle, compressor, indexer).append(rows, compressor, indexer))
+
+
 def update_op_by_op(cache: Cache, plan: StepPlan, weights, brought, *, implementation="native") -> Cache:
     """The same step by separate ops: compress, flush, append, rotate."""
 
-    def write(handle, rows, compressor, indexer):
-        return _store_closed(handle, compressor, indexer).append(rows, compressor, indexer).rotate()
-
-    return _each_layer(cache, plan, weights, brought, implementation, write)
+    return _each_layer(cache, plan, weights, brought, implementation, write_op_by_op)
 
 
 def update_append_first(cache: Cache, plan: StepPlan, weights, brought, *, implementation="native") -> Cache:
     """The same step in the order append, compress, flush, rotate; for steps of one token per request."""
 
     def write(handle, rows, compressor, indexer):
-        return _store_closed(handle.append(rows, compressor, indexer), compressor, indexer).rotate()
+        return _rotate(_store_closed(handle.append(rows, compressor, indexer), compressor, indexer))
 
     return _each_layer(cache, plan, weights, brought, implementation, write)
 

@@ -13,7 +13,7 @@ import pytest
 from golden import GOLDEN, META, POSITIONS, golden_attention, golden_tokens, golden_weights
 from harness import SPEC, Driver, inputs_of
 
-from dsv4_jax import PROFILES, LayerCache, begin_step
+from dsv4_jax import PROFILES, begin
 from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
 
 TOKENS, TOPK = META["seq"], META["topk"]
@@ -35,12 +35,12 @@ def stored(formats):
 
 
 def _step_and_read(cache, plan, weights, brought):
-    (cache, plan), read = begin_step(cache, plan), {"window": []}
+    step, read = begin(cache, plan), {"window": []}
     for layer, arrays in enumerate(brought):
-        handle = LayerCache(cache, plan, layer)
+        handle = step.layer(layer)
         read["window"].append(handle.stored(arrays["rows"], dtype=jnp.float32))
-        compressor = inputs_of(plan, SPEC, layer, weights[layer], arrays)
-        indexer = inputs_of(plan, SPEC, layer, weights[layer], arrays, "index_")
+        compressor = inputs_of(step.plan, SPEC, layer, weights[layer], arrays)
+        indexer = inputs_of(step.plan, SPEC, layer, weights[layer], arrays, "index_")
         handle = handle.update(arrays["rows"], compressor, indexer)
         if layer == CSA:
             handle, rows = handle.all_entries(TOKENS // 4, dtype=jnp.float32)
@@ -50,8 +50,8 @@ def _step_and_read(cache, plan, weights, brought):
         elif layer == HCA:
             handle, rows = handle.all_entries(TOKENS // 128, dtype=jnp.float32)
             read["hca"] = rows.values[0]
-        cache = handle.cache
-    return cache, read
+        step = handle.step
+    return step.end(), read
 
 
 def chosen(formats, golden_row):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax import CacheFormats, LayerKind, apply_rotary, rotary, tiny_spec
+from dsv4_jax import CacheFormats, LayerKind, apply_rotary, tiny_spec
 from dsv4_jax.example.attention import Source, index_scores, sink_attention, top_entries
 from dsv4_jax.example.full_context import compressed_entries
 from dsv4_jax.example.layer import Compressed
@@ -18,6 +18,7 @@ from dsv4_jax.example.serve import Request, Served, Server
 from dsv4_jax.example.text import load_text, text_requests
 from dsv4_jax.example.verify import Verification, verify
 from dsv4_jax.example.weights import CompressorWeights, StackWeights, init_weights
+from dsv4_jax.spec.rotary import rotary
 
 SPEC = tiny_spec()
 ROPES = {layer.kind: layer.rope for layer in SPEC.layers}

@@ -9,7 +9,7 @@ import pytest
 from golden import GOLDEN, META, POSITIONS, golden_attention, golden_tokens, golden_weights
 from harness import SPEC, Driver, inputs_of, random_chunks
 
-from dsv4_jax import PROFILES, LayerCache, begin_step
+from dsv4_jax import PROFILES, begin
 from dsv4_jax.layout.formats import HCA_TAILS
 
 TOKENS, PREFILL = META["seq"], META["prefill"]
@@ -24,11 +24,12 @@ CHUNKS = {
 
 def _step_and_read(cache, plan, weights, brought):
     """A step that also hands out what its tokens attend to, everything float32."""
-    cache, plan = begin_step(cache, plan)
+    step = begin(cache, plan)
+    plan = step.plan
     seen = []
     topk = jnp.asarray(GOLDEN["L1.topk_sorted"])[jnp.maximum(plan.token_position, 0)]
     for layer, arrays in enumerate(brought):
-        handle = LayerCache(cache, plan, layer)
+        handle = step.layer(layer)
         compressor = inputs_of(plan, SPEC, layer, weights[layer], arrays)
         indexer = inputs_of(plan, SPEC, layer, weights[layer], arrays, "index_")
         handle, before = handle.window_before(dtype=jnp.float32)
@@ -40,8 +41,8 @@ def _step_and_read(cache, plan, weights, brought):
         elif layer == 2:
             handle, entries = handle.all_entries(6, dtype=jnp.float32)
         seen.append((before, own, entries))
-        cache = handle.cache
-    return cache, seen
+        step = handle.step
+    return step.end(), seen
 
 
 def _check_attention(seen, start: int, count: int) -> None:

@@ -5,9 +5,10 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import Driver, random_tokens, random_weights
+from harness import Driver, random_tokens, random_weights, reader
 
-from dsv4_jax import CacheFormats, LayerCache, WrongLayerKind
+from dsv4_jax import CacheFormats
+from dsv4_jax.cache.errors import WrongLayerKind
 from dsv4_jax.layout.formats import KEY_FORMATS
 
 CSA, HCA = 1, 2
@@ -20,7 +21,7 @@ def store(weights, sequence, formats, implementation="native"):
     """One request's keys float64 [75, 128] as they are read back, and what its handle makes of queries."""
     driver = Driver(weights, formats, implementation=implementation)
     plan = driver.feed({driver.admit(sequence): TOKENS})
-    handle, rows = LayerCache(driver.cache, plan, CSA, implementation).all_keys(KEYS, dtype=jnp.float32)
+    handle, rows = reader(driver.cache, plan, CSA, implementation).all_keys(KEYS, dtype=jnp.float32)
     assert np.asarray(rows.valid[0]).all()
     return np.asarray(rows.values[0], np.float64), handle.transform_query
 
@@ -61,5 +62,5 @@ def test_scores_of_quantized_keys_are_close_to_the_exact_ones(device, rng):
 def test_only_csa_layers_have_queries_to_transform(rng):
     driver = Driver(random_weights(rng), WITH_HADAMARD)
     plan = driver.feed({driver.admit(random_tokens(rng, 5)): 5})
-    with pytest.raises(WrongLayerKind, match="layer 2 is HCA and has no indexer"):
-        LayerCache(driver.cache, plan, HCA).transform_query(np.zeros((1, 128), np.float32))
+    with pytest.raises(WrongLayerKind, match=r"layer 2 \(HCA\) has no indexer"):
+        reader(driver.cache, plan, HCA).transform_query(np.zeros((1, 128), np.float32))

@@ -22,7 +22,7 @@ from dsv4_jax import (
     LayerKind,
     PlanLayout,
     StepPlan,
-    begin_step,
+    begin,
     deepseek_v4_flash,
     init_cache,
     tiny_spec,
@@ -55,13 +55,11 @@ def stacked(tree, count: int):
 
 
 def read_and_write(handle: LayerCache, weights, arrays) -> tuple[LayerCache, list]:
-    """Everything that a layer can ask of its cache, reads before, between and after the writes."""
-    inputs = [inputs_of(handle.plan, handle.schema.spec, handle.layer, weights, arrays, p) for p in ("", "index_")]
+    """Everything that a layer can ask of its cache, reads before and after the writes."""
+    layer = handle.schema.spec.layer_kinds.index(handle.kind)
+    inputs = [inputs_of(handle.plan, handle.schema.spec, layer, weights, arrays, p) for p in ("", "index_")]
     handle, before = handle.window_before()
     seen = [before, handle.stored(arrays["rows"])]
-    if handle.kind is not LayerKind.SWA:
-        handle, old = handle.all_entries(8)
-        seen.append(old)
     handle = handle.update(arrays["rows"], *inputs)
     handle, after = handle.window()
     seen.append(after)
@@ -77,32 +75,28 @@ def read_and_write(handle: LayerCache, weights, arrays) -> tuple[LayerCache, lis
 
 def every_layer(cache, plan, weights, brought):
     """One step of all layers, unrolled."""
-    cache, plan = begin_step(cache, plan)
-    seen = 0.0
+    step, seen = begin(cache, plan), 0.0
     for layer, arrays in enumerate(brought):
-        handle, read = read_and_write(LayerCache(cache, plan, layer), weights[layer], arrays)
-        cache, seen = handle.cache, seen + read
-    return cache, seen
+        handle, read = read_and_write(step.layer(layer), weights[layer], arrays)
+        step, seen = handle.step, seen + read
+    return step.end(), seen
 
 
 def layers_by_scan(cache, plan, weights, brought):
     """One step with a ``lax.scan`` over the layers of each kind; weights and brought are lists of them, stacked."""
-    cache, plan = begin_step(cache, plan)
+    step, seen = begin(cache, plan).scanning(), 0.0
     kinds = cache.schema.spec.layer_kinds
-    seen = 0.0
     for number, kind in enumerate(LayerKind):
         layers = jnp.array([layer for layer, other in enumerate(kinds) if other is kind])
 
-        def one_layer(cache, xs, kind=kind):
-            layer, index, weights, arrays = xs
-            handle = LayerCache(cache, plan, kinds.index(kind), layer_index=layer, kind_index=index)
-            handle, seen = read_and_write(handle, weights, arrays)
-            return handle.cache, seen
+        def one_layer(step, xs, kind=kind):
+            layer, weights, arrays = xs
+            handle, seen = read_and_write(step.layer(layer, kind=kind), weights, arrays)
+            return handle.step, seen
 
-        xs = (layers, jnp.arange(layers.size), weights[number], brought[number])
-        cache, read = jax.lax.scan(one_layer, cache, xs)
+        step, read = jax.lax.scan(one_layer, step, (layers, weights[number], brought[number]))
         seen = seen + read.sum()
-    return cache, seen
+    return step.end(), seen
 
 
 def steps_by_scan(cache, plans, weights, brought):
@@ -267,9 +261,9 @@ def test_no_retrace_in_300_steps_of_changing_batches(rng):
 
 def test_taking_a_handle_allocates_nothing():
     cache, manager = init_cache(SMALL), CacheManager(SMALL, token_buckets=(1,))
-    plan = manager.prepare_forward({manager.admit(): 1})
+    step = begin(cache, manager.prepare_forward({manager.admit(): 1}))
     before = {id(array) for array in jax.live_arrays()}
-    handles = [LayerCache(cache, plan, layer) for layer in range(len(SPEC.layers))]
+    handles = [step.layer(layer) for layer in range(len(SPEC.layers))]
     assert [handle.kind for handle in handles] == list(SPEC.layer_kinds)
     assert {id(array) for array in jax.live_arrays()} == before
-    assert all(handle.cache is cache for handle in handles)
+    assert all(handle.step.cache is step.cache for handle in handles)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_formats
 import pytest
-from harness import random_tokens, random_weights, update
+from harness import random_tokens, random_weights, reader, update
 
-from dsv4_jax import CacheFormats, CacheSchema, LayerCache, LayerKind, init_cache, ops, tiny_spec
+from dsv4_jax import CacheFormats, CacheSchema, LayerKind, init_cache, ops, tiny_spec
 from dsv4_jax.host.planning import build_plan
 from dsv4_jax.layout.formats import ENTRY_FORMATS
 from dsv4_jax.layout.plan import PlanLayout
@@ -135,7 +135,7 @@ def test_steps_write_what_they_write_to_a_small_cache(large, rng, kind, by):
     assert np.asarray(used).sum() == LAYERS * len(places)
 
     for layer in range(LAYERS):
-        read = [LayerCache(*pair, layer) for pair in ((cache, plan), (small, small_plan))]
+        read = [reader(*pair, layer) for pair in ((cache, plan), (small, small_plan))]
         (_, rows), (_, expected) = (handle.all_entries(128 // kind.ratio) for handle in read)
         jax.tree.map(np.testing.assert_array_equal, rows, expected)
         (_, rows), (_, expected) = (handle.window() for handle in read)

@@ -10,15 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import POOLS, SPEC, Driver, assert_same_bytes, inputs_of, random_tokens, random_weights
+from harness import POOLS, SPEC, Driver, assert_same_bytes, inputs_of, random_tokens, random_weights, write_op_by_op
 
 from dsv4_jax import (
     CacheFormats,
-    LayerCache,
     LayerKind,
     RawRows,
     apply_rotary,
-    begin_step,
+    begin,
     token_rotary,
 )
 
@@ -49,29 +48,23 @@ def read(handle, arrays):
 def step(cache, plan, weights, brought, stopped, *, implementation, separate_ops):
     """One step that writes and reads every layer; `separate_ops` chooses how it writes."""
     results = []
-    cache, plan = begin_step(cache, plan.stop(stopped), implementation=implementation)
+    step = begin(cache, plan.stop(stopped), implementation=implementation)
     for layer, arrays in enumerate(brought):
-        angles = token_rotary(plan, SPEC.layers[layer].rope)
-        compressor = inputs_of(plan, SPEC, layer, weights[layer], arrays)
-        indexer = inputs_of(plan, SPEC, layer, weights[layer], arrays, "index_")
-        handle = LayerCache(cache, plan, layer, implementation)
-        handle, before = handle.window_before()
+        angles = token_rotary(step.plan, SPEC.layers[layer].rope)
+        compressor = inputs_of(step.plan, SPEC, layer, weights[layer], arrays)
+        indexer = inputs_of(step.plan, SPEC, layer, weights[layer], arrays, "index_")
+        handle, before = step.layer(layer).window_before()
         results.append(before)
+        raw = RawRows(arrays["rows"], jnp.ones(512, jnp.float32), angles)
         if separate_ops:
-            rows = handle.normalize(RawRows(arrays["rows"], jnp.ones(512, jnp.float32), angles))
-            if compressor is not None:
-                handle, entries = handle.compress(compressor)
-                handle = handle.flush(entries)
-            if indexer is not None:
-                handle, keys = handle.compress_keys(indexer)
-                handle = handle.flush_keys(keys)
-            handle = handle.append(apply_rotary(rows, angles, inverse=True), compressor, indexer).rotate()
+            rows = apply_rotary(handle.normalize(raw), angles, inverse=True)
+            handle = write_op_by_op(handle, rows, compressor, indexer)
         else:
-            handle = handle.update(RawRows(arrays["rows"], jnp.ones(512, jnp.float32), angles), compressor, indexer)
+            handle = handle.update(raw, compressor, indexer)
         handle, rows = read(handle, arrays)
         results.append(rows)
-        cache = handle.cache
-    return cache, results
+        step = handle.step
+    return step.end(), results
 
 
 def run(seed, implementation, hca_tail, modes=()):

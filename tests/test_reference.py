@@ -11,11 +11,11 @@ import numpy_reference
 import pytest
 from golden import GOLDEN, META
 
+from dsv4_jax.cache.rotary import closing_rotary
 from dsv4_jax.host.planning import build_plan
 from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
 from dsv4_jax.layout.plan import PlanLayout
 from dsv4_jax.spec.model import RopeSpec
-from dsv4_jax.spec.rotary import closing_rotary
 
 LENGTH, EPS = META["seq"], META["eps"]
 ROPE = RopeSpec(theta=160000.0, factor=16.0)

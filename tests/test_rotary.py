@@ -10,16 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv4_jax.cache.rotary import closing_positions, closing_rotary, token_rotary
 from dsv4_jax.spec.model import ConfigError, RopeSpec
-from dsv4_jax.spec.rotary import (
-    Rotary,
-    apply_rotary,
-    closing_positions,
-    closing_rotary,
-    inverse_frequencies,
-    rotary,
-    token_rotary,
-)
+from dsv4_jax.spec.rotary import Rotary, apply_rotary, inverse_frequencies, rotary
 
 MAIN_ROPE = RopeSpec(10_000.0)
 COMPRESS_ROPE = RopeSpec(160_000.0, factor=16.0)

@@ -9,17 +9,8 @@ import numpy_formats
 import pytest
 from harness import SPEC, Driver, random_tokens, random_weights
 
-from dsv4_jax import (
-    PROFILES,
-    CacheFormats,
-    CacheSchema,
-    WrongLayerKind,
-    entries_view,
-    init_cache,
-    keys_view,
-    tiny_spec,
-    window_view,
-)
+from dsv4_jax import PROFILES, CacheFormats, CacheSchema, entries_view, init_cache, keys_view, tiny_spec, window_view
+from dsv4_jax.cache.errors import WrongLayerKind
 from dsv4_jax.cache.views import row_fields
 from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
 

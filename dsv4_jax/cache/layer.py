@@ -1,62 +1,83 @@
-"""LayerCache: what an attention layer is given to read and write its part of the cache; and begin_step, before them.
+"""LayerCache: what an attention layer is given to read and write its part of the cache, by ``Step.layer``.
 
-Functional throughout: a method that writes or reads the cache returns a new handle, and ``handle.cache`` goes on to the
+Functional throughout: a method that writes or reads the cache returns a new handle, and ``layer.step`` goes on to the
 next layer. Making a handle allocates nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax import reference
+from dsv4_jax import ops, reference
+from dsv4_jax.cache.errors import StepError, WrongLayerKind
 from dsv4_jax.cache.pools import Cache
-from dsv4_jax.cache.step import Implementation, ops_of
 from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.layout.schema import CacheSchema
 from dsv4_jax.ops.operands import Compressed, CompressorInputs, RawRows, Rows, Window
 from dsv4_jax.spec.kinds import LayerKind
+from dsv4_jax.spec.rotary import Purpose, Rotary
+
+if TYPE_CHECKING:
+    from dsv4_jax.cache.step import Step
+
+Implementation = Literal["native", "reference"]
+"""Who runs an op: the native FFI handlers (the platform picks CPU or CUDA), or the plain jnp definition."""
+
+APPEND, FLUSH, FLUSH_KEYS = "append", "flush", "flush_keys"
 
 
-class WrongLayerKind(TypeError):
-    """An operation that the layer's kind does not have, such as keys of an HCA layer."""
+def parts_of(kind: LayerKind) -> tuple[str, ...]:
+    """What is to be written of a layer in every step, by the method that writes it; ``update`` writes all of it."""
+    return {
+        LayerKind.SWA: (APPEND,),
+        LayerKind.CSA: (APPEND, FLUSH, FLUSH_KEYS),
+        LayerKind.HCA: (APPEND, FLUSH),
+    }[kind]
 
 
-@dataclasses.dataclass(frozen=True)
+def ops_of(implementation: Implementation) -> ModuleType:
+    """The module that has the ops of an implementation."""
+    modules = {"native": ops, "reference": reference}
+    if implementation not in modules:
+        raise ValueError(f"implementation must be one of {', '.join(modules)}, got {implementation!r}.")
+    return modules[implementation]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class LayerCache:
-    """One layer's part of the cache during one step.
+    """One layer's part of the cache during one step; ``Step.layer`` makes it. A pytree.
 
     Attributes:
-      cache: the whole cache; take it from the last handle.
-      plan: the step's.
-      layer: index of the layer in the model.
-      implementation: who runs the ops.
-      layer_index: index of the layer in the window pool, ``layer`` unless given; may be traced, for a scan over layers.
-      kind_index: index of the layer among those of its kind, from the model unless given; may be traced. In a scan,
-        ``layer`` is any one layer of the kind that is scanned over.
+      step: goes on to the next layer; with what this layer has written.
+      kind: the layer's kind.
+      layer: index of the layer in the model; None where it is traced.
+      traced: the traced index, int32 scalar.
+      written: the parts of the layer that were written, see ``parts_of``.
     """
 
-    cache: Cache
-    plan: StepPlan
-    layer: int
-    implementation: Implementation = "native"
-    layer_index: Any = None
-    kind_index: Any = None
+    step: Step
+    kind: LayerKind = dataclasses.field(metadata={"static": True})
+    layer: int | None = dataclasses.field(metadata={"static": True})
+    traced: Any = None
+    written: frozenset[str] = dataclasses.field(default=frozenset(), metadata={"static": True})
+
+    @property
+    def plan(self) -> StepPlan:
+        """The step's."""
+        return self.step.plan
 
     @property
     def schema(self) -> CacheSchema:
         """What the cache looks like."""
-        return self.cache.schema
-
-    @property
-    def kind(self) -> LayerKind:
-        """The layer's kind."""
-        return self.schema.spec.layers[self.layer].kind
+        return self.step.schema
 
     @property
     def visible(self) -> jax.Array:
@@ -68,17 +89,27 @@ class LayerCache:
         """The window rows of earlier steps that this step's tokens still see; call before ``append`` or ``update``.
 
         Returns:
-          The handle, and Rows [requests, window]: row j is position ``start - window + j`` of a request whose first
-          token of the step is at ``start``.
+          The handle, and Rows [requests, window - 1]: row j is position ``start - (window - 1) + j`` of a request whose
+          first token of the step is at ``start``. That token sees all of them; a later one, ``k`` tokens on, all but
+          the first ``k``.
+
+        Raises:
+          StepError: the step's rows are stored already, over some of these.
         """
-        return self._window(jnp.asarray(self.plan.request_start) - 1, dtype)
+        if APPEND in self.written:
+            raise StepError(
+                f"{self._name}: window_before comes after the step's rows were stored, which may have taken the place "
+                "of the rows that it reads; call it before update (or append)."
+            )
+        return self._window(jnp.asarray(self.plan.request_start) - 1, self.schema.spec.window - 1, dtype)
 
     def window(self, *, dtype: Any = jnp.bfloat16) -> tuple[LayerCache, Rows]:
         """The window of each request's last token, itself included; call after ``append`` or ``update``.
 
         This is all that a step of one token per request needs. Returns the handle and Rows [requests, window].
         """
-        return self._window(jnp.asarray(self.plan.request_end) - 1, dtype)
+        self._require_written(APPEND, "window")
+        return self._window(jnp.asarray(self.plan.request_end) - 1, self.schema.spec.window, dtype)
 
     def stored(self, rows: jax.Array, *, dtype: Any = jnp.bfloat16) -> jax.Array:
         """The step's own window rows as they are (or would be) stored: quantized and back, [tokens, 512].
@@ -102,13 +133,14 @@ class LayerCache:
 
         Raises:
           WrongLayerKind: the inputs are not those of the layer's kind.
+          StepError: the rows are stored already, or a rotary is not what it should be.
         """
         self._check_inputs(compressor, indexer)
         format = self.schema.formats.window_format
         window, positions = self._ops.append_window(
-            self.cache.window, self.cache.window_positions, rows, self.plan, self._layer_index, format=format
+            self._cache.window, self._cache.window_positions, rows, self.plan, self._window_row, format=format
         )
-        handle = self._with(window=window, window_positions=positions)
+        handle = self._written(APPEND)._with(window=window, window_positions=positions)
         for name, inputs in self._tails(compressor, indexer).items():
             handle = handle._append_tail(name, inputs)
         return handle
@@ -127,23 +159,16 @@ class LayerCache:
 
     def flush(self, entries: jax.Array) -> LayerCache:
         """Stores what ``compress`` returned in the blocks of its requests."""
-        return self._flush(self._entries_name, entries, self.schema.formats.entry_format)
+        return self._written(FLUSH)._flush(self._entries_name, entries, self.schema.formats.entry_format)
 
     def flush_keys(self, keys: jax.Array) -> LayerCache:
         """Stores what ``compress_keys`` returned; CSA layers only."""
         self._require_csa()
-        return self._flush("csa_keys", keys, self.schema.formats.key_format)
-
-    def rotate(self) -> LayerCache:
-        """Clears what closed windows leave in the tails; call after ``append``, ``compress`` and ``flush``."""
-        handle = self
-        for name in self._tails(None, None):
-            tail = self._ops.rotate(getattr(handle.cache, name), self.plan, self._kind_index, ratio=self.kind.ratio)
-            handle = handle._with(**{name: tail})
-        return handle
+        return self._written(FLUSH_KEYS)._flush("csa_keys", keys, self.schema.formats.key_format)
 
     def normalize(self, raw: RawRows) -> jax.Array:
         """Raw window rows finished (RMSNorm, RoPE), float32 [tokens, 512]: what attention and ``append`` take."""
+        self._check_rotary("rows", raw.rotary, "tokens")
         return self._ops.normalize(raw, eps=self.schema.spec.norm_eps)
 
     def update(
@@ -154,8 +179,7 @@ class LayerCache:
     ) -> LayerCache:
         """All writes of one layer and step in one op, for any number of tokens per request.
 
-        Stores what ``compress``, ``flush`` and ``append`` store. Tail rows that no later entry will pool are left as
-        they are instead of cleared (``rotate``); nothing reads them either way.
+        Stores what ``compress``, ``flush`` and ``append`` store.
 
         Args:
           rows: [tokens, 512] finished window rows, or ``RawRows`` to be normalized and rotated on the way.
@@ -164,17 +188,22 @@ class LayerCache:
 
         Raises:
           WrongLayerKind: the inputs are not those of the layer's kind.
+          StepError: the layer is written already, or a rotary is not what it should be: the tokens' in ``RawRows``, the
+            closing entries' in ``CompressorInputs``, with the layer's RoPE.
         """
         self._check_inputs(compressor, indexer)
-        cache, formats, eps = self.cache, self.schema.formats, self.schema.spec.norm_eps
+        if isinstance(rows, RawRows):
+            self._check_rotary("rows", rows.rotary, "tokens")
+        handle = self._written(*parts_of(self.kind))
+        cache, formats, eps = self._cache, self.schema.formats, self.schema.spec.norm_eps
         window = Window(cache.window, cache.window_positions)
         if self.kind is LayerKind.SWA:
             window = self._ops.update_swa(
-                window, rows, self.plan, self._layer_index, format=formats.window_format, eps=eps
+                window, rows, self.plan, self._window_row, format=formats.window_format, eps=eps
             )
-            return self._with(window=window.window, window_positions=window.positions)
+            return handle._with(window=window.window, window_positions=window.positions)
 
-        where = (cache.block_table, self.plan, self._layer_index, self._kind_index)
+        where = (cache.block_table, self.plan, self._window_row, self._kind_row)
         options = {"window_format": formats.window_format, "entry_format": formats.entry_format, "eps": eps}
         if self.kind is LayerKind.HCA:
             entries = Compressed(cache.hca_entries, cache.hca_tail)
@@ -195,7 +224,7 @@ class LayerCache:
             )
             arrays = {"csa_entries": entries.pool, "csa_tail": entries.tail}
             arrays |= {"csa_keys": keys.pool, "key_tail": keys.tail}
-        return self._with(window=window.window, window_positions=window.positions, **arrays)
+        return handle._with(window=window.window, window_positions=window.positions, **arrays)
 
     def entries(self, indices: jax.Array, *, dtype: Any = jnp.bfloat16) -> tuple[LayerCache, Rows]:
         """Chosen entries of each token's request.
@@ -208,13 +237,14 @@ class LayerCache:
           The handle and Rows [tokens, count].
         """
         name, ratio = self._entries_name, self.kind.ratio
+        self._require_written(FLUSH, "entries")
         pool, rows = self._ops.gather_entries(
-            getattr(self.cache, name),
-            self.cache.block_table,
+            getattr(self._cache, name),
+            self._cache.block_table,
             jnp.asarray(self.plan.token_slot),
             self.visible,
             indices,
-            self._kind_index,
+            self._kind_row,
             ratio=ratio,
             format=self.schema.formats.entry_format,
             dtype=dtype,
@@ -226,11 +256,14 @@ class LayerCache:
 
         In a step of several tokens per request, mask by ``visible``: an early token does not see the last entries.
         """
-        return self._all(self._entries_name, count, self.schema.formats.entry_format, dtype)
+        name = self._entries_name
+        self._require_written(FLUSH, "all_entries")
+        return self._all(name, count, self.schema.formats.entry_format, dtype)
 
     def all_keys(self, count: int, *, dtype: Any = jnp.bfloat16) -> tuple[LayerCache, Rows]:
         """Indexer keys 0 .. count - 1 of each request, Rows [requests, count] of width 128; CSA layers only."""
         self._require_csa()
+        self._require_written(FLUSH_KEYS, "all_keys")
         return self._all("csa_keys", count, self.schema.formats.key_format, dtype)
 
     def transform_query(self, queries: jax.Array) -> jax.Array:
@@ -238,31 +271,58 @@ class LayerCache:
         self._require_csa()
         return reference.hadamard_transform(queries) if self.schema.formats.indexer_hadamard else queries
 
-    # Which arrays are the layer's.
+    # Which arrays and which of their rows are the layer's.
 
     @property
     def _ops(self) -> ModuleType:
-        return ops_of(self.implementation)
+        return ops_of(self.step.implementation)
 
     @property
-    def _layer_index(self) -> Any:
-        return self.layer if self.layer_index is None else self.layer_index
+    def _cache(self) -> Cache:
+        return self.step.cache
 
     @property
-    def _kind_index(self) -> Any:
-        return self.schema.spec.kind_index(self.layer) if self.kind_index is None else self.kind_index
+    def _name(self) -> str:
+        return f"a {self.kind.name} layer" if self.layer is None else f"layer {self.layer} ({self.kind.name})"
+
+    @property
+    def _window_row(self) -> Any:
+        kinds = self.schema.spec.layer_kinds
+        rows = [row if kind is self.kind else -1 for row, kind in enumerate(kinds)]
+        return rows[self.layer] if self.layer is not None else _look_up(rows, self.traced)
+
+    @property
+    def _kind_row(self) -> Any:
+        spec = self.schema.spec
+        rows = [spec.kind_index(row) if kind is self.kind else -1 for row, kind in enumerate(spec.layer_kinds)]
+        return rows[self.layer] if self.layer is not None else _look_up(rows, self.traced)
 
     def _with(self, **arrays: jax.Array) -> LayerCache:
-        return dataclasses.replace(self, cache=dataclasses.replace(self.cache, **arrays))
+        cache = dataclasses.replace(self._cache, **arrays)
+        return dataclasses.replace(self, step=dataclasses.replace(self.step, cache=cache))
+
+    def _written(self, *parts: str) -> LayerCache:
+        """The handle with these parts ticked off."""
+        again = [part for part in parts if part in self.written]
+        if again:
+            raise StepError(
+                f"{self._name}: {', '.join(again)} a second time in one step, asked by "
+                f"{'update' if len(parts) == len(parts_of(self.kind)) and len(parts) > 1 else parts[0]}; a layer is "
+                "written once, by update or by append, flush and flush_keys."
+            )
+        step = self.step
+        if step.written is not None:
+            step = dataclasses.replace(step, written=step.written | {(self.layer, part) for part in parts})
+        return dataclasses.replace(self, step=step, written=self.written | set(parts))
 
     def _ratio(self, what: str) -> int:
         if self.kind is LayerKind.SWA:
-            raise WrongLayerKind(f"layer {self.layer} is SWA and has no {what}; only CSA and HCA layers do.")
+            raise WrongLayerKind(f"{self._name} has no {what}; only CSA and HCA layers do.")
         return self.kind.ratio
 
     def _require_csa(self) -> None:
         if self.kind is not LayerKind.CSA:
-            raise WrongLayerKind(f"layer {self.layer} is {self.kind.name} and has no indexer; only CSA layers do.")
+            raise WrongLayerKind(f"{self._name} has no indexer; only CSA layers do.")
 
     def _tail_name(self, what: str) -> str:
         self._ratio(what)
@@ -281,47 +341,74 @@ class LayerCache:
         }
         return tails[self.kind]
 
+    def _require_written(self, part: str, read: str) -> None:
+        if part in parts_of(self.kind) and part not in self.written:
+            raise StepError(
+                f"{self._name}: {read} before {part} (or update) would read without what this step's tokens "
+                "bring; write the layer first, and read from what that returns."
+            )
+
     def _check_inputs(self, compressor: Any, indexer: Any) -> None:
         needs = (self.kind is not LayerKind.SWA, self.kind is LayerKind.CSA)
         if (compressor is not None, indexer is not None) != needs:
             names = [name for name, needed in zip(("compressor", "indexer"), needs, strict=True) if needed]
             raise WrongLayerKind(
-                f"layer {self.layer} is {self.kind.name} and takes "
+                f"{self._name} takes "
                 f"{' and '.join(names) or 'neither compressor nor indexer'}; got "
                 f"compressor={'None' if compressor is None else 'given'}, "
                 f"indexer={'None' if indexer is None else 'given'}."
             )
+        for name, inputs in (("compressor", compressor), ("indexer", indexer)):
+            if inputs is not None:
+                self._check_rotary(name, inputs.rotary, ("closing", self.kind.ratio))
+
+    def _check_rotary(self, name: str, rotary: Rotary, purpose: Purpose) -> None:
+        spec = self.schema.spec
+        layers = range(len(spec.layers)) if self.layer is None else (self.layer,)
+        ropes = {spec.layers[layer].rope for layer in layers if spec.layers[layer].kind is self.kind}
+        wanted = "token_rotary(plan, rope)" if purpose == "tokens" else f"closing_rotary(plan, {self.kind.ratio}, rope)"
+        if rotary.purpose != purpose:
+            raise StepError(
+                f"{self._name}: the rotary of {name} is for {_shown(rotary.purpose)}, expected that for "
+                f"{_shown(purpose)}: {wanted}."
+            )
+        if rotary.rope is not None and rotary.rope not in ropes:
+            raise StepError(
+                f"{self._name}: the rotary of {name} was made with {rotary.rope}, the layer has "
+                f"{' or '.join(map(str, ropes))}: {wanted} with the rope of spec.layers[layer]."
+            )
 
     # One op on one of the layer's arrays.
 
-    def _window(self, last: jax.Array, dtype: Any) -> tuple[LayerCache, Rows]:
-        window, positions, rows = self._ops.gather_window(
-            self.cache.window,
-            self.cache.window_positions,
+    def _window(self, last: jax.Array, rows: int, dtype: Any) -> tuple[LayerCache, Rows]:
+        window, positions, read = self._ops.gather_window(
+            self._cache.window,
+            self._cache.window_positions,
             jnp.asarray(self.plan.request_slot),
             last,
-            self._layer_index,
+            self._window_row,
             format=self.schema.formats.window_format,
             dtype=dtype,
-            rows=self.schema.spec.window,
+            rows=rows,
         )
-        return self._with(window=window, window_positions=positions), rows
+        return self._with(window=window, window_positions=positions), read
 
     def _append_tail(self, name: str, inputs: CompressorInputs) -> LayerCache:
         tail = self._ops.append_tail(
-            getattr(self.cache, name),
+            getattr(self._cache, name),
             inputs.kv,
             inputs.gate,
             inputs.ape,
             self.plan,
-            self._kind_index,
+            self._kind_row,
             ratio=self.kind.ratio,
         )
         return self._with(**{name: tail})
 
     def _compress(self, name: str, inputs: CompressorInputs, *, hadamard: bool) -> tuple[LayerCache, jax.Array]:
+        self._check_rotary("compressor", inputs.rotary, ("closing", self.kind.ratio))
         tail, entries = self._ops.compress(
-            getattr(self.cache, name),
+            getattr(self._cache, name),
             inputs.kv,
             inputs.gate,
             inputs.ape,
@@ -329,7 +416,7 @@ class LayerCache:
             inputs.rotary.cos,
             inputs.rotary.sin,
             self.plan,
-            self._kind_index,
+            self._kind_row,
             ratio=self.kind.ratio,
             eps=self.schema.spec.norm_eps,
             hadamard=hadamard,
@@ -338,11 +425,11 @@ class LayerCache:
 
     def _flush(self, name: str, rows: jax.Array, format: VectorFormat) -> LayerCache:
         pool = self._ops.flush(
-            getattr(self.cache, name),
+            getattr(self._cache, name),
             rows,
-            self.cache.block_table,
+            self._cache.block_table,
             self.plan,
-            self._kind_index,
+            self._kind_row,
             ratio=self.kind.ratio,
             format=format,
         )
@@ -351,14 +438,28 @@ class LayerCache:
     def _all(self, name: str, count: int, format: VectorFormat, dtype: Any) -> tuple[LayerCache, Rows]:
         end = jnp.asarray(self.plan.request_end)
         pool, rows = self._ops.gather_all_entries(
-            getattr(self.cache, name),
-            self.cache.block_table,
+            getattr(self._cache, name),
+            self._cache.block_table,
             jnp.asarray(self.plan.request_slot),
             jnp.maximum(end, 0) // self.kind.ratio,
-            self._kind_index,
+            self._kind_row,
             ratio=self.kind.ratio,
             format=format,
             entries=count,
             dtype=dtype,
         )
         return self._with(**{name: pool}), rows
+
+
+def _look_up(rows: Sequence[int], layer: jax.Array) -> jax.Array:
+    """The row of a traced layer, -1 for a layer that does not exist."""
+    if list(rows) == list(range(len(rows))):
+        return layer  # every layer is its own row, and kernels skip what is out of range
+    found = jnp.asarray(rows, jnp.int32)[jnp.clip(layer, 0, len(rows) - 1)]
+    return jnp.where((layer >= 0) & (layer < len(rows)), found, -1)
+
+
+def _shown(purpose: Purpose | None) -> str:
+    if purpose is None:
+        return "positions of no known purpose"
+    return "the step's tokens" if purpose == "tokens" else f"closing entries of {purpose[1]} tokens"

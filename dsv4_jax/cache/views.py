@@ -23,7 +23,7 @@ from typing import Literal
 
 import jax
 
-from dsv4_jax.cache.layer import WrongLayerKind
+from dsv4_jax.cache.errors import WrongLayerKind
 from dsv4_jax.cache.pools import Cache
 from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.spec.kinds import BLOCK_TOKENS, HEAD_DIM, ROPE_DIM, LayerKind

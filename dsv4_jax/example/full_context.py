@@ -13,10 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax import CacheFormats, LayerKind, ModelSpec, RopeSpec, VectorFormat, apply_rotary, reference, rotary
+from dsv4_jax import CacheFormats, LayerKind, ModelSpec, apply_rotary, reference
 from dsv4_jax.example.attention import Source, index_scores, rms_norm, sink_attention, top_entries
 from dsv4_jax.example.layer import Compressed, IndexQuery, merge_heads, project
 from dsv4_jax.example.weights import CompressorWeights, LayerWeights, StackWeights
+from dsv4_jax.layout.formats import VectorFormat
+from dsv4_jax.spec.model import RopeSpec
+from dsv4_jax.spec.rotary import rotary
 
 
 class SelectionCheck(NamedTuple):

@@ -7,18 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax import (
-    CompressorInputs,
-    LayerKind,
-    LayerSpec,
-    ModelSpec,
-    Rotary,
-    StepPlan,
-    apply_rotary,
-    closing_rotary,
-)
+from dsv4_jax import CompressorInputs, LayerKind, ModelSpec, Rotary, StepPlan, apply_rotary, closing_rotary
 from dsv4_jax.example.attention import rms_norm
 from dsv4_jax.example.weights import CompressorWeights, IndexerWeights, LayerWeights
+from dsv4_jax.spec.model import LayerSpec
 
 
 class Compressed(NamedTuple):

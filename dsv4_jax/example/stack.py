@@ -7,19 +7,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax import (
-    Cache,
-    LayerCache,
-    LayerKind,
-    LayerSpec,
-    ModelSpec,
-    StepPlan,
-    begin_step,
-    token_rotary,
-)
+from dsv4_jax import Cache, LayerCache, LayerKind, ModelSpec, StepPlan, begin, token_rotary
 from dsv4_jax.example.attention import Source, index_scores, rms_norm, sink_attention, top_entries
 from dsv4_jax.example.layer import Projections, compressor_inputs, merge_heads, project
 from dsv4_jax.example.weights import LayerWeights, StackWeights
+from dsv4_jax.spec.model import LayerSpec
 
 Implementation = Literal["native", "reference"]
 
@@ -52,21 +44,22 @@ def step(
       indexer chose (-1 = none).
     """
     with jax.default_matmul_precision("highest"):  # fp32 products stay fp32 on GPUs too
-        cache, plan = begin_step(cache, plan, implementation=implementation)
+        cache_step = begin(cache, plan, implementation=implementation)
+        plan = cache_step.plan
         angles = {rope: token_rotary(plan, rope) for rope in {layer.rope for layer in spec.layers}}
         hidden = weights.embedding[tokens].astype(jnp.float32)
         selections = []
         for index, (layer, layer_weights) in enumerate(zip(spec.layers, weights.layers, strict=True)):
             made = project(layer_weights, spec, hidden, angles[layer.rope])
-            handle = LayerCache(cache, plan, index, implementation=implementation)
+            handle = cache_step.layer(index)
             handle, sources, selection = _remember(handle, plan, spec, layer, layer_weights, made)
-            cache = handle.cache
+            cache_step = handle.step
             if selection is not None:
                 selections.append(selection)
             attended = sink_attention(made.queries, sources, layer_weights.sinks)
             hidden = hidden + merge_heads(layer_weights, attended, angles[layer.rope])
         logits = rms_norm(hidden[plan.last_token], spec.norm_eps, weights.norm) @ weights.unembedding
-        return cache, logits, _stack(selections, tokens.shape[0], spec)
+        return cache_step.end(), logits, _stack(selections, tokens.shape[0], spec)
 
 
 def _remember(

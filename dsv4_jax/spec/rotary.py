@@ -8,8 +8,10 @@ to every layer, they are the same wherever a step uses them.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +19,32 @@ import numpy as np
 
 from dsv4_jax.spec.model import RopeSpec
 
-if TYPE_CHECKING:
-    from dsv4_jax.layout.plan import StepPlan
+Purpose = Literal["tokens"] | tuple[Literal["closing"], int]
+"""Whose positions they are: the step's tokens, or its closing entries of so many tokens each."""
 
 
-class Rotary(NamedTuple):
-    """The cos and sin of n positions.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rotary:
+    """The cos and sin of n positions, and what they are for.
+
+    In a decode step the tokens' and the closing entries' have equal shapes; ``purpose`` tells them apart while tracing.
 
     Attributes:
       cos: fp32 [n, dim / 2], cosine of the angle of every position and pair of channels, times the attention factor.
       sin: fp32 [n, dim / 2], the sine, times the attention factor.
+      purpose: "tokens" (``token_rotary``), ("closing", ratio) (``closing_rotary``), or None: of any positions, which
+        rotates with ``apply_rotary`` and is refused in ``RawRows`` and ``CompressorInputs``.
+      rope: the embedding they were made with; None for cos and sin that were made elsewhere.
     """
 
     cos: jax.Array
     sin: jax.Array
+    purpose: Purpose | None = dataclasses.field(default=None, metadata={"static": True})
+    rope: RopeSpec | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        return iter((self.cos, self.sin))
 
 
 def inverse_frequencies(rope: RopeSpec) -> np.ndarray:
@@ -87,7 +101,7 @@ def rotary(positions: jax.Array, rope: RopeSpec) -> Rotary:
         raise ValueError(f"rotary needs integer positions [n], got {positions.dtype} {positions.shape}.")
     angles = jnp.maximum(positions, 0).astype(jnp.float32)[:, None] * inverse_frequencies(rope)[None, :]
     factor = np.float32(rope.attention_factor)
-    return Rotary(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
+    return Rotary(jnp.cos(angles) * factor, jnp.sin(angles) * factor, rope=rope)
 
 
 def apply_rotary(x: jax.Array, rotary: Rotary, *, inverse: bool = False) -> jax.Array:
@@ -120,28 +134,3 @@ def apply_rotary(x: jax.Array, rotary: Rotary, *, inverse: bool = False) -> jax.
     rotated = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
     rotated = rotated.reshape(*x.shape[:-1], 2 * pairs).astype(x.dtype)
     return jnp.concatenate([x[..., :start], rotated], axis=-1)
-
-
-def token_rotary(plan: StepPlan, rope: RopeSpec) -> Rotary:
-    """The cos and sin of a step's tokens: fp32 [T, dim / 2] each, angle 0 for padding."""
-    return rotary(plan.token_position, rope)
-
-
-def closing_positions(plan: StepPlan, ratio: int) -> jax.Array:
-    """The position of every entry that a step closes, which is that of the entry's first token.
-
-    Args:
-      plan: the step.
-      ratio: tokens per entry, 4 (CSA) or 128 (HCA).
-
-    Returns:
-      int32 [C], in the order of ``plan.closing(ratio)``; -1 for padding.
-    """
-    closing = plan.closing(ratio)
-    last = jnp.asarray(plan.token_position)[jnp.maximum(closing, 0)]
-    return jnp.where(closing >= 0, last - (ratio - 1), -1)
-
-
-def closing_rotary(plan: StepPlan, ratio: int, rope: RopeSpec) -> Rotary:
-    """The cos and sin of the entries that a step closes: fp32 [C, dim / 2] each, angle 0 for padding."""
-    return rotary(closing_positions(plan, ratio), rope)

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.cache.layer import LayerCache
+from dsv4_jax.cache.step import Step
 from dsv4_jax.layout.schema import CacheSchema
 from dsv4_jax.spec.kinds import HEAD_DIM, LayerKind
 from dsv4_jax.tools.bench import traffic
@@ -61,8 +61,10 @@ def layer_update(implementation: str) -> Any:
     """``LayerCache.update`` as a workload's call; the layer is an operand."""
 
     def call(cache: Any, plan: Any, inputs: Any, layer: Any) -> tuple[Any, None]:
-        handle = LayerCache(cache, plan, 0, implementation, layer_index=layer, kind_index=layer)
-        return handle.update(*inputs).cache, None
+        # Every layer of the workload's model is of one kind, so its index is the row of every pool.
+        kind = cache.schema.spec.layers[0].kind
+        step = Step(cache, plan, implementation).scanning()
+        return step.layer(layer, kind=kind).update(*inputs).step.end(), None
 
     return call
 

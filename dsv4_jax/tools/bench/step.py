@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.cache.layer import LayerCache
 from dsv4_jax.cache.pools import Cache, init_cache
-from dsv4_jax.cache.step import begin_step
+from dsv4_jax.cache.rotary import closing_rotary, token_rotary
+from dsv4_jax.cache.step import begin
 from dsv4_jax.host.manager import CacheManager
 from dsv4_jax.host.planning import build_plan
 from dsv4_jax.layout.plan import PlanLayout, StepPlan
@@ -26,7 +26,6 @@ from dsv4_jax.ops.operands import RawRows
 from dsv4_jax.spec.kinds import HEAD_DIM, KEY_DIM, LayerKind
 from dsv4_jax.spec.model import ModelSpec
 from dsv4_jax.spec.presets import deepseek_v4_pro, tiny_spec
-from dsv4_jax.spec.rotary import closing_rotary, token_rotary
 from dsv4_jax.tools.bench.decode import layer_update
 from dsv4_jax.tools.bench.measure import MOST_REPLAYS, Outcome, Timing, native_calls, spread
 from dsv4_jax.tools.bench.traffic import StepShape
@@ -87,11 +86,11 @@ def layer_inputs(spec: ModelSpec, plan: StepPlan, inputs: dict[str, Any]) -> lis
 
 
 def decode_step(cache: Cache, plan: StepPlan, inputs: dict[str, Any], implementation: str = "native") -> Cache:
-    """begin_step, the angles of the step, and every layer's update."""
-    cache, plan = begin_step(cache, plan, implementation=implementation)
-    for index, given in enumerate(layer_inputs(cache.schema.spec, plan, inputs)):
-        cache = LayerCache(cache, plan, index, implementation).update(*given).cache
-    return cache
+    """Begin, the angles of the step, every layer's update, and end."""
+    step = begin(cache, plan, implementation=implementation)
+    for index, given in enumerate(layer_inputs(cache.schema.spec, step.plan, inputs)):
+        step = step.layer(index).update(*given).step
+    return step.end()
 
 
 def _make(scale: Scale, spec: ModelSpec, steps: int) -> tuple[CacheSchema, CacheManager, tuple[np.ndarray, np.ndarray]]:
@@ -212,7 +211,7 @@ def prepare_forward(scale: Scale, implementation: str) -> Outcome:
 
 
 def reset_slots(reset: bool, scale: Scale, implementation: str) -> Workload:
-    """``begin_step`` of the whole model, with nothing to do or with every slot to reset."""
+    """``begin`` of the whole model, with nothing to do or with every slot to reset."""
     schema = schema_of(model(scale), scale.step_requests, scale.context)
     requests = scale.step_requests
     layout, ones = PlanLayout(requests, requests), np.ones(requests, np.int64)
@@ -220,8 +219,8 @@ def reset_slots(reset: bool, scale: Scale, implementation: str) -> Workload:
     calls = max(scale.calls // 8, 1)
 
     def call(cache: Cache, plan: StepPlan, operands: Any, layer: Any) -> tuple[Cache, jax.Array]:
-        cache, plan = begin_step(cache, plan, implementation=implementation)
-        return cache, plan.packed
+        step = begin(cache, plan, implementation=implementation)
+        return step.end(partial=True), step.plan.packed
 
     slot = 4 * schema.max_blocks + 4 * schema.ring * len(schema.spec.layers)
     return Workload(

@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.cache.layer import LayerCache
 from dsv4_jax.cache.pools import Cache
-from dsv4_jax.cache.step import begin_step
+from dsv4_jax.cache.step import begin
 from dsv4_jax.host.manager import CacheManager
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.layout.schema import CacheSchema
@@ -68,12 +67,12 @@ def step(cache: Cache, plan: StepPlan, inputs: dict[str, Any], choices: jax.Arra
     """
     spec = cache.schema.spec
     with jax.named_scope("step.begin"):
-        cache, plan = begin_step(cache, plan)
+        step = begin(cache, plan)
     with jax.named_scope("step.angles"):
-        given = layer_inputs(spec, plan, inputs)
+        given = layer_inputs(spec, step.plan, inputs)
     for index, layer in enumerate(spec.layers):
         kind = layer.kind.value
-        handle = LayerCache(cache, plan, index)
+        handle = step.layer(index)
         with jax.named_scope(f"{kind}.update"):
             handle = handle.update(*given[index])
         with jax.named_scope(f"{kind}.window"):
@@ -86,8 +85,8 @@ def step(cache: Cache, plan: StepPlan, inputs: dict[str, Any], choices: jax.Arra
         elif layer.kind is LayerKind.HCA:
             with jax.named_scope(f"{kind}.all_entries"):
                 handle, _ = handle.all_entries(cache.schema.max_context // layer.kind.ratio)
-        cache = handle.cache
-    return cache
+        step = handle.step
+    return step.end()
 
 
 def trace_steps(

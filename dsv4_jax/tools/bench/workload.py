@@ -14,6 +14,7 @@ import numpy as np
 
 from dsv4_jax import ops, reference
 from dsv4_jax.cache.pools import Cache
+from dsv4_jax.cache.rotary import closing_rotary, token_rotary
 from dsv4_jax.host.manager import CacheManager
 from dsv4_jax.host.planning import build_plan
 from dsv4_jax.layout.formats import CacheFormats
@@ -23,7 +24,6 @@ from dsv4_jax.ops.operands import CompressorInputs, RawRows
 from dsv4_jax.spec.kinds import BLOCK_TOKENS, HEAD_DIM, KEY_DIM, LayerKind
 from dsv4_jax.spec.model import LayerSpec, ModelSpec
 from dsv4_jax.spec.presets import deepseek_v4_pro
-from dsv4_jax.spec.rotary import closing_rotary, token_rotary
 from dsv4_jax.tools.bench.traffic import StepShape
 
 FORMATS = CacheFormats(entries="fp8", window="fp8", indexer="nvfp4")

@@ -1,0 +1,5 @@
+"""``python -m dsv4_jax`` is the ``dsv4-jax`` program."""
+
+from dsv4_jax.tools.cli.main import main
+
+main()
