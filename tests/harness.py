@@ -163,6 +163,12 @@ def tail_rows_in_use(length: int, ratio: int) -> list[int]:
     return overlap + [8 + position % 4 for position in open_window]
 
 
+@functools.cache
+def _jitted(step, implementation: str):
+    """A step's jitted function: one, whichever driver runs it, so that equal shapes are compiled once."""
+    return jax.jit(functools.partial(step, implementation=implementation), donate_argnums=0)
+
+
 class Driver:
     """A cache, its manager, and sequences that are fed to it by request."""
 
@@ -183,7 +189,7 @@ class Driver:
         self.manager = CacheManager(self.schema, token_buckets=buckets)
         self.cache = init_cache(self.schema)
         self.weights = weights
-        self._step = jax.jit(functools.partial(step, implementation=implementation), donate_argnums=0)
+        self._step = _jitted(step, implementation)
         self.sequences: dict[int, list[Arrays]] = {}
 
     def admit(self, sequence: list[Arrays]) -> int:
