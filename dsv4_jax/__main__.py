@@ -2,4 +2,5 @@
 
 from dsv4_jax.tools.cli.main import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 
 #include <nanobind/nanobind.h>
 
-#include "layout/geometry.h"
+#include "layout/plan.h"
 #include "ops/targets.h"
 #include "xla/ffi/api/c_api.h"
 

@@ -40,7 +40,7 @@ POOLS = (
     "csa_keys",
     "hca_entries",
     "csa_tail",
-    "key_tail",
+    "csa_key_tail",
     "hca_tail",
 )
 
@@ -127,10 +127,10 @@ def _rotate(handle: LayerCache) -> LayerCache:
     """Clears what closed windows leave in the tails, which nothing reads."""
     step, kind = handle.step, handle.kind
     rotate = {"native": ops, "reference": reference}[step.implementation].rotate
-    row = step.schema.spec.kind_index(handle.layer)
-    names = {LayerKind.SWA: (), LayerKind.CSA: ("csa_tail", "key_tail"), LayerKind.HCA: ("hca_tail",)}[kind]
-    tails = {name: rotate(getattr(step.cache, name), step.plan, row, ratio=kind.ratio) for name in names}
-    cache = dataclasses.replace(step.cache, **tails)
+    row = step.schema.rows(handle.layer).compressed
+    names = [name for name in step.schema.tails if name.startswith(kind.value)]
+    tails = {name: rotate(step.cache.pools[name], step.plan, row, ratio=kind.ratio) for name in names}
+    cache = step.cache.with_arrays(tails)
     return dataclasses.replace(handle, step=dataclasses.replace(step, cache=cache))
 
 
@@ -154,13 +154,17 @@ def update_append_first(cache: Cache, plan: StepPlan, weights, brought, *, imple
     return _each_layer(cache, plan, weights, brought, implementation, write)
 
 
-def tail_rows_in_use(length: int, ratio: int) -> list[int]:
-    """Rows of a tail that an entry closed later will pool, once a request has `length` tokens."""
+def tail_rows_in_use(length: int, ratio: int, lookahead: int = 0) -> list[int]:
+    """Rows of a tail that an entry closed later will pool, once a request has `length` tokens; oldest first.
+
+    CSA's overlap halves come first. Rows that only matter if the request goes back are not among them.
+    """
+    open_window, previous = range(length - length % ratio, length), range(length - length % ratio - 4, length)
     if ratio == 128:
-        return [position % 128 for position in range(length - length % 128, length)]
-    open_window, previous = range(length - length % 4, length), range(length - length % 4 - 4, length - length % 4)
-    overlap = [position % 8 for position in (*previous, *open_window) if position >= 0]
-    return overlap + [8 + position % 4 for position in open_window]
+        return [position % (128 + lookahead) for position in open_window]
+    depth = -(-lookahead // 4) * 4
+    overlap = [position % (8 + depth) for position in previous if position >= 0]
+    return overlap + [8 + depth + position % (4 + depth) for position in open_window]
 
 
 @functools.cache
@@ -180,12 +184,12 @@ class Driver:
         slots: int = 3,
         blocks: int = 32,
         max_context: int = 1024,
-        slack: int = 0,
+        lookahead: int = 0,
         buckets: Sequence[int] = (1, 3, 16, 64, 256, 1024),
         implementation: str = "native",
         step=update,
     ):
-        self.schema = CacheSchema(SPEC, formats, slots, blocks, max_context, slack)
+        self.schema = CacheSchema(SPEC, formats, slots, blocks, max_context, lookahead)
         self.manager = CacheManager(self.schema, token_buckets=buckets)
         self.cache = init_cache(self.schema)
         self.weights = weights
@@ -241,15 +245,15 @@ class Driver:
         by_block = {"csa_entries", "csa_keys", "hca_entries"}
         stored = {}
         for name in POOLS:
-            array = np.asarray(getattr(self.cache, name))
+            array = np.asarray(self.cache.arrays[name])
             stored[name] = array[:, blocks] if name in by_block else array[:, slot].copy()
-        for name, ratio in (("csa_tail", 4), ("key_tail", 4), ("hca_tail", 128)):
+        for name, ratio in (("csa_tail", 4), ("csa_key_tail", 4), ("hca_tail", 128)):
             if stored[name].ndim == 3:  # a running tail, which nothing reads between two windows
                 if self.manager.length(request) % ratio == 0:
                     stored[name][:] = np.array([-1e9, 0, 0], np.float32)[:, None]
                 continue
             unused = np.ones(stored[name].shape[2], bool)
-            unused[tail_rows_in_use(self.manager.length(request), ratio)] = False
+            unused[tail_rows_in_use(self.manager.length(request), ratio, self.schema.lookahead)] = False
             stored[name][:, 0, unused] = 0
             stored[name][:, 1, unused] = -1e9
         return stored

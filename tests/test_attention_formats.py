@@ -20,7 +20,7 @@ TOKENS, TOPK = META["seq"], META["topk"]
 EXACT = PROFILES["exact"]
 SWA, CSA, HCA = range(3)
 
-COMPONENTS = {"entries": ENTRY_FORMATS, "window": WINDOW_FORMATS, "indexer": KEY_FORMATS}
+COMPONENTS = {"entries": ENTRY_FORMATS, "window": WINDOW_FORMATS, "keys": KEY_FORMATS}
 ROUND_TRIP = {"fp32": 0, "bf16": 2**-8, "fp8": 0.03, "fp8_ds_mla": 0.03, "nvfp4": 0.10, "nvfp4_static": 0.10}
 
 
@@ -79,7 +79,7 @@ def attention(formats):
 
 def only(component, name, hadamard=False):
     """One component in a format, the others in fp32."""
-    return dataclasses.replace(EXACT, **{component: name}, indexer_hadamard=hadamard)
+    return dataclasses.replace(EXACT, **{component: name}, keys_hadamard=hadamard)
 
 
 def relative_errors(formats):
@@ -124,7 +124,7 @@ def test_attention_is_off_by_no_more_than_the_rows_it_averages(component, name):
 )
 def test_quantized_keys_change_few_choices(name, share, error, hadamard):
     """A key's error moves scores by as much, so entries whose scores are that close change places."""
-    formats = only("indexer", name, hadamard)
+    formats = only("keys", name, hadamard)
     assert changed_choices(formats) <= share
     swa, csa, hca = relative_errors(formats)
     assert swa == hca == 0
@@ -140,7 +140,7 @@ def _print_tables(request):
         (f"{component} {name}{', Hadamard' * hadamard}", only(component, name, hadamard))
         for component, table in COMPONENTS.items()
         for name in table
-        for hadamard in ((False, True) if component == "indexer" else (False,))
+        for hadamard in ((False, True) if component == "keys" else (False,))
         if name != "fp32"
     ]
     rows += [(f"profile {name}", formats) for name, formats in PROFILES.items() if formats != EXACT]

@@ -1,6 +1,5 @@
 """Capacity plans against the format table's bytes and against what `init_cache` really allocates."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,7 +8,6 @@ from test_schema import GIB, PUBLISHED, SPECS, windows_only
 
 from dsv4_jax import (
     PROFILES,
-    Cache,
     CacheFormats,
     CacheManager,
     SchemaError,
@@ -19,16 +17,14 @@ from dsv4_jax import (
     tiny_spec,
 )
 
-ARRAYS = [field.name for field in dataclasses.fields(Cache) if field.name != "schema"]
-
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("name", ["flash", "tiny"])
 def test_a_plan_is_what_is_allocated_to_the_byte(name, profile, device, rng):
-    requests, context, slack = int(rng.integers(1, 5)), int(rng.integers(1, 3000)), int(rng.integers(0, 5))
-    plan = capacity_plan(SPECS[name], PROFILES[profile], context=context, requests=requests, slack=slack)
+    requests, context, lookahead = int(rng.integers(1, 5)), int(rng.integers(1, 3000)), int(rng.integers(0, 5))
+    plan = capacity_plan(SPECS[name], PROFILES[profile], context=context, requests=requests, lookahead=lookahead)
     cache = init_cache(plan.schema)
-    real = {array: getattr(cache, array).addressable_data(0).on_device_size_in_bytes() for array in ARRAYS}
+    real = {name: array.addressable_data(0).on_device_size_in_bytes() for name, array in cache.arrays.items()}
     assert sum(real.values()) == plan.memory_bytes
     blocks = plan.schema.blocks
     assert {array: size * requests for array, size in plan.slot_bytes.items()} | {

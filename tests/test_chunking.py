@@ -83,12 +83,12 @@ def test_separate_ops_in_either_order_store_the_same_bytes_and_clear_the_rest(de
     for length in range(1, TOKENS + 1):
         driver.feed({request: 1})
         if hca_tail == "running" and length % 128 == 0:
-            state = np.asarray(driver.cache.hca_tail)[0, driver.manager.slot(request)]
+            state = np.asarray(driver.cache.pools["hca_tail"])[0, driver.manager.slot(request)]
             assert (state == np.array([-1e9, 0, 0])[:, None]).all()
     assert_same_bytes(expected, driver.stored(request), step.__name__)
-    tails = [("csa_tail", 4), ("key_tail", 4)] + [("hca_tail", 128)] * (hca_tail == "rows")
+    tails = [("csa_tail", 4), ("csa_key_tail", 4)] + [("hca_tail", 128)] * (hca_tail == "rows")
     for name, ratio in tails:
-        tail = np.asarray(getattr(driver.cache, name))[0, driver.manager.slot(request)]
+        tail = np.asarray(driver.cache.arrays[name])[0, driver.manager.slot(request)]
         cleared = np.setdiff1d(np.arange(tail.shape[1]), tail_rows_in_use(TOKENS, ratio))
         assert (tail[0, cleared] == 0).all()
         assert (tail[1, cleared] == -1e9).all()
@@ -194,7 +194,7 @@ def test_truncate_to_a_remembered_length_goes_on_as_if_the_rest_had_not_been(dev
     weights = random_weights(rng)
     kept, dropped = random_tokens(rng, TOKENS), random_tokens(rng, 3)
     expected = _one_shot(weights, formats, kept)
-    driver = Driver(weights, formats, slack=4)
+    driver = Driver(weights, formats, lookahead=4)
     detour = [
         {name: np.concatenate([array[:at], other[name], array[at + 3 :]]) for name, array in layer.items()}
         for layer, other in zip(kept, dropped, strict=True)

@@ -33,7 +33,7 @@ def test_serves_a_file_and_verifies(run, tmp_path, seed, hca_tail):
     assert int(rows["tokens with an impossible choice"]) == 0
     assert int(rows["logit vectors compared"]) >= 3 * 40
     components = ["block_table", "window", "window_positions", "csa_entries", "csa_keys", "hca_entries"]
-    components += ["csa_tail", "key_tail", "hca_tail"]
+    components += ["csa_tail", "csa_key_tail", "hca_tail"]
     assert sum(_number(rows[name]) for name in components) == _number(rows["together"])
     # 2 slots of 256 tokens, 4 layers, one BF16 row of 512 each.
     assert _number(rows["uncompressed BF16 instead"]) == 2 * 256 * 4 * 512 * 2

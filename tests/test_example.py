@@ -153,7 +153,7 @@ def check(server: Server, served: Sequence[Served], weights: StackWeights | None
     [
         (EXACT, "native"),
         (CacheFormats(), "native"),
-        (CacheFormats("bf16", "fp8", "bf16", indexer_hadamard=True), "native"),
+        (CacheFormats("bf16", "fp8", "bf16", keys_hadamard=True), "native"),
         (CacheFormats(), "reference"),
     ],
     ids=["exact", "default", "hadamard", "default-reference"],
@@ -216,7 +216,7 @@ def test_verification_sees_what_was_lost(component, seed, monkeypatch):
         if steps == 3:
             slot, start = int(plan.request_slot[0]), int(plan.request_start[0])
             assert start == 192
-            pool = getattr(cache, component)
+            pool = cache.arrays[component]
             where = {
                 "window": (1, slot, (start - 1) % 128),
                 "csa_entries": (0, cache.block_table[slot, 0], slice(8)),
@@ -224,7 +224,7 @@ def test_verification_sees_what_was_lost(component, seed, monkeypatch):
                 "csa_tail": (0, slot, 0, (start - 1) % 8),
                 "hca_tail": (0, slot, 0, (start - 1) % 128),
             }[component]
-            cache = dataclasses.replace(cache, **{component: pool.at[where].set(0)})
+            cache = cache.with_arrays({component: pool.at[where].set(0)})
         return run(weights, cache, plan, tokens)
 
     monkeypatch.setattr(server, "_step", losing)

@@ -352,11 +352,11 @@ def test_layout_is_the_independent_readers(vector_format):
 
 
 @pytest.mark.parametrize(
-    "chosen", [{"entries": "fp9"}, {"entries": "mxfp4"}, {"window": "nvfp4"}, {"indexer": "fp8_ds_mla"}], ids=str
+    "chosen", [{"entries": "fp9"}, {"entries": "mxfp4"}, {"window": "nvfp4"}, {"keys": "fp8_ds_mla"}], ids=str
 )
 def test_a_format_that_does_not_fit_is_an_error_that_lists_what_does(chosen):
     component, name = next(iter(chosen.items()))
-    table = {"entries": ENTRY_FORMATS, "window": WINDOW_FORMATS, "indexer": KEY_FORMATS}[component]
+    table = {"entries": ENTRY_FORMATS, "window": WINDOW_FORMATS, "keys": KEY_FORMATS}[component]
     with pytest.raises(FormatError, match=component) as error:
         CacheFormats(**chosen)
     assert name in str(error.value)

@@ -102,7 +102,7 @@ def _check_state(driver: Driver, request: int, tag: str, length: int) -> None:
     state = f"state.{tag}."
     for pool, layer, name, ape, width in (
         ("csa_tail", 1, "compressor", "L1.ape", 512),
-        ("key_tail", 1, "indexer", "L1.idx_ape", 128),
+        ("csa_key_tail", 1, "indexer", "L1.idx_ape", 128),
         ("hca_tail", 2, "compressor", "L2.ape", 512),
     ):
         if len(stored[pool][0]) == 3:  # running

@@ -14,7 +14,7 @@ from dsv4_jax.layout.formats import KEY_FORMATS
 CSA, HCA = 1, 2
 TOKENS, KEYS = 301, 75
 EXACT = CacheFormats("fp32", "fp32", "fp32")
-WITH_HADAMARD = dataclasses.replace(EXACT, indexer_hadamard=True)
+WITH_HADAMARD = dataclasses.replace(EXACT, keys_hadamard=True)
 
 
 def store(weights, sequence, formats, implementation="native"):

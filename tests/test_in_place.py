@@ -3,8 +3,6 @@
 What XLA compiled is inspected for the CPU and, without one, for an H200 (see ``aot.py``).
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +32,7 @@ LAYOUTS = {"decode": PlanLayout(8, 8), "prefill": PlanLayout(200, 8)}
 
 
 def schema_of(spec, formats=PROFILES["default"]):
-    return CacheSchema(spec, formats, slots=512, blocks=1 << 16, max_context=4096, slack=3)
+    return CacheSchema(spec, formats, slots=512, blocks=1 << 16, max_context=4096, lookahead=3)
 
 
 def shapes_of(schema: CacheSchema, layout: PlanLayout):
@@ -187,12 +185,12 @@ def _not_donated(cache, plan, weights, brought):
 
 
 def _keeps_the_old_cache(cache, plan, weights, brought):
-    return every_layer(cache, plan, weights, brought), cache.csa_entries
+    return every_layer(cache, plan, weights, brought), cache.pools["csa_entries"]
 
 
 def _slices_a_layer_out(cache, plan, weights, brought):
-    changed = cache.hca_entries.at[0].set(cache.hca_entries[0, ::-1])
-    return every_layer(dataclasses.replace(cache, hca_entries=changed), plan, weights, brought)
+    changed = cache.pools["hca_entries"].at[0].set(cache.pools["hca_entries"][0, ::-1])
+    return every_layer(cache.with_arrays({"hca_entries": changed}), plan, weights, brought)
 
 
 @pytest.mark.parametrize("program", [_not_donated, _keeps_the_old_cache, _slices_a_layer_out])

@@ -60,7 +60,7 @@ def test_entries_are_flushed_and_gathered(large, rng):
         slots = np.arange(len(pages), dtype=np.int32)
         table = np.array(pages, np.int32)[:, None]
         layout = PlanLayout(tokens=128 * len(pages), requests=len(pages))
-        plan = build_plan(layout, slots, slots * 0, slots * 0 + 128)
+        plan = build_plan(layout, slots, slots * 0, slots * 0 + 128, True)
         entries = rng.normal(size=(layout.closing_size(4), 512)).astype(np.float32)
         pool = donating(ops.flush, ratio=4, format=FORMAT)(pool, entries, table, plan, layer)
         gather = donating(ops.gather_all_entries, ratio=4, format=FORMAT, entries=32, dtype=jnp.float32)
@@ -89,7 +89,7 @@ def run_steps(schema, slots, blocks, tokens, weights):
     for start, count in ((0, 127), (127, 1)):
         layout = PlanLayout(tokens=count * len(slots), requests=len(slots))
         changes = (slots, slots * 0, blocks) if start == 0 else None
-        plan = build_plan(layout, slots, slots * 0 + start, slots * 0 + count, table_changes=changes)
+        plan = build_plan(layout, slots, slots * 0 + start, slots * 0 + count, start == 0, changes)
         brought = [
             {
                 name: np.concatenate([of[layer][name][start : start + count] for of in tokens])
@@ -120,16 +120,16 @@ def test_steps_write_what_they_write_to_a_small_cache(large, rng, kind, by):
     cache, plan = run_steps(
         CacheSchema(spec, formats, max_context=128, **sizes), where["slots"], where["blocks"], tokens, weights
     )
-    pool = cache.csa_entries if by == "blocks" else cache.hca_tail
+    pool = cache.pools["csa_entries"] if by == "blocks" else cache.pools["hca_tail"]
     assert pool.nbytes > large
     for name in schema_arrays(by):
-        array = getattr(cache, name)
+        array = cache.arrays[name]
         if array.size:
             np.testing.assert_array_equal(array[:, np.array(places)], getattr(small, name), err_msg=name)
     if by == "blocks":
-        used = pages_in_use(cache.csa_entries)
+        used = pages_in_use(cache.pools["csa_entries"])
     else:
-        used = tails_in_use(cache.hca_tail)
+        used = tails_in_use(cache.pools["hca_tail"])
         np.testing.assert_array_equal(used, pages_in_use(cache.window))
     assert (np.flatnonzero(np.asarray(used).all(0)) == places).all()
     assert np.asarray(used).sum() == LAYERS * len(places)
@@ -145,4 +145,4 @@ def test_steps_write_what_they_write_to_a_small_cache(large, rng, kind, by):
 def schema_arrays(by):
     """The arrays that have an axis of blocks or of slots behind their layers."""
     by_block = ["csa_entries", "csa_keys", "hca_entries"]
-    return by_block if by == "blocks" else ["window", "window_positions", "csa_tail", "key_tail", "hca_tail"]
+    return by_block if by == "blocks" else ["window", "window_positions", "csa_tail", "csa_key_tail", "hca_tail"]

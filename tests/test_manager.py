@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.host.blocks import BlockAllocator
 from dsv4_jax.host.errors import (
     CacheFull,
     CannotTruncate,
@@ -38,10 +37,10 @@ def make_manager(*kinds, hca_tail="rows", token_buckets=(8, 64, 512), **sizes) -
 
 
 def state(thing) -> dict:
-    """Everything a manager or allocator remembers, as values that compare by content."""
+    """Everything a manager remembers, as values that compare by content."""
     values = {}
     for name, value in vars(thing).items():
-        if isinstance(value, BlockAllocator):
+        if type(value).__module__.startswith("dsv4_jax.host"):
             values[name] = state(value)
         else:
             values[name] = (value.dtype, value.tobytes()) if isinstance(value, np.ndarray) else copy.copy(value)
@@ -111,10 +110,120 @@ def test_can_admit_counts_blocks_and_context():
     assert manager.blocks_needed(388) == 4
 
 
-@pytest.mark.parametrize("buckets", [(), (0, 8), (-1,)])
-def test_token_buckets_are_checked(buckets):
-    with pytest.raises(ValueError, match="token_buckets"):
+@pytest.mark.parametrize("length", [100, np.int64(100), np.int32(388)])
+def test_can_admit_gives_a_bool(length):
+    manager = make_manager(CSA, blocks=3, max_context=390)
+    assert manager.can_admit(length) is bool(length == 100)
+    for _ in range(4):
+        manager.admit()
+    assert manager.can_admit(length) is False
+
+
+@pytest.mark.parametrize(
+    ("length", "error", "message"),
+    [
+        (-5, ValueError, "length must be at least 0, got -5"),
+        (2.0, TypeError, "length must be an integer, got 2.0 of type float"),
+        ("8", TypeError, "length must be an integer, got '8' of type str"),
+        (None, TypeError, "length must be an integer"),
+        (True, TypeError, "length must be an integer, got True"),
+        (np.True_, TypeError, "length must be an integer"),
+        (np.array([1, 2]), TypeError, "length must be an integer"),
+    ],
+)
+def test_lengths_are_checked(length, error, message):
+    manager = make_manager()
+    request = manager.admit()
+    manager.prepare_forward({request: 3})
+    with pytest.raises(error, match=message):
+        manager.can_admit(length)
+    if error is TypeError:
+        with pytest.raises(error, match=message):
+            manager.truncate(request, length)
+
+
+@pytest.mark.parametrize("handle", [2.0, "1", None, True, np.False_])
+def test_handles_are_integers(handle):
+    manager = make_manager()
+    for method in (manager.length, manager.slot, manager.blocks, manager.release, lambda h: manager.truncate(h, 0)):
+        with pytest.raises(TypeError, match="a request must be an integer"):
+            method(handle)
+    handle = np.int64(manager.admit())
+    assert manager.length(handle) == 0
+
+
+@pytest.mark.parametrize(
+    ("buckets", "error"),
+    [
+        ((), ValueError),
+        ((0, 8), ValueError),
+        ((-1,), ValueError),
+        ([2.9], TypeError),
+        ([True], TypeError),
+        (["8"], TypeError),
+        ("8", TypeError),
+        (8, TypeError),
+        (None, TypeError),
+    ],
+)
+def test_token_buckets_are_checked(buckets, error):
+    with pytest.raises(error, match="token_buckets"):
         make_manager(token_buckets=buckets)
+
+
+def test_token_buckets_of_numpy():
+    for buckets in (np.array([8, 2]), [np.int64(8), np.int32(2)]):
+        manager = make_manager(token_buckets=buckets)
+        assert [layout.tokens for layout in manager.layouts] == [2, 8]
+        assert all(type(layout.tokens) is int for layout in manager.layouts)
+
+
+@pytest.mark.parametrize("plan", [None, 3, {}, "plan"])
+def test_what_is_no_plan_is_not_taken_back(plan):
+    manager = make_manager()
+    with pytest.raises(TypeError, match=f"got {type(plan).__name__}"):
+        manager.cancel(plan)
+    with pytest.raises(TypeError, match=f"got {type(plan).__name__}"):
+        manager.commit(plan, 1)
+
+
+def test_reset_forgets_all_requests_and_is_as_new():
+    manager, new = make_manager(), make_manager()
+    requests = [manager.admit() for _ in range(3)]
+    manager.prepare_forward(dict.fromkeys(requests, 150))
+    plan = manager.prepare_forward({requests[2]: 9})
+    manager.release(requests[1])
+    manager.reset()
+    assert manager.requests.size == 0
+    assert (manager.free_slots, manager.free_blocks) == (4, 40)
+    for request in requests:
+        with pytest.raises(UnknownRequest):
+            manager.length(request)
+    with pytest.raises(StalePlan):
+        manager.cancel(plan)
+    for count in (3, 200):
+        again, first = manager.admit(), new.admit()
+        assert again not in requests
+        np.testing.assert_array_equal(
+            manager.prepare_forward({again: count}).packed, new.prepare_forward({first: count}).packed
+        )
+
+
+def test_a_reset_is_due_until_a_plan_of_it_stands():
+    manager = make_manager(slots=2)
+    one, two = manager.admit(), manager.admit()
+    plan = manager.prepare_forward({two: 1, one: 1})
+    assert plan.request_reset.tolist() == [1, 1]
+    manager.cancel(plan)
+    plan = manager.prepare_forward({two: 2, one: 2}, steps=3)
+    assert plan.request_reset.tolist() == [[1, 1], [0, 0], [0, 0]]
+    manager.commit(plan, [1, 0])
+    plan = manager.prepare_forward({two: 2, one: 2})
+    assert plan.request_reset.tolist() == [0, 1]
+    manager.truncate(two, 0)
+    manager.release(one)
+    three = manager.admit()
+    assert manager.prepare_forward({two: 2, three: 2}).request_reset.tolist() == [1, 1]
 
 
 def test_layouts_are_every_shape_a_plan_can_have():
@@ -134,6 +243,8 @@ def test_bad_steps_name_what_is_wrong():
         (([one, two, one], [1, 1, 1]), InvalidStep, f"request {one} appears more than once"),
         ({one: 1, two: 0}, InvalidStep, f"request {two} is given 0 tokens"),
         (([one, two], [1]), InvalidStep, r"\(2,\) and \(1,\)"),
+        ({one: True}, InvalidStep, "token counts must be 64-bit integers, got bool"),
+        (None, InvalidStep, "got NoneType"),
         (([one], [1.0]), InvalidStep, "token counts must be 64-bit integers, got float64"),
         (({"a": 1}), InvalidStep, "requests must be 64-bit integers"),
         (([2**70], [1]), InvalidStep, "requests must be 64-bit integers, got object"),
@@ -221,6 +332,8 @@ def test_bad_steps_at_once_change_nothing():
     cases = [
         ({one: 1}, 0, InvalidStep, "steps must be an integer of at least 1.*got 0"),
         ({one: 1}, 2.0, InvalidStep, "got 2.0"),
+        ({one: 1}, True, InvalidStep, "got True"),
+        ({one: 1}, np.True_, InvalidStep, "steps must be an integer"),
         ({one: 50}, 9, ContextExceeded, "200 tokens and asks for 450 more, the context is 600: give it at most 400"),
         ({one: 1}, 2**62, ContextExceeded, "asks for 4611686018427387904 more"),
         ({one: 2**62}, 2**62, ContextExceeded, "the context is 600"),
@@ -290,6 +403,9 @@ def test_bad_commits_change_nothing():
         ([1, 2, 3], r"each of the plan's 2 requests; got int64 \[3\]"),
         ([[1, 2]], r"int64 \[1, 2\]"),
         (1.0, "float64"),
+        (True, "bool"),
+        (None, "object"),
+        ([[1], [1, 2]], "must be integers"),
     ]
     for steps_run, message in cases:
         with pytest.raises(InvalidStep, match=message):
@@ -412,9 +528,9 @@ def test_cancel_takes_only_this_managers_own_plans():
 
 
 @pytest.mark.parametrize(
-    ("kinds", "slack", "length", "target", "lowest"),
+    ("kinds", "lookahead", "length", "target", "lowest"),
     [
-        # The ring keeps 128 + slack rows, position n needs the 127 before it.
+        # The ring keeps 128 + lookahead rows, position n needs the 127 before it.
         ((SWA,), 0, 128, 1, None),
         ((SWA,), 0, 129, 128, None),
         ((SWA,), 0, 129, 127, 128),
@@ -441,8 +557,8 @@ def test_cancel_takes_only_this_managers_own_plans():
         ((SWA,), 0, 100, 101, 1),
     ],
 )
-def test_what_can_be_truncated(kinds, slack, length, target, lowest):
-    assert_truncates(make_manager(*kinds, slack=slack), length, target, lowest)
+def test_what_can_be_truncated(kinds, lookahead, length, target, lowest):
+    assert_truncates(make_manager(*kinds, lookahead=lookahead), length, target, lowest)
 
 
 def assert_truncates(manager, length, target, lowest):
@@ -477,7 +593,7 @@ def assert_truncates(manager, length, target, lowest):
     ],
 )
 def test_from_a_running_tail_only_whole_windows_can_be_dropped(kinds, length, target, lowest):
-    assert_truncates(make_manager(*kinds, hca_tail="running", slack=200), length, target, lowest)
+    assert_truncates(make_manager(*kinds, hca_tail="running", lookahead=200), length, target, lowest)
 
 
 def test_rows_overwritten_by_dropped_tokens_stay_lost():
@@ -522,7 +638,7 @@ def test_truncating_to_nothing_frees_every_block_and_resets_the_slot():
 
 
 def test_truncating_between_hca_windows_frees_the_blocks_of_dropped_entries():
-    manager = make_manager(HCA, slack=300)
+    manager = make_manager(HCA, lookahead=300)
     request = manager.admit()
     grow(manager, request, 390)
     kept = manager.blocks(request)[:1].tolist()

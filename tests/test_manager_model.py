@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from test_blocks import assert_balanced
 from test_manager import make_manager, state
 from test_plan import assert_fields, by_loop
 
@@ -135,14 +136,20 @@ class ManagerMachine(RuleBasedStateMachine):
         kinds=st.sampled_from(((CSA, HCA, SWA), (CSA,), (HCA, SWA), (SWA,))),
         slots=st.integers(1, 4),
         blocks=st.integers(1, 14),
-        slack=st.sampled_from((0, 0, 3, 150)),
+        lookahead=st.sampled_from((0, 0, 3, 150)),
         max_context=st.sampled_from((130, 517, 900)),
         hca_tail=st.sampled_from(HCA_TAILS),
     )
-    def start(self, kinds, slots, blocks, slack, max_context, hca_tail):
-        self.kinds, self.slots, self.blocks, self.max_context, self.slack = kinds, slots, blocks, max_context, slack
+    def start(self, kinds, slots, blocks, lookahead, max_context, hca_tail):
+        self.kinds, self.slots, self.blocks, self.max_context, self.lookahead = (
+            kinds,
+            slots,
+            blocks,
+            max_context,
+            lookahead,
+        )
         self.buckets, self.hca_tail = (8, 50, 400), hca_tail
-        sizes = {"slots": slots, "blocks": blocks, "max_context": max_context, "slack": slack}
+        sizes = {"slots": slots, "blocks": blocks, "max_context": max_context, "lookahead": lookahead}
         self.manager = make_manager(*kinds, hca_tail=hca_tail, token_buckets=self.buckets, **sizes)
         self.requests = {}
         self.slot = {}
@@ -174,7 +181,7 @@ class ManagerMachine(RuleBasedStateMachine):
         assert handle not in self.requests
         assert handle not in self.released
         self.slot[handle] = self.manager.slot(handle)
-        self.requests[handle] = Request(self.kinds, WINDOW + self.slack, self.hca_tail)
+        self.requests[handle] = Request(self.kinds, WINDOW + self.lookahead, self.hca_tail)
 
     @rule()
     def admit(self):
@@ -394,8 +401,9 @@ class ManagerMachine(RuleBasedStateMachine):
         assert set(blocks) <= set(range(self.blocks))
         assert len(set(self.slot.values())) == len(self.slot)
         assert set(self.slot.values()) <= set(range(self.slots))
-        table = manager._block_table
-        assert sorted(table[table >= 0].tolist()) == sorted(blocks)
+        ledger = manager._ledger
+        assert sorted(ledger.table[ledger.table >= 0].tolist()) == sorted(blocks)
+        assert_balanced(ledger)
 
 
 ManagerMachine.TestCase.settings = settings(deadline=None, max_examples=200, stateful_step_count=40)

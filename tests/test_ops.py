@@ -307,7 +307,7 @@ def update_operands(rng, kind, hca_tail, step, raw, dtype, profile):
     if kind == "hca":
         return (window, entries, rows, inputs(512), table, plan, 1, 2), attributes
     keys = compressed(128, formats.key_format)
-    attributes |= {"key_format": formats.key_format, "hadamard": formats.indexer_hadamard}
+    attributes |= {"key_format": formats.key_format, "hadamard": formats.keys_hadamard}
     return (window, entries, keys, rows, inputs(512), inputs(128), table, plan, 1, 2), attributes
 
 
@@ -489,7 +489,7 @@ def test_every_kernel_in_one_program(rng):
 
 def test_an_empty_step_changes_nothing(rng):
     """Padding alone, as an invalid mask: every pool comes back as it was."""
-    plan = build_plan(LAYOUT, [], [], [])
+    plan = build_plan(LAYOUT, [], [], [], [])
     table, fp8 = random_table(rng), ENTRY_FORMATS["fp8"]
     window, positions = random_pool(rng, fp8, RING, SLOTS), rng.integers(0, 9, (LAYERS, SLOTS, RING)).astype(np.int32)
     tails = [random_tail(rng, 4, 512), random_tail(rng, 4, 128), random_tail(rng, 128, 512)]
@@ -539,7 +539,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_wrong_operand_is_named_while_tracing(mistake):
     fp8 = ENTRY_FORMATS["fp8"]
-    plan = build_plan(LAYOUT, [0], [0], [5])
+    plan = build_plan(LAYOUT, [0], [0], [5], [True])
     right = {
         "append_window": {
             "window": np.zeros((LAYERS, SLOTS, *fp8.page_shape(RING)), np.uint8),
@@ -572,7 +572,7 @@ def test_a_wrong_operand_is_named_while_tracing(mistake):
 def test_a_call_that_is_not_aliased_is_refused_by_name(rng):
     """What a caller of the bare FFI target gets: the handler checks for itself and names the operand."""
     tail = jnp.asarray(random_tail(rng, 4, 512))
-    plan = build_plan(LAYOUT, [0], [0], [5])
+    plan = build_plan(LAYOUT, [0], [0], [5], [True])
     unaliased = jax.ffi.ffi_call("dsv4_rotate", jax.ShapeDtypeStruct(tail.shape, tail.dtype))
     with pytest.raises(Exception, match="dsv4 rotate: tail is updated in place"):
         jax.block_until_ready(

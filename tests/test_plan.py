@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_jax.host.planning import build_plan, build_plans
-from dsv4_jax.layout.plan import PlanLayout, StepPlan
+from dsv4_jax.layout.plan import PlanLayout, Receipt, StepPlan
 
 FIELDS = ("token_slot", "token_position", "token_request", "request_slot", "request_reset", "query_start", "longest")
 TABLE_FIELDS = ("table_slot", "table_index", "table_block")
@@ -114,6 +114,54 @@ def test_layout_fields_tile_the_vector():
     np.testing.assert_array_equal(covered, np.arange(layout.size))
 
 
+@pytest.mark.parametrize(("tokens", "requests"), [(1, 1), (8, 8), (128, 128), (8, 4), (300, 5)])
+def test_where_each_token_has_a_closing_place(tokens, requests):
+    layout = PlanLayout(tokens, requests)
+    plan = build_plan(layout, [0], [3], [1], False)
+    assert plan.closing(4)[0] == 0
+    if layout.closings_by_token:
+        assert layout.closing_size(4) == layout.closing_size(128) == tokens
+    else:
+        assert requests < tokens
+
+
+def test_plans_of_another_schema_have_another_layout():
+    assert PlanLayout(64, 4, "a") != PlanLayout(64, 4, "b")
+    assert PlanLayout(64, 4, "a").fields == PlanLayout(64, 4).fields
+
+
+def test_plans_of_several_shards_have_no_fields_outside_shard_map():
+    layout = PlanLayout(8, 2)
+    shards = [build_plan(layout, [slot], [0], [3], True).packed for slot in (0, 1)]
+    one_step, two_steps = np.concatenate(shards), np.tile(np.concatenate(shards), (2, 1))
+    for packed in (one_step, two_steps):
+        together = StepPlan(packed, layout)
+        for read in (lambda p: p.token_slot, lambda p: p.closing(4), lambda p: p.request_end, lambda p: p.last_token):
+            with pytest.raises(ValueError, match=r"several shards lie side by side.*shard_map"):
+                read(together)
+    with pytest.raises(ValueError, match="several shards"):
+        StepPlan(one_step, layout).stop([True, True])
+    with pytest.raises(ValueError, match="several shards"):
+        StepPlan(one_step, layout).pack_tokens([[1, 2, 3]])
+
+
+def test_inside_shard_map_each_shard_has_a_plan_of_its_own():
+    layout = PlanLayout(8, 2)
+    mesh = jax.sharding.AbstractMesh((2,), ("shards",), axis_types=(jax.sharding.AxisType.Auto,))
+    for steps in ((), (3,)):
+        plan = StepPlan(jax.ShapeDtypeStruct((*steps, 2 * layout.size), np.int32), layout)
+        spec = jax.sharding.PartitionSpec(*[None] * len(steps), "shards")
+        seen = []
+
+        def read(plan, seen=seen):
+            seen.append(plan.packed.shape)
+            return plan.request_end
+
+        ends = jax.eval_shape(jax.shard_map(read, mesh=mesh, in_specs=spec, out_specs=spec), plan)
+        assert seen[0] == (*steps, layout.size)
+        assert ends.shape == (*steps, 2 * layout.requests)
+
+
 def test_layouts_are_equal_by_value():
     assert PlanLayout(64, 4) == PlanLayout(64, 4)
     assert hash(PlanLayout(64, 4)) == hash(PlanLayout(64, 4))
@@ -128,15 +176,15 @@ def test_layout_holds_at_least_one(tokens, requests):
 
 @settings(deadline=None, max_examples=200)
 @given(steps(), st.booleans(), st.data())
-def test_build_plan_equals_a_loop(step, automatic_resets, data):
+def test_build_plan_equals_a_loop(step, one_for_all, data):
     layout, slots, starts, counts = step
-    resets = [start == 0 for start in starts]
-    if not automatic_resets:
-        resets = [data.draw(st.booleans()) for _ in starts]
+    resets = [data.draw(st.booleans()) for _ in starts]
+    if one_for_all:
+        resets = resets[:1] * len(starts)
     change = st.tuples(st.integers(0, 40), st.integers(0, 99), st.integers(0, 999))
     changes = data.draw(st.lists(change, max_size=layout.table_changes))
     table_changes = tuple(np.array(changes).T) if changes else None
-    plan = build_plan(layout, slots, starts, counts, None if automatic_resets else resets, table_changes)
+    plan = build_plan(layout, slots, starts, counts, any(resets) if one_for_all else resets, table_changes)
     assert_fields(plan, by_loop(layout, slots, starts, counts, resets, changes))
 
 
@@ -153,17 +201,17 @@ def test_capacities_hold_for_any_step(requests):
 
 def test_capacities_are_reached():
     layout = PlanLayout(tokens=4 * 130, requests=4)
-    plan = build_plan(layout, range(4), [127] * 4, [129 + 1] * 4)
+    plan = build_plan(layout, range(4), [127] * 4, [129 + 1] * 4, False)
     assert np.count_nonzero(plan.closing(128) >= 0) == 4 * 2
     assert layout.closing_size(128) == 8
     layout = PlanLayout(tokens=4, requests=4)
-    plan = build_plan(layout, range(4), [3] * 4, [1] * 4)
+    plan = build_plan(layout, range(4), [3] * 4, [1] * 4, False)
     np.testing.assert_array_equal(plan.closing(4), [0, 1, 2, 3])
 
 
 def test_no_request_is_nothing_but_padding():
     layout = PlanLayout(8, 3)
-    plan = build_plan(layout, [], [], [])
+    plan = build_plan(layout, [], [], [], [])
     assert_fields(plan, by_loop(layout, [], [], [], []))
     np.testing.assert_array_equal(plan.pack_tokens([]), np.zeros(8))
 
@@ -176,11 +224,11 @@ def test_no_request_is_nothing_but_padding():
 def test_build_plan_refuses_what_does_not_fit(slots, counts, changes):
     table_changes = (np.zeros(changes, int),) * 3 if changes else None
     with pytest.raises(ValueError, match="do not fit a plan"):
-        build_plan(PlanLayout(8, 2), slots, [5] * len(slots), counts, table_changes=table_changes)
+        build_plan(PlanLayout(8, 2), slots, [5] * len(slots), counts, False, table_changes)
 
 
 def test_unknown_ratio():
-    plan = build_plan(PlanLayout(8, 2), [0], [0], [8])
+    plan = build_plan(PlanLayout(8, 2), [0], [0], [8], [True])
     with pytest.raises(ValueError, match=r"\(4, 128\)"):
         plan.closing(8)
     with pytest.raises(ValueError, match=r"\(4, 128\)"):
@@ -188,7 +236,7 @@ def test_unknown_ratio():
 
 
 def test_packed_vector_is_read_only():
-    plan = build_plan(PlanLayout(8, 2), [0], [0], [8])
+    plan = build_plan(PlanLayout(8, 2), [0], [0], [8], [True])
     with pytest.raises(ValueError, match="read-only"):
         plan.packed[0] = 1
 
@@ -207,8 +255,9 @@ def test_every_field_is_the_same_inside_jit_without_a_retrace(rng):
         slots = rng.permutation(9)[:requests].tolist()
         starts = [int(rng.choice([0, 3, 127, 128, 1_000_000])) for _ in slots]
         counts = rng.integers(1, 129, requests).tolist()
-        expected = by_loop(layout, slots, starts, counts, [start == 0 for start in starts])
-        for name, values in fields(build_plan(layout, slots, starts, counts, receipt=object())).items():
+        resets = rng.random(requests) < 0.5
+        expected = by_loop(layout, slots, starts, counts, resets)
+        for name, values in fields(build_plan(layout, slots, starts, counts, resets, receipt=Receipt("a", 1))).items():
             assert values.dtype == np.int32, name
             np.testing.assert_array_equal(values, expected[name], err_msg=name)
     assert traces == 1
@@ -216,7 +265,7 @@ def test_every_field_is_the_same_inside_jit_without_a_retrace(rng):
 
 def test_stacked_plans_have_stacked_fields_and_scan_apart():
     layout = PlanLayout(6, 3)
-    plans = [build_plan(layout, [4, 1], [step, 127 + step], [1, 1]) for step in range(3)]
+    plans = [build_plan(layout, [4, 1], [step, 127 + step], [1, 1], [True, False]) for step in range(3)]
     stacked = StepPlan(np.stack([plan.packed for plan in plans]), layout)
     for name, values in every_field(stacked).items():
         np.testing.assert_array_equal(values, np.stack([every_field(plan)[name] for plan in plans]), err_msg=name)
@@ -231,20 +280,21 @@ def test_build_plans_is_a_loop_over_steps(first, count, data):
     change = st.tuples(st.integers(0, 40), st.integers(0, 99), st.integers(0, 999))
     changes = [data.draw(st.lists(change, max_size=layout.table_changes)) for _ in range(count)]
     flat = [(step, *change) for step, of_step in enumerate(changes) for change in of_step]
-    plan = build_plans(layout, count, slots, starts, counts, None, tuple(np.array(flat).T) if flat else None)
+    first_resets = [data.draw(st.booleans()) for _ in starts]
+    plan = build_plans(layout, count, slots, starts, counts, first_resets, tuple(np.array(flat).T) if flat else None)
     assert plan.packed.shape == (count, layout.size)
     for step in range(count):
         now = [start + step * tokens for start, tokens in zip(starts, counts, strict=True)]
-        resets = [step == 0 and start == 0 for start in starts]
+        resets = [step == 0 and reset for reset in first_resets]
         assert_fields(plan.step(step), by_loop(layout, slots, now, counts, resets, changes[step]))
 
 
 def test_build_plans_refuses_too_many_changes_in_one_step():
     layout = PlanLayout(8, 2)
     fit = ([0, 0, 1, 1], *np.zeros((3, 4), int))
-    build_plans(layout, 2, [0], [5], [1], table_changes=fit)
+    build_plans(layout, 2, [0], [5], [1], False, fit)
     with pytest.raises(ValueError, match="3 table changes in one step do not fit a plan of 2"):
-        build_plans(layout, 2, [0], [5], [1], table_changes=([0, 1, 1, 1], *fit[1:]))
+        build_plans(layout, 2, [0], [5], [1], False, ([0, 1, 1, 1], *fit[1:]))
 
 
 @pytest.mark.parametrize("layout", [PlanLayout(5, 5), PlanLayout(300, 5), PlanLayout(400, 6)], ids=str)
@@ -259,8 +309,9 @@ def test_stop_leaves_a_plan_of_the_others(layout, rng):
             (int(rng.choice(slots)), int(rng.integers(99)), int(rng.integers(999)))
             for _ in range(int(rng.integers(0, layout.table_changes + 1)) if slots else 0)
         ]
-        plan = build_plan(layout, slots, starts, counts, None, tuple(np.array(changes).T) if changes else None)
-        expected = by_loop(layout, slots, starts, counts, [start == 0 for start in starts], changes)
+        resets = rng.random(requests) < 0.5
+        plan = build_plan(layout, slots, starts, counts, resets, tuple(np.array(changes).T) if changes else None)
+        expected = by_loop(layout, slots, starts, counts, resets, changes)
         stopped, more = rng.random((2, layout.requests)) < rng.random()
         left = stop(plan, stopped)
         assert left.layout == layout
@@ -270,7 +321,7 @@ def test_stop_leaves_a_plan_of_the_others(layout, rng):
 
 def test_stop_inside_a_scan_and_a_while_loop():
     layout = PlanLayout(6, 3)
-    plans = build_plans(layout, 4, [4, 1], [0, 126], [1, 2], None, ([1], [1], [0], [9]))
+    plans = build_plans(layout, 4, [4, 1], [0, 126], [1, 2], [True, False], ([1], [1], [0], [9]))
     ends = np.array([1, 3, 0])  # the step before which each request stops
 
     def by_scan(plans, ends):
@@ -291,7 +342,7 @@ def test_stop_inside_a_scan_and_a_while_loop():
 
 def test_step_and_stop_take_the_plans_they_are_for():
     layout = PlanLayout(8, 3)
-    plans = build_plans(layout, 2, [3], [0], [3])
+    plans = build_plans(layout, 2, [3], [0], [3], [True])
     with pytest.raises(ValueError, match="stacked"):
         plans.step(0).step(0)
     for plan, mask in ((plans, [True] * 3), (plans.step(0), [True] * 2), (plans.step(0), True)):
@@ -301,7 +352,7 @@ def test_step_and_stop_take_the_plans_they_are_for():
 
 def test_pytree_has_one_leaf_and_leaves_the_receipt_behind():
     layout = PlanLayout(6, 3)
-    one, other = (build_plan(layout, [0], [0], [1], receipt=object()) for _ in range(2))
+    one, other = (build_plan(layout, [0], [0], [1], [True], receipt=Receipt("a", i)) for i in range(2))
     assert jax.tree.structure(one) == jax.tree.structure(other)
     assert len(jax.tree.leaves(one)) == 1
     assert jax.tree.map(lambda leaf: leaf, one).receipt is None
@@ -309,7 +360,7 @@ def test_pytree_has_one_leaf_and_leaves_the_receipt_behind():
 
 
 def test_pack_tokens_in_plan_order():
-    plan = build_plan(PlanLayout(8, 4), [3, 0, 2], [0, 9, 5], [3, 1, 2])
+    plan = build_plan(PlanLayout(8, 4), [3, 0, 2], [0, 9, 5], [3, 1, 2], False)
     expected = [11, 12, 13, 21, 31, 32, 0, 0]
     for tokens in (
         [[11, 12, 13], 21, np.array([31, 32])],
@@ -322,6 +373,19 @@ def test_pack_tokens_in_plan_order():
     np.testing.assert_array_equal(np.array(expected)[plan.last_token[:3]], [13, 21, 32])
 
 
+def test_pack_tokens_of_a_single_request():
+    plan = build_plan(PlanLayout(8, 4), [3], [9], [3], False)
+    for tokens in ([1, 2, 3], (1, 2, 3), [[1, 2, 3]], [np.int32(1), 2, 3], range(1, 4), np.arange(1, 4), [(1, 2, 3)]):
+        np.testing.assert_array_equal(plan.pack_tokens(tokens), [1, 2, 3, 0, 0, 0, 0, 0])
+    for tokens in ([1, 2], [1, 2, 3, 4], [[1, 2]], []):
+        with pytest.raises(ValueError, match="tokens"):
+            plan.pack_tokens(tokens)
+    with pytest.raises(ValueError, match="integers"):
+        plan.pack_tokens([1.0, 2, 3])
+    one = build_plan(PlanLayout(8, 4), [3], [9], [1], False)
+    np.testing.assert_array_equal(one.pack_tokens([7])[:2], [7, 0])
+
+
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
@@ -332,13 +396,13 @@ def test_pack_tokens_in_plan_order():
     ],
 )
 def test_pack_tokens_refuses_the_wrong_tokens(tokens, message):
-    plan = build_plan(PlanLayout(8, 4), [3, 0, 2], [0, 9, 5], [3, 1, 2])
+    plan = build_plan(PlanLayout(8, 4), [3, 0, 2], [0, 9, 5], [3, 1, 2], False)
     with pytest.raises(ValueError, match=message):
         plan.pack_tokens(tokens)
 
 
 def test_pack_tokens_refuses_stacked_plans():
-    plan = build_plan(PlanLayout(8, 4), [3], [0], [3])
+    plan = build_plan(PlanLayout(8, 4), [3], [0], [3], [True])
     with pytest.raises(ValueError, match="one step"):
         StepPlan(np.stack([plan.packed] * 2), plan.layout).pack_tokens([[1, 2, 3]])
 

@@ -21,7 +21,7 @@ ARRAYS = [
     "csa_keys",
     "hca_entries",
     "csa_tail",
-    "key_tail",
+    "csa_key_tail",
     "hca_tail",
 ]
 
@@ -32,11 +32,11 @@ def schema_of(profile="default", **sizes):
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_empty_cache(profile, device):
-    schema = schema_of(profile, slack=2)
+    schema = schema_of(profile, lookahead=2)
     cache = init_cache(schema)
     assert cache.schema == schema
     for name in ARRAYS:
-        array = getattr(cache, name)
+        array = cache.arrays[name]
         assert (array.shape, array.dtype) == (schema.arrays[name].shape, schema.arrays[name].dtype)
         assert array.devices() == {device}
         values = np.asarray(array.astype(jnp.float32))
@@ -51,7 +51,7 @@ def test_empty_cache(profile, device):
 def test_memory_is_what_the_device_holds(profile, device):
     schema = schema_of(profile)
     cache = init_cache(schema)
-    real = {name: getattr(cache, name).addressable_data(0).on_device_size_in_bytes() for name in ARRAYS}
+    real = {name: cache.arrays[name].addressable_data(0).on_device_size_in_bytes() for name in ARRAYS}
     assert cache.memory_bytes() == real == schema.bytes_by_component
     assert sum(real.values()) == schema.memory_bytes
 
@@ -64,14 +64,15 @@ def test_memory_follows_the_arrays_and_not_the_schema():
 def test_arrays_share_no_buffer():
     # As many blocks as rows that make pools of equal shape: equal constants must not become one buffer.
     cache = init_cache(schema_of("bf16", blocks=32))
-    pointers = [getattr(cache, name).unsafe_buffer_pointer() for name in ARRAYS]
+    pointers = [cache.arrays[name].unsafe_buffer_pointer() for name in ARRAYS]
     assert len(set(pointers)) == len(ARRAYS)
 
 
 def test_leaves_are_the_arrays_and_the_schema_is_static():
     cache = init_cache(schema_of())
     leaves, structure = jax.tree.flatten(cache)
-    assert [id(leaf) for leaf in leaves] == [id(getattr(cache, name)) for name in ARRAYS]
+    assert {id(leaf) for leaf in leaves} == {id(cache.arrays[name]) for name in ARRAYS}
+    assert len(leaves) == len(ARRAYS)
     assert structure == jax.tree.structure(init_cache(schema_of()))
     assert structure != jax.tree.structure(init_cache(schema_of(blocks=6)))
     assert isinstance(jax.tree.unflatten(structure, leaves), Cache)
@@ -92,11 +93,11 @@ def test_donated_cache_is_updated_in_place_without_a_retrace(device):
         return dataclasses.replace(cache, block_table=cache.block_table + 1)
 
     cache = init_cache(schema_of())
-    before = {name: getattr(cache, name).unsafe_buffer_pointer() for name in ARRAYS}
+    before = {name: cache.arrays[name].unsafe_buffer_pointer() for name in ARRAYS}
     for _ in range(3):
         given, cache = cache, step(cache)
         assert given.window.is_deleted()
-    assert {name: getattr(cache, name).unsafe_buffer_pointer() for name in ARRAYS} == before
+    assert {name: cache.arrays[name].unsafe_buffer_pointer() for name in ARRAYS} == before
     assert traces == [schema_of()]
     assert np.all(np.asarray(cache.block_table) == 2)
     # A schema that is equal and not the same object is no reason to compile again.
@@ -105,18 +106,12 @@ def test_donated_cache_is_updated_in_place_without_a_retrace(device):
 
 
 def test_cache_goes_where_it_is_told(device):
-    schema = schema_of()
     mesh = jax.sharding.Mesh(np.array([device]), ("blocks",))
-    whole = jax.sharding.NamedSharding(mesh, jax.P())
-    by_blocks = jax.sharding.NamedSharding(mesh, jax.P(None, "blocks"))
-    per_array = Cache(**{name: by_blocks if name in ARRAYS[3:6] else whole for name in ARRAYS}, schema=schema)
-    for chosen in (device, whole, per_array):
-        cache = init_cache(schema, device=chosen)
-        for name in ARRAYS:
-            assert getattr(cache, name).devices() == {device}
+    for chosen in (device, jax.sharding.NamedSharding(mesh, jax.P())):
+        cache = init_cache(schema_of(), device=chosen)
+        for array in cache.arrays.values():
+            assert array.devices() == {device}
         assert np.all(np.asarray(cache.block_table) == -1)
-    assert cache.csa_keys.sharding == by_blocks
-    assert cache.hca_tail.sharding == whole
 
 
 def test_making_a_cache_takes_no_second_copy_of_it():

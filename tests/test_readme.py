@@ -1,12 +1,18 @@
 """What README.md says is so: its code runs, its tables and links match the package."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import dsv4_jax_native
 import numpy as np
+import pytest
 import typer
 
-from dsv4_jax import PlanLayout, ops
+from dsv4_jax import ops
 from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
 from dsv4_jax.tools.cli.main import application
 
@@ -24,9 +30,17 @@ def rows_of_table(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_the_example_is_short_and_runs():
+def example() -> str:
+    """The README's example, as a reader saves it."""
     (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 25
+    return code
+
+
+def test_the_example_is_short_and_runs():
+    code = example()
+    assert len([line for line in code.splitlines() if line.strip()]) <= 40
+    assert set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)) == {"jax", "dsv4_jax"}
+    assert "dsv4_jax." not in code  # public names are all it needs
     names = {}
     exec(compile(code, "README.md", "exec"), names)
 
@@ -37,7 +51,62 @@ def test_the_example_is_short_and_runs():
     np.testing.assert_array_equal(logits[0], logits[1])
     assert (logits[0] != logits[2]).any()
     assert [names["manager"].length(request) for request in names["requests"]] == [5, 5]
-    assert names["plan"].layout == PlanLayout(4, 4)
+    layout = names["plan"].layout
+    assert (layout.tokens, layout.requests) == (4, 4)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder on the path with the native module alone, as ``site-packages`` has it after ``pip install .``."""
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copy(dsv4_jax_native.__file__, folder)
+    return folder
+
+
+def run_python(*arguments: str, folder: Path, path: str) -> subprocess.CompletedProcess:
+    """Python in a folder, with PYTHONPATH and nothing else of this process's paths."""
+    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_the_example_runs_in_the_clones_root(installed, tmp_path):
+    """Where ``dsv4_jax`` is the source folder, and the native module is wherever it was installed."""
+    (tmp_path / "example.py").write_text(example())
+    code = (
+        f"import runpy; names = runpy.run_path({str(tmp_path / 'example.py')!r});"
+        "print(names['dsv4'].__file__, names['logits'].shape)"
+    )
+    result = run_python("-c", code, folder=ROOT, path=str(installed))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(ROOT / "dsv4_jax" / "__init__.py"), "(4,", "256)"]
+
+
+def test_the_example_runs_from_elsewhere(installed, tmp_path):
+    (installed / "dsv4_jax").exists() or shutil.copytree(
+        ROOT / "dsv4_jax", installed / "dsv4_jax", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (tmp_path / "example.py").write_text(example() + "print(dsv4.__file__, logits.shape)\n")
+    result = run_python("example.py", folder=tmp_path, path=str(installed))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(installed / "dsv4_jax" / "__init__.py"), "(4,", "256)"]
+
+
+def test_without_the_native_module_one_error_says_what_to_do():
+    """In the clone's root before anything was installed: not a traceback of imports, and not at ``import dsv4_jax``."""
+    code = "import sys; sys.modules['dsv4_jax_native'] = None\n" + example()
+    result = run_python("-c", code, folder=ROOT, path="")
+    assert result.returncode == 1
+    assert re.search(r"^\S*NativeModuleError: .* Mend it, .* with: pip install", result.stderr, re.M), result.stderr
+
+
+def test_the_program_runs_as_a_module(installed):
+    """``python -m dsv4_jax`` in the clone's root, where no ``dsv4-jax`` may be on the path."""
+    result = run_python("-m", "dsv4_jax", "doctor", folder=ROOT, path=str(installed))
+    assert "dsv4_jax_native" not in result.stderr, result.stderr
+    assert "FFI" in result.stdout, result.stdout
+    assert "doctor" in run_python("-m", "dsv4_jax", "--help", folder=ROOT, path=str(installed)).stdout
 
 
 def test_the_table_of_operations_is_complete():

@@ -26,7 +26,7 @@ BUCKETS = (2, 264, LENGTH)
 CSA, KEY, HCA = "L1.", "L1.idx_", "L2."
 WIDTHS = {CSA: 512, KEY: 128, HCA: 512}
 RATIOS = {CSA: 4, KEY: 4, HCA: 128}
-TAILS = {CSA: "csa_tail", KEY: "key_tail", HCA: "hca_tail"}
+TAILS = {CSA: "csa_tail", KEY: "csa_key_tail", HCA: "hca_tail"}
 POOLS = {CSA: "csa_entries", KEY: "csa_keys", HCA: "hca_entries"}
 FORMATS = {CSA: ENTRY_FORMATS["fp32"], KEY: KEY_FORMATS["fp32"], HCA: ENTRY_FORMATS["fp32"]}
 EXPECTED = {CSA: "L1.compressed", KEY: "L1.idx_keys", HCA: "L2.compressed"}
@@ -61,7 +61,7 @@ def poisoned_state():
         "window": np.full((3, SLOTS, RING, 512), nan),
         "window_positions": np.broadcast_to(np.arange(RING, dtype=np.int32), (3, SLOTS, RING)),
         "csa_tail": np.full((2, SLOTS, 2, 12, 512), nan),
-        "key_tail": np.full((2, SLOTS, 2, 12, 128), nan),
+        "csa_key_tail": np.full((2, SLOTS, 2, 12, 128), nan),
         "hca_tail": np.full((1, SLOTS, 2, 128, 512), nan),
         "csa_entries": np.full((2, BLOCKS, 32, 512), nan),
         "csa_keys": np.full((2, BLOCKS, 32, 128), nan),

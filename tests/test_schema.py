@@ -5,6 +5,7 @@ import dataclasses
 import pickle
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dsv4_jax.layout.formats import PROFILES, CacheFormats
@@ -86,10 +87,10 @@ def test_rows_of_a_block_and_of_a_tail():
     assert [layer.tail_rows for layer in layers] == [0, 12, 128]
 
 
-@pytest.mark.parametrize("slack", [0, 7])
-def test_shapes_of_a_cache(slack):
-    schema = CacheSchema(tiny_spec(), CacheFormats("fp8", "fp8_ds_mla", "nvfp4"), 3, 50, 1000, slack)
-    ring = 128 + slack
+@pytest.mark.parametrize(("lookahead", "csa_rows"), [(0, 12), (1, 20), (4, 20), (7, 28)])
+def test_shapes_of_a_cache(lookahead, csa_rows):
+    schema = CacheSchema(tiny_spec(), CacheFormats("fp8", "fp8_ds_mla", "nvfp4"), 3, 50, 1000, lookahead)
+    ring = 128 + lookahead
     window_page = -(-584 * ring // 576) * 576
     assert {name: (array.shape, array.dtype) for name, array in schema.arrays.items()} == {
         "block_table": ((3, 8), jnp.int32),
@@ -98,9 +99,9 @@ def test_shapes_of_a_cache(slack):
         "csa_entries": ((2, 50, 32 * 580), jnp.uint8),
         "csa_keys": ((2, 50, 32 * 76), jnp.uint8),
         "hca_entries": ((1, 50, 580), jnp.uint8),
-        "csa_tail": ((2, 3, 2, 12, 512), jnp.float32),
-        "key_tail": ((2, 3, 2, 12, 128), jnp.float32),
-        "hca_tail": ((1, 3, 2, 128, 512), jnp.float32),
+        "csa_tail": ((2, 3, 2, csa_rows, 512), jnp.float32),
+        "csa_key_tail": ((2, 3, 2, csa_rows, 128), jnp.float32),
+        "hca_tail": ((1, 3, 2, 128 + lookahead, 512), jnp.float32),
     }
 
 
@@ -116,12 +117,12 @@ def test_unquantized_pages_have_rows():
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("name", SPECS)
 def test_layers_and_stacked_arrays_add_up_to_the_same_bytes(profile, name, rng):
-    slots, blocks, slack = (int(number) for number in rng.integers(1, 300, 3))
+    slots, blocks, lookahead = (int(number) for number in rng.integers(1, 300, 3))
     context = int(rng.integers(1, 2**20))
-    schema = CacheSchema(SPECS[name], PROFILES[profile], slots, blocks, context, slack)
+    schema = CacheSchema(SPECS[name], PROFILES[profile], slots, blocks, context, lookahead)
     assert schema.memory_bytes == slots * schema.bytes_per_slot + blocks * schema.bytes_per_block
     for layer, layer_spec in enumerate(SPECS[name].layers):
-        assert schema.layer(layer) == LayerCacheSchema(layer_spec.kind, PROFILES[profile], 128 + slack)
+        assert schema.layer(layer) == LayerCacheSchema(layer_spec.kind, PROFILES[profile], 128, lookahead)
 
 
 @pytest.mark.parametrize(("context", "blocks"), [(1, 1), (128, 1), (129, 2), (2**20, 8192)])
@@ -141,13 +142,15 @@ def test_model_of_windows_only_has_no_blocks():
 @pytest.mark.parametrize("name", SPECS)
 def test_budget_is_the_largest_that_fits(name, rng):
     formats = list(PROFILES.values())[rng.integers(len(PROFILES))]
-    slots, context, slack = int(rng.integers(1, 9)), int(rng.integers(1, 2**20)), int(rng.integers(0, 9))
+    slots, context, lookahead = int(rng.integers(1, 9)), int(rng.integers(1, 2**20)), int(rng.integers(0, 9))
 
     def memory(blocks):
-        return CacheSchema(SPECS[name], formats, slots, blocks, context, slack).memory_bytes
+        return CacheSchema(SPECS[name], formats, slots, blocks, context, lookahead).memory_bytes
 
     def budget(memory_bytes):
-        return compute_block_budget(memory_bytes, SPECS[name], formats, slots=slots, max_context=context, slack=slack)
+        return compute_block_budget(
+            memory_bytes, SPECS[name], formats, slots=slots, max_context=context, lookahead=lookahead
+        )
 
     available = memory(1) + int(rng.integers(0, 10 * GIB))
     blocks = budget(available)
@@ -164,17 +167,21 @@ def test_budget_is_the_largest_that_fits(name, rng):
         ({"slots": 2**31}, "slots must be an int from 1 to 2147483647"),
         ({"slots": True}, "slots must be an int"),
         ({"slots": 1.0}, "slots must be an int"),
+        ({"slots": "2"}, "slots must be an int"),
+        ({"lookahead": np.True_}, "lookahead must be an int"),
+        ({"spec": "flash"}, "spec must be a ModelSpec, got 'flash'"),
+        ({"formats": "fp8"}, "formats must be a CacheFormats, got 'fp8': .*PROFILES"),
         ({"blocks": 0}, "blocks must be an int from 1 .*CSA and HCA layers need blocks"),
         ({"blocks": 2**31}, "blocks must be an int from 1 to 2147483647"),
         ({"max_context": 0}, "max_context must be an int from 1 to 1048576"),
         ({"max_context": 2**20 + 1}, "max_position of tiny is 1048576.*got 1048577"),
-        ({"slack": -1}, "slack must be an int from 0"),
+        ({"lookahead": -1}, "lookahead must be an int from 0"),
     ],
 )
 def test_sizes_out_of_range_are_refused(changes, message):
-    sizes = {"slots": 2, "blocks": 3, "max_context": 256, "slack": 0} | changes
+    sizes = {"spec": tiny_spec(), "formats": BF16, "slots": 2, "blocks": 3, "max_context": 256, "lookahead": 0}
     with pytest.raises(SchemaError, match=message):
-        CacheSchema(tiny_spec(), BF16, **sizes)
+        CacheSchema(**(sizes | changes))
 
 
 def test_layer_that_is_not_there_is_refused():
@@ -190,6 +197,6 @@ def test_equal_schemas_hash_alike_and_others_differ():
         assert twin == schema
         assert hash(twin) == hash(schema)
     assert pickle.loads(pickle.dumps(schema)) == schema
-    for change in ({"slots": 1}, {"blocks": 4}, {"max_context": 255}, {"slack": 1}, {"formats": PROFILES["exact"]}):
+    for change in ({"slots": 1}, {"blocks": 4}, {"max_context": 255}, {"lookahead": 1}, {"formats": PROFILES["exact"]}):
         assert dataclasses.replace(schema, **change) != schema
     assert dataclasses.replace(schema, spec=windows_only()) != schema

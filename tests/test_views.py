@@ -19,7 +19,7 @@ TOKENS = 300
 COMPONENTS = {
     "csa entries": (entries_view, CSA, "entries", ENTRY_FORMATS),
     "hca entries": (entries_view, HCA, "entries", ENTRY_FORMATS),
-    "keys": (keys_view, CSA, "indexer", KEY_FORMATS),
+    "keys": (keys_view, CSA, "keys", KEY_FORMATS),
     "window": (window_view, HCA, "window", WINDOW_FORMATS),
 }
 CASES = [
@@ -103,7 +103,7 @@ def test_a_reader_with_a_views_numbers_finds_the_rows_that_were_stored(rng, name
     exact, request = filled(PROFILES["exact"], *tokens)
     formats = dataclasses.replace(PROFILES["exact"], **{component: choice}, global_scale=0.37)
     driver, _ = filled(formats, *tokens)
-    vector_format = {"entries": formats.entry_format, "indexer": formats.key_format, "window": formats.window_format}
+    vector_format = {"entries": formats.entry_format, "keys": formats.key_format, "window": formats.window_format}
     view, exact_view = view_of(driver.cache, layer), view_of(exact.cache, layer)
     memory, exact_memory = cache_bytes(view.pool), cache_bytes(exact_view.pool)
     slot = driver.manager.slot(request)
@@ -184,7 +184,7 @@ def test_pools_go_through_dlpack_without_a_copy():
         again = jax.dlpack.from_dlpack(view.pool)
         assert (again.shape, again.dtype) == (view.pool.shape, view.pool.dtype)
         assert again.unsafe_buffer_pointer() == view.pool.unsafe_buffer_pointer()
-    assert entries.pool is cache.csa_entries
+    assert entries.pool is cache.pools["csa_entries"]
     assert entries.block_table is cache.block_table
     assert window.positions is cache.window_positions
 
@@ -203,9 +203,7 @@ def test_a_layer_lies_behind_those_of_its_kind_before_it():
     spec = tiny_spec()  # SWA, CSA, HCA, CSA
     cache = init_cache(CacheSchema(spec, CacheFormats(), 2, 3, 300))
     marked = {"csa_entries": 7, "csa_keys": 8, "window": 9}
-    cache = dataclasses.replace(
-        cache, **{name: getattr(cache, name).at[-1, 1, 5:6].set(value) for name, value in marked.items()}
-    )
+    cache = cache.with_arrays({name: cache.arrays[name].at[-1, 1, 5:6].set(value) for name, value in marked.items()})
 
     @jax.jit
     def read(cache):
@@ -219,7 +217,7 @@ def test_a_layer_lies_behind_those_of_its_kind_before_it():
 
 
 def test_views_say_what_queries_need():
-    formats = CacheFormats(indexer="mxfp4", indexer_hadamard=True)
+    formats = CacheFormats(keys="mxfp4", keys_hadamard=True)
     cache = init_cache(CacheSchema(SPEC, formats, 2, 3, 300))
     assert keys_view(cache, CSA).hadamard
     assert not entries_view(cache, CSA).hadamard

@@ -1,13 +1,4 @@
-"""Where things are: the tokens and requests of a step, blocks of entries, and the rows of a compressor's tail.
-
-A token's projection has an *overlap* half, columns [:d], pooled by the next window's entry, and a *current* half,
-columns [d:], pooled by its own window's. Only CSA has both; HCA's d columns are all current. A tail keeps
-
-    overlap halves   at row  position % (2 ratio)           the open window and the one before it, side by side
-    current halves   at row  overlap_rows + position % ratio
-
-so that closing a window moves nothing: which rows mean something follows from the request's next position.
-"""
+"""Which token of a step is where: the tokens and requests of a plan, checked against the slots of a cache."""
 
 from __future__ import annotations
 
@@ -17,9 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.layout.plan import StepPlan
-from dsv4_jax.spec.kinds import BLOCK_TOKENS
-
-CSA_RATIO = 4
 
 
 class Tokens(NamedTuple):
@@ -80,48 +68,3 @@ def all_requests(plan: StepPlan, slots: int) -> Requests:
     first = tokens_at(plan, jnp.asarray(plan.query_start)[:-1], slots)
     valid = (slot >= 0) & (slot < slots) & first.valid & (first.slot == slot)
     return Requests(valid, slot, first.start, first.next)
-
-
-def entries_per_block(ratio: int) -> int:
-    """Entries of a block: 32 for CSA, 1 for HCA."""
-    return BLOCK_TOKENS // ratio
-
-
-def overlap_rows(ratio: int) -> int:
-    """Tail rows for overlap halves, which come first: two windows for CSA, none for HCA."""
-    return 2 * ratio if ratio == CSA_RATIO else 0
-
-
-def tail_rows(ratio: int) -> int:
-    """All rows of a tail: 12 for CSA, 128 for HCA."""
-    return overlap_rows(ratio) + ratio
-
-
-def overlap_row(position: jax.Array, ratio: int) -> jax.Array:
-    """The tail row of a token's overlap half."""
-    return position % (2 * ratio)
-
-
-def current_row(position: jax.Array, ratio: int) -> jax.Array:
-    """The tail row of a token's current half."""
-    return overlap_rows(ratio) + position % ratio
-
-
-def overlap_survives(position: jax.Array, following: jax.Array, ratio: int) -> jax.Array:
-    """Whether a token's overlap half is still needed when its request continues at position `following`."""
-    return (overlap_rows(ratio) > 0) & (position // ratio >= following // ratio - 1)
-
-
-def current_survives(position: jax.Array, following: jax.Array, ratio: int) -> jax.Array:
-    """Whether a token's current half is still needed when its request continues at position `following`."""
-    return position // ratio == following // ratio
-
-
-def tail_rows_in_use(following: jax.Array, ratio: int) -> jax.Array:
-    """Which tail rows hold something when a request continues at position `following`: [R] -> bool [R, rows]."""
-    row, following = jnp.arange(tail_rows(ratio)), following[:, None]
-    open_window, filled = following // ratio, following % ratio
-    is_current = row >= overlap_rows(ratio)
-    is_open = row // ratio == open_window % 2
-    overlap = jnp.where(is_open, row % ratio < filled, open_window > 0)
-    return jnp.where(is_current, row - overlap_rows(ratio) < filled, overlap)

@@ -9,8 +9,9 @@ from dsv4_jax.arithmetic.pages import in_range
 from dsv4_jax.arithmetic.places import Requests, all_requests
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.layout.schema import empty_tail
+from dsv4_jax.spec.kinds import LayerKind
 
-RATIO = 128
+RATIO = LayerKind.HCA.ratio
 
 
 def fold_rows(state: jax.Array, kv: jax.Array, score: jax.Array, present: jax.Array) -> jax.Array:

@@ -35,11 +35,9 @@ APPEND, FLUSH, FLUSH_KEYS = "append", "flush", "flush_keys"
 
 def parts_of(kind: LayerKind) -> tuple[str, ...]:
     """What is to be written of a layer in every step, by the method that writes it; ``update`` writes all of it."""
-    return {
-        LayerKind.SWA: (APPEND,),
-        LayerKind.CSA: (APPEND, FLUSH, FLUSH_KEYS),
-        LayerKind.HCA: (APPEND, FLUSH),
-    }[kind]
+    if kind.compression is None:
+        return (APPEND,)
+    return (APPEND, FLUSH, FLUSH_KEYS) if kind.compression.indexed else (APPEND, FLUSH)
 
 
 def ops_of(implementation: Implementation) -> ModuleType:
@@ -82,8 +80,8 @@ class LayerCache:
     @property
     def visible(self) -> jax.Array:
         """int32 [tokens]: how many entries each token sees, ``(position + 1) // ratio``; 0 for padding."""
-        ratio = self._ratio("entries")
-        return (jnp.asarray(self.plan.token_position) + 1) // ratio
+        self._name_of("entries")
+        return (jnp.asarray(self.plan.token_position) + 1) // self.kind.ratio
 
     def window_before(self, *, dtype: Any = jnp.bfloat16) -> tuple[LayerCache, Rows]:
         """The window rows of earlier steps that this step's tokens still see; call before ``append`` or ``update``.
@@ -150,21 +148,19 @@ class LayerCache:
 
         Call before ``append`` (any number of tokens per request), or after it if every request brings one token.
         """
-        return self._compress(self._tail_name("entries"), compressor, hadamard=False)
+        return self._compress(self._name_of("tail"), compressor, hadamard=False)
 
     def compress_keys(self, indexer: CompressorInputs) -> tuple[LayerCache, jax.Array]:
         """The indexer keys that this step closes, float32 [closing, 128]; CSA layers only."""
-        self._require_csa()
-        return self._compress("key_tail", indexer, hadamard=self.schema.formats.indexer_hadamard)
+        return self._compress(self._name_of("key_tail"), indexer, hadamard=self.schema.formats.keys_hadamard)
 
     def flush(self, entries: jax.Array) -> LayerCache:
         """Stores what ``compress`` returned in the blocks of its requests."""
-        return self._written(FLUSH)._flush(self._entries_name, entries, self.schema.formats.entry_format)
+        return self._written(FLUSH)._flush(self._name_of("entries"), entries, self.schema.formats.entry_format)
 
     def flush_keys(self, keys: jax.Array) -> LayerCache:
         """Stores what ``compress_keys`` returned; CSA layers only."""
-        self._require_csa()
-        return self._written(FLUSH_KEYS)._flush("csa_keys", keys, self.schema.formats.key_format)
+        return self._written(FLUSH_KEYS)._flush(self._name_of("keys"), keys, self.schema.formats.key_format)
 
     def normalize(self, raw: RawRows) -> jax.Array:
         """Raw window rows finished (RMSNorm, RoPE), float32 [tokens, 512]: what attention and ``append`` take."""
@@ -197,7 +193,7 @@ class LayerCache:
         handle = self._written(*parts_of(self.kind))
         cache, formats, eps = self._cache, self.schema.formats, self.schema.spec.norm_eps
         window = Window(cache.window, cache.window_positions)
-        if self.kind is LayerKind.SWA:
+        if self.kind.compression is None:
             window = self._ops.update_swa(
                 window, rows, self.plan, self._window_row, format=formats.window_format, eps=eps
             )
@@ -205,26 +201,33 @@ class LayerCache:
 
         where = (cache.block_table, self.plan, self._window_row, self._kind_row)
         options = {"window_format": formats.window_format, "entry_format": formats.entry_format, "eps": eps}
+        pool, tail = self._name_of("entries"), self._name_of("tail")
+        entries = Compressed(cache.pools[pool], cache.pools[tail])
         if self.kind is LayerKind.HCA:
-            entries = Compressed(cache.hca_entries, cache.hca_tail)
             window, entries = self._ops.update_hca(window, entries, rows, compressor, *where, **options)
-            arrays = {"hca_entries": entries.pool, "hca_tail": entries.tail}
+            arrays = {}
         else:
+            key_pool, key_tail = self._name_of("keys"), self._name_of("key_tail")
             window, entries, keys = self._ops.update_csa(
                 window,
-                Compressed(cache.csa_entries, cache.csa_tail),
-                Compressed(cache.csa_keys, cache.key_tail),
+                entries,
+                Compressed(cache.pools[key_pool], cache.pools[key_tail]),
                 rows,
                 compressor,
                 indexer,
                 *where,
                 key_format=formats.key_format,
-                hadamard=formats.indexer_hadamard,
+                hadamard=formats.keys_hadamard,
                 **options,
             )
-            arrays = {"csa_entries": entries.pool, "csa_tail": entries.tail}
-            arrays |= {"csa_keys": keys.pool, "key_tail": keys.tail}
-        return handle._with(window=window.window, window_positions=window.positions, **arrays)
+            arrays = {key_pool: keys.pool, key_tail: keys.tail}
+        arrays |= {
+            "window": window.window,
+            "window_positions": window.positions,
+            pool: entries.pool,
+            tail: entries.tail,
+        }
+        return handle._with(**arrays)
 
     def entries(self, indices: jax.Array, *, dtype: Any = jnp.bfloat16) -> tuple[LayerCache, Rows]:
         """Chosen entries of each token's request.
@@ -236,10 +239,10 @@ class LayerCache:
         Returns:
           The handle and Rows [tokens, count].
         """
-        name, ratio = self._entries_name, self.kind.ratio
+        name, ratio = self._name_of("entries"), self.kind.ratio
         self._require_written(FLUSH, "entries")
         pool, rows = self._ops.gather_entries(
-            getattr(self._cache, name),
+            self._cache.pools[name],
             self._cache.block_table,
             jnp.asarray(self.plan.token_slot),
             self.visible,
@@ -256,20 +259,20 @@ class LayerCache:
 
         In a step of several tokens per request, mask by ``visible``: an early token does not see the last entries.
         """
-        name = self._entries_name
+        name = self._name_of("entries")
         self._require_written(FLUSH, "all_entries")
         return self._all(name, count, self.schema.formats.entry_format, dtype)
 
     def all_keys(self, count: int, *, dtype: Any = jnp.bfloat16) -> tuple[LayerCache, Rows]:
         """Indexer keys 0 .. count - 1 of each request, Rows [requests, count] of width 128; CSA layers only."""
-        self._require_csa()
+        name = self._name_of("keys")
         self._require_written(FLUSH_KEYS, "all_keys")
-        return self._all("csa_keys", count, self.schema.formats.key_format, dtype)
+        return self._all(name, count, self.schema.formats.key_format, dtype)
 
     def transform_query(self, queries: jax.Array) -> jax.Array:
         """Indexer queries [..., 128] as the stored keys want them: Hadamard-transformed exactly if the keys are."""
-        self._require_csa()
-        return reference.hadamard_transform(queries) if self.schema.formats.indexer_hadamard else queries
+        self._name_of("keys")
+        return reference.hadamard_transform(queries) if self.schema.formats.keys_hadamard else queries
 
     # Which arrays and which of their rows are the layer's.
 
@@ -287,18 +290,23 @@ class LayerCache:
 
     @property
     def _window_row(self) -> Any:
-        kinds = self.schema.spec.layer_kinds
-        rows = [row if kind is self.kind else -1 for row, kind in enumerate(kinds)]
-        return rows[self.layer] if self.layer is not None else _look_up(rows, self.traced)
+        return self._row("window")
 
     @property
     def _kind_row(self) -> Any:
-        spec = self.schema.spec
-        rows = [spec.kind_index(row) if kind is self.kind else -1 for row, kind in enumerate(spec.layer_kinds)]
-        return rows[self.layer] if self.layer is not None else _look_up(rows, self.traced)
+        return self._row("compressed")
+
+    def _row(self, pool: str) -> Any:
+        if self.layer is not None:
+            return getattr(self.schema.rows(self.layer), pool)
+        rows = [
+            getattr(self.schema.rows(layer), pool) if kind is self.kind else -1
+            for layer, kind in enumerate(self.schema.spec.layer_kinds)
+        ]
+        return _look_up(rows, self.traced)
 
     def _with(self, **arrays: jax.Array) -> LayerCache:
-        cache = dataclasses.replace(self._cache, **arrays)
+        cache = self._cache.with_arrays(arrays)
         return dataclasses.replace(self, step=dataclasses.replace(self.step, cache=cache))
 
     def _written(self, *parts: str) -> LayerCache:
@@ -315,31 +323,22 @@ class LayerCache:
             step = dataclasses.replace(step, written=step.written | {(self.layer, part) for part in parts})
         return dataclasses.replace(self, step=step, written=self.written | set(parts))
 
-    def _ratio(self, what: str) -> int:
-        if self.kind is LayerKind.SWA:
-            raise WrongLayerKind(f"{self._name} has no {what}; only CSA and HCA layers do.")
-        return self.kind.ratio
-
-    def _require_csa(self) -> None:
-        if self.kind is not LayerKind.CSA:
+    def _name_of(self, component: str) -> str:
+        """The name in ``Cache.pools`` of one of the kind's arrays: entries, keys, tail or key_tail."""
+        compression = self.kind.compression
+        if compression is None:
+            raise WrongLayerKind(f"{self._name} has no {component}; only layers that compress their context do.")
+        if component.startswith("key") and not compression.indexed:
             raise WrongLayerKind(f"{self._name} has no indexer; only CSA layers do.")
-
-    def _tail_name(self, what: str) -> str:
-        self._ratio(what)
-        return "csa_tail" if self.kind is LayerKind.CSA else "hca_tail"
-
-    @property
-    def _entries_name(self) -> str:
-        self._ratio("entries")
-        return "csa_entries" if self.kind is LayerKind.CSA else "hca_entries"
+        return f"{self.kind.value}_{component}"
 
     def _tails(self, compressor: Any, indexer: Any) -> dict[str, Any]:
-        tails = {
-            LayerKind.SWA: {},
-            LayerKind.CSA: {"csa_tail": compressor, "key_tail": indexer},
-            LayerKind.HCA: {"hca_tail": compressor},
-        }
-        return tails[self.kind]
+        """The inputs of each of the kind's tails, by its name."""
+        compression = self.kind.compression
+        if compression is None:
+            return {}
+        tails = {self._name_of("tail"): compressor}
+        return tails | {self._name_of("key_tail"): indexer} if compression.indexed else tails
 
     def _require_written(self, part: str, read: str) -> None:
         if part in parts_of(self.kind) and part not in self.written:
@@ -349,7 +348,8 @@ class LayerCache:
             )
 
     def _check_inputs(self, compressor: Any, indexer: Any) -> None:
-        needs = (self.kind is not LayerKind.SWA, self.kind is LayerKind.CSA)
+        compression = self.kind.compression
+        needs = (compression is not None, compression is not None and compression.indexed)
         if (compressor is not None, indexer is not None) != needs:
             names = [name for name, needed in zip(("compressor", "indexer"), needs, strict=True) if needed]
             raise WrongLayerKind(
@@ -395,7 +395,7 @@ class LayerCache:
 
     def _append_tail(self, name: str, inputs: CompressorInputs) -> LayerCache:
         tail = self._ops.append_tail(
-            getattr(self._cache, name),
+            self._cache.pools[name],
             inputs.kv,
             inputs.gate,
             inputs.ape,
@@ -408,7 +408,7 @@ class LayerCache:
     def _compress(self, name: str, inputs: CompressorInputs, *, hadamard: bool) -> tuple[LayerCache, jax.Array]:
         self._check_rotary("compressor", inputs.rotary, ("closing", self.kind.ratio))
         tail, entries = self._ops.compress(
-            getattr(self._cache, name),
+            self._cache.pools[name],
             inputs.kv,
             inputs.gate,
             inputs.ape,
@@ -425,7 +425,7 @@ class LayerCache:
 
     def _flush(self, name: str, rows: jax.Array, format: VectorFormat) -> LayerCache:
         pool = self._ops.flush(
-            getattr(self._cache, name),
+            self._cache.pools[name],
             rows,
             self._cache.block_table,
             self.plan,
@@ -438,7 +438,7 @@ class LayerCache:
     def _all(self, name: str, count: int, format: VectorFormat, dtype: Any) -> tuple[LayerCache, Rows]:
         end = jnp.asarray(self.plan.request_end)
         pool, rows = self._ops.gather_all_entries(
-            getattr(self._cache, name),
+            self._cache.pools[name],
             self._cache.block_table,
             jnp.asarray(self.plan.request_slot),
             jnp.maximum(end, 0) // self.kind.ratio,

@@ -3,77 +3,253 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.tree_util import GetAttrKey
 
 from dsv4_jax.layout.schema import CacheSchema, empty_tail
 
 
-@jax.tree_util.register_dataclass
+class ShardingError(ValueError):
+    """A cache that lies on several devices in a way that no step can use."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cache:
     """All state of all requests, on the device. Donate it to a jitted step and go on with the one that comes back.
 
-    Shapes and dtypes are ``schema.arrays``; P stands for a page, whose shape the component's format defines.
+    A pytree; ``schema`` and ``shards`` are static. Shapes and dtypes are ``schema.arrays``, with slots and blocks of
+    all shards side by side in a cache of several; P stands for a page, whose shape the component's format defines.
 
     Attributes:
       block_table: int32 [slots, max_blocks], the block of every 128 tokens of a slot; -1 = none.
       window: [layers, slots, *P], ring buffer of the latest rows; the row of a position is its remainder by the ring.
       window_positions: int32 [layers, slots, ring], the position each row of the ring holds; -1 = none.
-      csa_entries: [CSA layers, blocks, *P], 32 entries a block.
-      csa_keys: [CSA layers, blocks, *P], 32 indexer keys a block.
-      hca_entries: [HCA layers, blocks, *P], one entry a block.
-      csa_tail: fp32 [CSA layers, slots, 2 (kv, score), 12, 512], rows waiting to be compressed.
-      key_tail: fp32 [CSA layers, slots, 2 (kv, score), 12, 128], the same for the indexer.
-      hca_tail: fp32 [HCA layers, slots, 2 (kv, score), 128, 512], the same for HCA; or, with
+      pools: what the kinds of the model's layers have of their own, by name (rows of tails are those of ``lookahead``
+        0):
+        ``csa_entries`` [CSA layers, blocks, *P], 32 entries a block;
+        ``csa_keys`` [CSA layers, blocks, *P], 32 indexer keys a block;
+        ``hca_entries`` [HCA layers, blocks, *P], one entry a block;
+        ``csa_tail`` fp32 [CSA layers, slots, 2 (kv, score), 12, 512], rows waiting to be compressed;
+        ``csa_key_tail`` fp32 [CSA layers, slots, 2 (kv, score), 12, 128], the same for the indexer;
+        ``hca_tail`` fp32 [HCA layers, slots, 2 (kv, score), 128, 512], the same for HCA; or, with
         ``CacheFormats(hca_tail="running")``, fp32 [HCA layers, slots, 3 (max, denominator, sum), 512].
-      schema: what the arrays look like; static under ``jax.jit``.
+      schema: what the arrays of one shard look like.
+      shards: how many shards lie side by side: 1, or what ``init_cache(schema, mesh=…)`` made. Inside ``jax.shard_map``
+        the arrays are those of one shard and this keeps its value.
+      partitioned: whether the arrays are spread over several devices, as JAX last saw them on the device; set by JAX.
     """
 
     block_table: jax.Array
     window: jax.Array
     window_positions: jax.Array
-    csa_entries: jax.Array
-    csa_keys: jax.Array
-    hca_entries: jax.Array
-    csa_tail: jax.Array
-    key_tail: jax.Array
-    hca_tail: jax.Array
-    schema: CacheSchema = dataclasses.field(metadata={"static": True})
+    pools: dict[str, jax.Array]
+    schema: CacheSchema
+    shards: int = 1
+    partitioned: bool = False
+
+    @property
+    def arrays(self) -> dict[str, jax.Array]:
+        """Every array by name, as in ``schema.arrays``."""
+        shared = {name: getattr(self, name) for name in _SHARED}
+        return shared | {name: self.pools[name] for name in self.schema.pools}
+
+    def with_arrays(self, arrays: Mapping[str, jax.Array]) -> Cache:
+        """The cache with some arrays exchanged, by the names of ``arrays``.
+
+        Raises:
+          KeyError: there is no array of that name.
+        """
+        if unknown := arrays.keys() - {*_SHARED, *self.pools}:
+            raise KeyError(f"a cache has the arrays {', '.join(self.schema.arrays)}; got {', '.join(sorted(unknown))}")
+        shared = {name: array for name, array in arrays.items() if name in _SHARED}
+        pools = {name: array for name, array in arrays.items() if name not in _SHARED}
+        return dataclasses.replace(self, **shared, pools=self.pools | pools)
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes of every array by name, read from the arrays themselves."""
-        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "schema"}
-        return {name: math.prod(array.shape) * array.dtype.itemsize for name, array in arrays.items()}
+        """Bytes of every array by name, of all shards together, read from the arrays themselves."""
+        return {name: math.prod(array.shape) * array.dtype.itemsize for name, array in self.arrays.items()}
+
+    def partition_specs(self, axis: str | tuple[str, ...]) -> Cache:
+        """A ``Cache`` of ``PartitionSpec``: its part of the ``in_specs`` and ``out_specs`` of ``jax.shard_map``.
+
+        Args:
+          axis: the mesh axis (or axes) along which the shards lie.
+        """
+        specs = {name: PartitionSpec(axis) if name == "block_table" else PartitionSpec(None, axis) for name in _SHARED}
+        pools = dict.fromkeys(self.pools, PartitionSpec(None, axis))
+        return Cache(**specs, pools=pools, schema=self.schema, shards=self.shards, partitioned=_is_partitioned(self))
 
 
-def init_cache(schema: CacheSchema, *, device: Any = None) -> Cache:
+def check_one_shard(cache: Cache) -> None:
+    """Raises unless the arrays are those of one shard on one device (or whole on each of several); while tracing, too.
+
+    Outside ``jax.shard_map`` XLA would gather a partitioned cache on every device for each op, lose its donation and
+    say nothing.
+
+    Raises:
+      ShardingError: the cache is partitioned, or its arrays are those of all shards.
+      ValueError: an array has a shape or dtype other than the schema's.
+    """
+    mend = (
+        "Make it with init_cache(schema, mesh=mesh, axis='data') and run the step inside jax.shard_map, "
+        "with cache.partition_specs('data') for the cache in in_specs and out_specs"
+    )
+    expected, shards = cache.schema.arrays, cache.shards
+    for name, array in cache.arrays.items():
+        shape, want = tuple(array.shape), expected[name]
+        if shape == want.shape and array.dtype == want.dtype:
+            continue
+        axis = _slots_axis(name)
+        if shards > 1 and shape == (*want.shape[:axis], shards * want.shape[axis], *want.shape[axis + 1 :]):
+            raise ShardingError(f"A step works on one shard, this cache has {shards} side by side. {mend}.")
+        raise ValueError(
+            f"The cache's {name} is {array.dtype.name}{list(shape)}, its schema says "
+            f"{want.dtype.name}{list(want.shape)}; init_cache(schema) makes one that fits."
+        )
+    if shards == 1 and _is_partitioned(cache):
+        raise ShardingError(f"This cache is partitioned over several devices, so that XLA would gather it. {mend}.")
+
+
+def init_cache(
+    schema: CacheSchema,
+    *,
+    device: jax.Device | Sharding | None = None,
+    mesh: Mesh | None = None,
+    axis: str | tuple[str, ...] | None = None,
+) -> Cache:
     """Make an empty cache: no blocks, no positions, pools of zeros, tails of kv 0 and score -1e9 or max -1e9.
 
     The arrays are written on the device by a compiled program, not copied from the host, so that they can be donated.
 
     Args:
-      schema: what to make.
-      device: a device, a ``jax.sharding.Sharding`` for every array, or a ``Cache`` of shardings; JAX's default device
-        if None.
+      schema: what to make; of one shard, where there are several.
+      device: a device, or a ``jax.sharding.Sharding`` that keeps every array whole; JAX's default device if None.
+      mesh: the devices of a cache of several shards, for use inside ``jax.shard_map``; with ``axis`` and without
+        ``device``.
+      axis: name (or names) of the mesh axis along which shards lie side by side, on the slots' or blocks' axis of every
+        array. There are as many shards as the axis is long.
+
+    Raises:
+      ShardingError: ``device`` is a sharding that splits arrays.
+      ValueError: mesh and axis are not given together, or beside a device, or the mesh has no such axis.
     """
+    if (mesh is None) != (axis is None) or (mesh is not None and device is not None):
+        raise ValueError(
+            f"init_cache takes a device, or a mesh and an axis of it; got device={device}, mesh={mesh}, axis={axis}."
+        )
+    if mesh is not None and axis is not None:
+        return _create_shards(schema, mesh, axis)
     if device is None:
         return _create(schema)
     if isinstance(device, jax.Device):
-        device = jax.sharding.SingleDeviceSharding(device)
-    return jax.jit(_empty, static_argnums=0, out_shardings=device)(schema)
+        device = SingleDeviceSharding(device)
+    if not isinstance(device, Sharding):
+        raise ValueError(f"device must be a jax.Device or a jax.sharding.Sharding, got {device!r}.")
+    if not device.is_fully_replicated:
+        raise ShardingError(
+            f"{device} splits arrays, and XLA would gather them for every op. For a cache of one shard per device use "
+            f"init_cache(schema, mesh=mesh, axis='data'), and run the step inside jax.shard_map."
+        )
+    return jax.jit(_empty, static_argnums=(0, 1), out_shardings=device)(schema)
 
 
-def _empty(schema: CacheSchema) -> Cache:
+def _create_shards(schema: CacheSchema, mesh: Mesh, axis: str | tuple[str, ...]) -> Cache:
+    names = (axis,) if isinstance(axis, str) else tuple(axis)
+    if unknown := [name for name in names if name not in mesh.shape]:
+        raise ValueError(f"the mesh has the axes {', '.join(mesh.shape)}; got {', '.join(unknown)}.")
+    shards = math.prod(mesh.shape[name] for name in names)
+    specs = Cache(**dict.fromkeys(_SHARED), pools=dict.fromkeys(schema.pools), schema=schema, shards=shards)
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        specs.partition_specs(axis),
+        is_leaf=lambda spec: isinstance(spec, PartitionSpec),
+    )
+    return jax.jit(_empty, static_argnums=(0, 1), out_shardings=shardings)(schema, shards)
+
+
+_SHARED = ("block_table", "window", "window_positions")
+
+
+def _slots_axis(name: str) -> int:
+    """The axis of an array along which slots (or blocks) lie: layers come before it, but for the block table."""
+    return 0 if name == "block_table" else 1
+
+
+def _empty(schema: CacheSchema, shards: int = 1) -> Cache:
     values = {"block_table": -1, "window_positions": -1}
-    arrays = {name: jnp.full(array.shape, values.get(name, 0), array.dtype) for name, array in schema.arrays.items()}
-    for name in ("csa_tail", "key_tail", "hca_tail"):
-        shape = schema.arrays[name].shape
-        arrays[name] = jnp.broadcast_to(empty_tail(shape), shape)
-    return Cache(**arrays, schema=schema)
+    arrays = {}
+    for name, array in schema.arrays.items():
+        axis = _slots_axis(name)
+        shape = (*array.shape[:axis], shards * array.shape[axis], *array.shape[axis + 1 :])
+        if name in schema.tails:
+            arrays[name] = jnp.broadcast_to(empty_tail(shape), shape)
+        else:
+            arrays[name] = jnp.full(shape, values.get(name, 0), array.dtype)
+    shared = {name: arrays.pop(name) for name in _SHARED}
+    return Cache(**shared, pools=arrays, schema=schema, shards=shards)
 
 
-_create = jax.jit(_empty, static_argnums=0)
+_create = jax.jit(_empty, static_argnums=(0, 1))
+
+
+# The pytree. JAX takes a cache apart and puts it together at every dispatch, so this is kept short: no shape is looked
+# at. Whether the arrays are partitioned can only be seen here, where they are concrete; it then stays with the tree
+# while a step is traced.
+
+_Static = tuple[CacheSchema, int, bool]
+
+
+def _is_partitioned(cache: Cache) -> bool:
+    for array in (cache.window, *list(cache.pools.values())[:1]):
+        sharding = None if isinstance(array, jax.core.Tracer) else getattr(array, "sharding", None)
+        if sharding is None:
+            return cache.partitioned
+        if not sharding.is_fully_replicated:
+            return True
+    return False
+
+
+def _flatten(cache: Cache) -> tuple[tuple[Any, ...], _Static]:
+    children = (cache.block_table, cache.window, cache.window_positions, cache.pools)
+    return children, (cache.schema, cache.shards, _is_partitioned(cache))
+
+
+def _flatten_with_keys(cache: Cache) -> tuple[tuple[Any, ...], _Static]:
+    children, static = _flatten(cache)
+    keys = (GetAttrKey(name) for name in (*_SHARED, "pools"))
+    return tuple(zip(keys, children, strict=True)), static
+
+
+def _unflatten(static: _Static, children: Iterable[Any]) -> Cache:
+    cache = object.__new__(Cache)
+    fields = cache.__dict__
+    fields["block_table"], fields["window"], fields["window_positions"], fields["pools"] = children
+    fields["schema"], fields["shards"], fields["partitioned"] = static
+    return cache
+
+
+def _static_to_bytes(static: _Static) -> bytes:
+    schema, shards, partitioned = static
+    return json.dumps([schema.to_json(), shards, partitioned]).encode()
+
+
+def _static_from_bytes(data: bytes | bytearray) -> _Static:
+    schema, shards, partitioned = json.loads(bytes(data))
+    return CacheSchema.from_json(schema), shards, partitioned
+
+
+jax.tree_util.register_pytree_with_keys(Cache, _flatten_with_keys, _unflatten, _flatten)
+jax.export.register_pytree_node_serialization(
+    Cache,
+    serialized_name="dsv4_jax.Cache",
+    serialize_auxdata=_static_to_bytes,
+    deserialize_auxdata=_static_from_bytes,
+)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from dsv4_jax.cache import debug as run_time
 from dsv4_jax.cache.errors import StepError, WrongLayerKind
 from dsv4_jax.cache.layer import Implementation, LayerCache, ops_of, parts_of
-from dsv4_jax.cache.pools import Cache
+from dsv4_jax.cache.pools import Cache, check_one_shard
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.layout.schema import CacheSchema
 from dsv4_jax.spec.kinds import LayerKind
@@ -138,21 +138,27 @@ def begin(cache: Cache, plan: StepPlan, *, implementation: Implementation = "nat
         writes nothing, in silence. Off, it costs nothing.
 
     Raises:
-      StepError: the plan is of another schema's manager, or of several steps; or the arrays do not have the shapes of
-        ``cache.schema``, as those of a cache that lies on several devices outside ``jax.shard_map``.
-      ValueError: no such implementation.
+      StepError: the plan is of another schema's manager, or of several steps.
+      ShardingError: the cache lies on several devices, and this is not inside ``jax.shard_map``.
+      ValueError: an array does not have the shape or dtype that ``cache.schema`` says, or there is no such
+        implementation.
     """
     begin_step = ops_of(implementation).begin_step
+    check_one_shard(cache)
     _check_plan(cache.schema, plan)
-    _check_arrays(cache)
     if debug:
         run_time.check_plan(plan, cache.schema)
     block_table, window_positions, plan = begin_step(cache.block_table, cache.window_positions, plan)
-    cache = dataclasses.replace(cache, block_table=block_table, window_positions=window_positions)
+    cache = cache.with_arrays({"block_table": block_table, "window_positions": window_positions})
     return Step(cache, plan, implementation, bool(debug))
 
 
 def _check_plan(schema: CacheSchema, plan: StepPlan) -> None:
+    if plan.layout.fingerprint not in ("", schema.fingerprint):
+        raise StepError(
+            "the plan names slots and blocks of another cache: its manager's schema has the fingerprint "
+            f"{plan.layout.fingerprint}, this cache's {schema.fingerprint}. Make both of one schema."
+        )
     shape, size = jnp.shape(plan.packed), plan.layout.size
     if len(shape) == 2 and shape[1] == size:
         raise StepError(
@@ -160,14 +166,7 @@ def _check_plan(schema: CacheSchema, plan: StepPlan) -> None:
             "the plan or with plan.step(i)."
         )
     if shape != (size,):
-        raise StepError(f"the plan is packed {list(shape)}, its layout says [{size}].")
-
-
-def _check_arrays(cache: Cache) -> None:
-    for name, expected in cache.schema.arrays.items():
-        array = getattr(cache, name)
-        if jnp.shape(array) != expected.shape or array.dtype != expected.dtype:
-            raise StepError(
-                f"the cache's {name} is {array.dtype.name}{list(array.shape)}, its schema says "
-                f"{expected.dtype.name}{list(expected.shape)}."
-            )
+        raise StepError(
+            f"the plan is packed {list(shape)}, its layout says [{size}]: the plans of several shards lie side by "
+            "side, and are split by jax.shard_map, inside of which each shard begins its own step."
+        )

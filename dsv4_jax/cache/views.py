@@ -125,7 +125,7 @@ def entries_view(cache: Cache, layer: int) -> PoolView:
     ratio = _kind(cache, layer).ratio
     if not ratio:
         raise WrongLayerKind(f"layer {layer} is SWA and has no entries; only CSA and HCA layers do.")
-    pool = cache.csa_entries if ratio == LayerKind.CSA.ratio else cache.hca_entries
+    pool = cache.pools[f"{_kind(cache, layer).value}_entries"]
     return _blocks_view(cache, layer, "entries", pool, cache.schema.formats.entry_format)
 
 
@@ -139,7 +139,7 @@ def keys_view(cache: Cache, layer: int) -> PoolView:
     kind = _kind(cache, layer)
     if kind is not LayerKind.CSA:
         raise WrongLayerKind(f"layer {layer} is {kind.name} and has no indexer keys; only CSA layers do.")
-    return _blocks_view(cache, layer, "keys", cache.csa_keys, cache.schema.formats.key_format)
+    return _blocks_view(cache, layer, "keys", cache.pools["csa_keys"], cache.schema.formats.key_format)
 
 
 def window_view(cache: Cache, layer: int) -> PoolView:
@@ -152,7 +152,7 @@ def window_view(cache: Cache, layer: int) -> PoolView:
     schema = cache.schema
     return _view(
         cache.window,
-        layer,
+        schema.rows(layer).window,
         schema.formats.window_format,
         component="window",
         rows_per_page=schema.ring,
@@ -187,12 +187,12 @@ def _blocks_view(
     schema = cache.schema
     return _view(
         pool,
-        schema.spec.kind_index(layer),
+        schema.rows(layer).compressed,
         vector_format,
         component=component,
         rows_per_page=schema.layer(layer).block_rows,
         tokens_per_row=BLOCK_TOKENS // schema.layer(layer).block_rows,
-        hadamard=component == "keys" and schema.formats.indexer_hadamard,
+        hadamard=component == "keys" and schema.formats.keys_hadamard,
         block_table=cache.block_table,
         positions=None,
     )

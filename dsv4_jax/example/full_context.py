@@ -113,7 +113,7 @@ def _scores(
     """fp32 [n, n // 4]: the indexer's scores."""
     keys = compressed_entries(weights.indexer.keys, made, LayerKind.CSA, rope, spec)
     queries = query.queries
-    if formats.indexer_hadamard:
+    if formats.keys_hadamard:
         transform = _hadamard(keys.shape[-1])
         keys, queries = keys @ transform, queries @ transform
     return index_scores(queries, query.head_weights, _as_stored(keys, formats.key_format))

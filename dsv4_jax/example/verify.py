@@ -78,7 +78,7 @@ _FLIPS = 1e-2
 def tolerances(formats: CacheFormats) -> tuple[float, float]:
     """The logit and score differences to accept: those of the coarsest format that has a part in each."""
     logits = max(_LOGITS[formats.entries], _LOGITS[formats.window])
-    return logits, 10 * logits + _SCORES[formats.indexer]
+    return logits, 10 * logits + _SCORES[formats.keys]
 
 
 def verify(

@@ -1,13 +1,35 @@
-"""What ``CacheManager`` is told about many requests at once, as checked arrays."""
+"""What ``CacheManager`` is told, checked: single integers, token buckets, and many requests at once as arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dsv4_jax.host.errors import InvalidStep
+
+
+def integer(name: str, value: Any) -> int:
+    """``value`` as an int; raises TypeError for anything that is not an integer, a bool among them."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
+
+
+def bucket_list(token_buckets: Sequence[int]) -> list[int]:
+    """``token_buckets`` sorted and without repetition; raises TypeError and ValueError."""
+    if not isinstance(token_buckets, (Sequence, np.ndarray)) or isinstance(token_buckets, str):
+        raise TypeError(f"token_buckets must be a sequence of token counts, such as (64, 2048), got {token_buckets!r}")
+    buckets = sorted({integer("each of token_buckets", bucket) for bucket in token_buckets})
+    if not buckets or buckets[0] < 1:
+        raise ValueError(f"token_buckets must be one or more token counts of at least 1, got {list(token_buckets)}")
+    return buckets
 
 
 def step_arrays(
@@ -24,15 +46,30 @@ def step_arrays(
         raise InvalidStep(f"requests and token counts must be integers: {error}") from error
     if handles.shape != counts.shape or handles.ndim != 1:
         raise InvalidStep(f"one token count per request is needed, got shapes {handles.shape} and {counts.shape}")
+    if handles.dtype == np.int64 == counts.dtype:
+        return handles, counts
     for name, values in (("requests", handles), ("token counts", counts)):
         if values.size and values.dtype.kind not in "iu":
             raise InvalidStep(f"{name} must be 64-bit integers, got {values.dtype}")
-    return handles.astype(np.int64, copy=False), counts.astype(np.int64, copy=False)
+    return handles.astype(np.int64), counts.astype(np.int64)
+
+
+def step_count(steps: int | None) -> int:
+    """``prepare_forward``'s number of steps, 1 for None; raises InvalidStep."""
+    if steps is None:
+        return 1
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
+        raise InvalidStep(f"steps must be an integer of at least 1, or None for a single step; got {steps!r}")
+    return int(steps)
 
 
 def run_array(steps_run: ArrayLike, handles: NDArray[np.int64], padded: int, steps: int) -> NDArray[np.int64]:
     """``commit``'s argument as int64 [requests], those of ``handles``; ``padded`` is R. Raises InvalidStep."""
-    run, requests = np.asarray(steps_run), handles.size
+    requests = handles.size
+    try:
+        run = np.asarray(steps_run)
+    except ValueError as error:
+        raise InvalidStep(f"steps_run must be integers: {error}") from error
     if (run.size and run.dtype.kind not in "iu") or run.shape not in ((), (requests,), (padded,)):
         raise InvalidStep(
             f"steps_run must be one integer, or one for each of the plan's {requests} requests; "

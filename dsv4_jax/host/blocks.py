@@ -1,76 +1,95 @@
-"""BlockAllocator: which blocks of the pools are free. A stack, so that a freed block is the next one handed out."""
+"""BlockLedger: which blocks of the pools are free, and which slot has which block for which part of its context."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from dsv4_jax.host.errors import AllocatorError, CacheFull
+from dsv4_jax.host.errors import CacheFull
+from dsv4_jax.host.journal import Write
+
+NO_BLOCK = -1
+NO_OWNER = -1
 
 
-class BlockAllocator:
-    """Hands out block ids 0 … blocks - 1, all or nothing. Freeing what was just allocated restores the order."""
+class BlockLedger:
+    """Who owns each block. Free blocks are a stack, so that a freed block is the next one handed out.
 
-    def __init__(self, blocks: int) -> None:
-        if blocks < 0:
-            raise ValueError(f"blocks must be at least 0, got {blocks}")
+    Its methods change nothing themselves: they return the writes that do, for a ``Journal``. They trust their caller:
+    places taken are empty, and of places given back those from ``first`` to before ``end`` are taken.
+
+    Attributes:
+      owner: int32 [blocks], the slot that has the block, -1 for a free one.
+      place: int32 [blocks], the block holds entries of tokens 128 place … 128 place + 127 of its owner; -1 = free.
+      table: int32 [slots, max_blocks], the same from the other side: the block of a slot's place, -1 = none.
+    """
+
+    def __init__(self, slots: int, max_blocks: int, blocks: int) -> None:
+        self.owner = np.full(blocks, NO_OWNER, np.int32)
+        self.place = np.full(blocks, NO_OWNER, np.int32)
+        self.table = np.full((slots, max_blocks), NO_BLOCK, np.int32)
         self._stack = np.arange(blocks, dtype=np.int32)[::-1].copy()
-        self._free = blocks
-        self._allocated = np.zeros(blocks, np.bool_)
+        # When each block was taken, counted in blocks: given back in reverse, they are handed out as before.
+        self._taken = np.zeros(blocks, np.int64)
+        self._counts = {"free": blocks, "taken": 0}
 
     @property
-    def free_blocks(self) -> int:
+    def free(self) -> int:
         """How many blocks are free."""
-        return self._free
+        return self._counts["free"]
 
     @property
     def total(self) -> int:
         """How many blocks there are."""
-        return self._stack.size
+        return self.owner.size
 
-    def allocate(self, count: int) -> NDArray[np.int32]:
-        """Takes ``count`` blocks.
-
-        Returns:
-          int32 [count], distinct block ids.
-
-        Raises:
-          ValueError: count is negative.
-          CacheFull: fewer than ``count`` blocks are free; none is taken.
-        """
-        if count < 0:
-            raise ValueError(f"count must be at least 0, got {count}")
-        if count > self._free:
-            raise CacheFull("blocks", count, self._free, self.total)
-        ids = self._stack[self._free - count : self._free][::-1].copy()
-        self._allocated[ids] = True
-        self._free -= count
-        return ids
-
-    def free(self, ids: ArrayLike) -> None:
-        """Gives blocks back; they may be handed out again at once.
-
-        Args:
-          ids: integers [count], each allocated and named once.
+    def take(
+        self, slots: NDArray[np.integer], places: NDArray[np.integer]
+    ) -> tuple[NDArray[np.int32], tuple[Write, ...]]:
+        """Free blocks for these places of these slots, [n] each: (int32 [n] block ids, writes).
 
         Raises:
-          AllocatorError: an id is not a block, is not allocated, or is named twice; none is freed.
+          CacheFull: fewer than n blocks are free.
         """
-        ids = np.asarray(ids)
-        if ids.size == 0:
-            return
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise ValueError(f"ids must be integers [count], got {ids.dtype} {list(ids.shape)}")
-        foreign = (ids < 0) | (ids >= self.total)
-        if foreign.any():
-            raise AllocatorError(f"not a block of this allocator, which has {self.total}", ids[foreign])
-        allocated = self._allocated[ids]
-        if not allocated.all():
-            raise AllocatorError("freed although not allocated", ids[~allocated])
-        ordered = np.sort(ids)
-        repeated = ordered[1:][ordered[1:] == ordered[:-1]]
-        if repeated.size:
-            raise AllocatorError("freed twice in one call", repeated)
-        self._stack[self._free : self._free + ids.size] = ids[::-1]
-        self._allocated[ids] = False
-        self._free += ids.size
+        count, free, taken = slots.size, self._counts["free"], self._counts["taken"]
+        if count > free:
+            raise CacheFull("blocks", count, free, self.total)
+        ids = self._stack[free - count : free][::-1].copy()
+        return ids, (
+            (self.owner, ids, slots),
+            (self.place, ids, places),
+            (self.table, (slots, places), ids),
+            (self._taken, ids, np.arange(taken, taken + count)),
+            (self._counts, "taken", taken + count),
+            (self._counts, "free", free - count),
+        )
+
+    def give_back(
+        self, slots: NDArray[np.integer], first: NDArray[np.integer], end: NDArray[np.integer]
+    ) -> tuple[Write, ...]:
+        """Frees the blocks of places ``first[i]`` to before ``end[i]`` of ``slots[i]``, distinct slots; [n] each."""
+        counts = end - first
+        count = int(counts.sum())
+        if count == 0:
+            return ()
+        rows = np.repeat(slots, counts)
+        places = np.arange(count) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+        ids, free = self.table[rows, places], self._counts["free"]
+        latest_first = ids[self._taken[ids].argsort()[::-1]]
+        return (
+            (self._stack, slice(free, free + count), latest_first),
+            (self.owner, ids, NO_OWNER),
+            (self.place, ids, NO_OWNER),
+            (self.table, (rows, places), NO_BLOCK),
+            (self._counts, "free", free + count),
+        )
+
+    def give_back_all(self) -> tuple[Write, ...]:
+        """Frees every block, and restores the order of a new ledger."""
+        return (
+            (self._stack, slice(None), np.arange(self.total, dtype=np.int32)[::-1]),
+            (self.owner, slice(None), NO_OWNER),
+            (self.place, slice(None), NO_OWNER),
+            (self.table, slice(None), NO_BLOCK),
+            (self._counts, "free", self.total),
+        )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dsv4_jax.errors import Picklable
+
 
 def _shown(values: Sequence[int], limit: int = 8) -> str:
     values = [int(value) for value in values]
@@ -11,7 +13,7 @@ def _shown(values: Sequence[int], limit: int = 8) -> str:
     return ", ".join(map(str, values[:limit])) + rest
 
 
-class CacheError(Exception):
+class CacheError(Picklable):
     """Base of every error the cache's host half raises."""
 
 
@@ -101,15 +103,3 @@ class CannotTruncate(CacheError):
             f"request {self.request} of length {self.length} cannot be truncated to {self.target}: {reason}; "
             f"possible are 0 and {self.lowest} to {self.length}"
         )
-
-
-class AllocatorError(CacheError):
-    """Blocks given back that are not allocated: freed twice, named twice, or foreign. A bug in the caller.
-
-    Attributes:
-      ids: the offending block ids.
-    """
-
-    def __init__(self, reason: str, ids: Sequence[int]) -> None:
-        self.ids = tuple(int(block) for block in ids)
-        super().__init__(f"{reason}: {_shown(self.ids)}")

@@ -7,37 +7,34 @@ What the manager knows of the cache is what the plans it made will have done onc
 from __future__ import annotations
 
 import bisect
-import operator
+import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dsv4_jax.host.arguments import run_array, step_arrays
-from dsv4_jax.host.blocks import BlockAllocator
-from dsv4_jax.host.errors import CacheFull, ContextExceeded, InvalidStep, StalePlan, StepTooLarge, UnknownRequest
+from dsv4_jax.host.arguments import bucket_list, integer, run_array, step_arrays, step_count
+from dsv4_jax.host.blocks import BlockLedger
+from dsv4_jax.host.errors import ContextExceeded, InvalidStep, StalePlan, StepTooLarge
+from dsv4_jax.host.journal import Journal, Write
 from dsv4_jax.host.planning import build_plan, build_plans
+from dsv4_jax.host.receipts import Receipts
+from dsv4_jax.host.requests import RequestTable
 from dsv4_jax.host.truncation import check_truncation
 from dsv4_jax.layout.plan import PlanLayout, StepPlan
 from dsv4_jax.layout.schema import CacheSchema
 from dsv4_jax.spec.kinds import BLOCK_TOKENS, LayerKind
 
-_NO_REQUEST = -1
-
-
-class _Receipt:
-    """Which manager made a plan, when on that manager's clock, and whether it was "cancelled" or "committed" since."""
-
-    __slots__ = ("manager", "settled", "time")
-
-    def __init__(self, manager: CacheManager, time: int) -> None:
-        self.manager, self.time, self.settled = manager, time, ""
-
 
 class CacheManager:
     """Admits requests, reserves their blocks step by step, and takes both back.
 
-    Every operation is all or nothing: one that raises has changed nothing. Not thread-safe.
+    Every operation is all or nothing: one that raises has changed nothing. One that an exception from outside
+    interrupts, such as KeyboardInterrupt, has happened as a whole or not at all. Not thread-safe.
+
+    It pickles and deep-copies with all it knows, which is worth nothing without the cache that it describes. The copy
+    knows the plans made before; of later ones each of the two knows its own only.
 
     A request's *length* is the number of its tokens in the cache once every plan made so far has run, so plans must run
     in the order they were made, each once, on one cache; one that will not run must be cancelled, one that ran in part
@@ -51,29 +48,36 @@ class CacheManager:
     """
 
     def __init__(self, schema: CacheSchema, *, token_buckets: Sequence[int]) -> None:
-        buckets = sorted({int(bucket) for bucket in token_buckets})
-        if not buckets or buckets[0] < 1:
-            raise ValueError(f"token_buckets must be one or more token counts of at least 1, got {list(token_buckets)}")
+        buckets = bucket_list(token_buckets)
+        fingerprint = getattr(schema, "fingerprint", "")
         self._schema = schema
         self._buckets = buckets
-        self._layouts = [PlanLayout(bucket, min(schema.slots, bucket)) for bucket in buckets]
-        self._has_csa = schema.spec.count(LayerKind.CSA) > 0
-        self._has_hca = schema.spec.count(LayerKind.HCA) > 0
+        self._layouts = [PlanLayout(bucket, min(schema.slots, bucket), fingerprint) for bucket in buckets]
+        has_csa = schema.spec.count(LayerKind.CSA) > 0
+        self._has_blocks = has_csa or schema.spec.count(LayerKind.HCA) > 0
         # A request needs block i once it has this many tokens more than i blocks hold.
-        self._tokens_of_first_entry = LayerKind.CSA.ratio if self._has_csa else LayerKind.HCA.ratio
+        self._tokens_of_first_entry = LayerKind.CSA.ratio if has_csa else LayerKind.HCA.ratio
 
-        self._allocator = BlockAllocator(schema.blocks)
-        self._free_slots = list(range(schema.slots))[::-1]
-        self._serial = 0
-        self._handles = np.full(schema.slots, _NO_REQUEST, np.int64)
-        self._lengths = np.zeros(schema.slots, np.int64)
-        self._block_table = np.full((schema.slots, schema.max_blocks), -1, np.int32)
-        # The longest a slot's request has been: window rows below ``peak - ring`` have been overwritten. Only truncate
-        # writes it, so that preparing a step need not; elsewhere the peak is max(peak, length).
-        self._peaks = np.zeros(schema.slots, np.int64)
-        # When each slot's request was last released, truncated or committed: older plans cannot be taken back.
-        self._clock = 0
-        self._changed = np.zeros(schema.slots, np.int64)
+        self._journal = Journal()
+        self._request_table = RequestTable(schema.slots)
+        self._ledger = BlockLedger(schema.slots, schema.max_blocks, schema.blocks)
+        self._receipts = Receipts()
+
+    def _state(self) -> tuple[RequestTable, BlockLedger]:
+        """What the manager knows; an interrupted operation is finished first, so nothing else may read it."""
+        self._journal.finish()
+        return self._request_table, self._ledger
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._journal.finish()
+        return vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._receipts.rename(self._request_table.clock, self._request_table.oldest_plan())
+
+    def __copy__(self) -> CacheManager:
+        return copy.deepcopy(self)
 
     @property
     def schema(self) -> CacheSchema:
@@ -88,33 +92,36 @@ class CacheManager:
     @property
     def free_slots(self) -> int:
         """How many more requests can be admitted."""
-        return len(self._free_slots)
+        return self._state()[0].free
 
     @property
     def free_blocks(self) -> int:
         """How many blocks no request holds."""
-        return self._allocator.free_blocks
+        return self._state()[1].free
 
     @property
     def requests(self) -> NDArray[np.int64]:
         """int64 [admitted requests]: their handles, in order of admission."""
-        return np.sort(self._handles[self._handles != _NO_REQUEST])
+        handles = self._state()[0].handles
+        return np.sort(handles[handles >= 0])
 
     def length(self, request: int) -> int:
         """Tokens of the request in the cache once every plan made so far has run. Raises UnknownRequest."""
-        return int(self._lengths[self._slot_of(request)])
+        table, _ = self._state()
+        return int(table.lengths[table.slot(request)])
 
     def slot(self, request: int) -> int:
         """The request's slot. Raises UnknownRequest."""
-        return self._slot_of(request)
+        return self._state()[0].slot(request)
 
     def blocks(self, request: int) -> NDArray[np.int32]:
         """int32 [blocks held]: the request's block ids; the i-th holds the entries of tokens 128 i … 128 i + 127.
 
         Raises UnknownRequest.
         """
-        slot = self._slot_of(request)
-        return self._block_table[slot, : self.blocks_needed(self._lengths[slot])].copy()
+        table, ledger = self._state()
+        slot = table.slot(request)
+        return ledger.table[slot, : self.blocks_needed(table.lengths[slot])].copy()
 
     def blocks_needed(self, length: ArrayLike) -> NDArray[np.int64]:
         """Blocks a request of ``length`` tokens holds: as many as its finished entries fill, perhaps in part.
@@ -128,17 +135,23 @@ class CacheManager:
           int64 of that shape.
         """
         length = np.asarray(length, np.int64)
-        if self._has_csa or self._has_hca:
+        if self._has_blocks:
             return (length + (BLOCK_TOKENS - self._tokens_of_first_entry)) // BLOCK_TOKENS
         return np.zeros_like(length)
 
     def can_admit(self, length: int = 0) -> bool:
-        """Whether a slot is free, and blocks for a request of ``length`` tokens are."""
-        return (
-            bool(self._free_slots)
-            and length <= self._schema.max_context
-            and self.blocks_needed(length) <= self.free_blocks
-        )
+        """Whether a slot is free, and blocks for a request of ``length`` tokens are.
+
+        Raises:
+          TypeError, ValueError: ``length`` is not an integer, or below 0.
+        """
+        length = integer("length", length)
+        if length < 0:
+            raise ValueError(f"length must be at least 0, got {length}")
+        table, ledger = self._state()
+        if not table.free or length > self._schema.max_context:
+            return False
+        return int(self.blocks_needed(length)) <= ledger.free
 
     def admit(self) -> int:
         """Gives a new request a slot.
@@ -149,12 +162,9 @@ class CacheManager:
         Raises:
           CacheFull: no slot is free.
         """
-        if not self._free_slots:
-            raise CacheFull("slots", 1, 0, self._schema.slots)
-        slot = self._free_slots.pop()
-        self._serial += 1
-        self._handles[slot] = self._serial * self._schema.slots + slot
-        return int(self._handles[slot])
+        handle, writes = self._state()[0].admit()
+        self._journal.write(writes)
+        return handle
 
     def release(self, request: int) -> None:
         """Takes the request's slot and blocks back, on the host only: the slot's next request resets it on the device.
@@ -162,10 +172,18 @@ class CacheManager:
         Raises:
           UnknownRequest: the handle is not an admitted request's, or was released before.
         """
-        slot = self._slot_of(request)
-        self._forget(slot)
-        self._handles[slot] = _NO_REQUEST
-        self._free_slots.append(slot)
+        table, _ = self._state()
+        slot = table.slot(request)
+        self._journal.write((*self._free_blocks([slot], [0]), *table.release(slot)))
+
+    def reset(self) -> None:
+        """Forgets all requests: every slot and block is free, and plans made so far are stale.
+
+        For starting again with a new cache, when a step that the cache was donated to failed on the device. Handles
+        given out before stay unknown, they are not given out again.
+        """
+        table, ledger = self._state()
+        self._journal.write((*ledger.give_back_all(), *table.release_all()))
 
     def truncate(self, request: int, length: int) -> None:
         """Drops the tokens at positions ``length`` and beyond, on the host only.
@@ -178,8 +196,8 @@ class CacheManager:
           after: the same ``length // 4``. With HCA layers only, the same ``length // 128``, or ``length`` a multiple of
           128, where the open window has no row yet. A running HCA tail has no rows to drop: only that multiple.
         - The sliding window. Positions ``length - window + 1 … length - 1`` must not have been overwritten by positions
-          one ring later: ``length >= peak - slack - 1``, where ``peak`` is the longest the request has been since it
-          was admitted or truncated to 0. While ``peak`` is at most the ring, nothing has been overwritten.
+          one ring later: ``length >= peak - lookahead - 1``, where ``peak`` is the longest the request has been since
+          it was admitted or truncated to 0. While ``peak`` is at most the ring, nothing has been overwritten.
 
         Rows of dropped positions stay on the device. None is read: which rows count follows from the position, and a
         position is written again before it counts. Blocks whose entries are all dropped are free at once.
@@ -192,17 +210,24 @@ class CacheManager:
           UnknownRequest: not an admitted request.
           CannotTruncate: ``length`` is out of range, or its state is gone; says what is possible.
         """
-        slot = self._slot_of(request)
-        length, current = operator.index(length), int(self._lengths[slot])
+        table, _ = self._state()
+        slot = table.slot(request)
+        length, current = integer("length", length), int(table.lengths[slot])
         if length == current:
             return
         if length == 0:
-            self._forget(slot)
+            self._journal.write((*self._free_blocks([slot], [0]), *table.forget(slot)))
             return
-        peak = max(int(self._peaks[slot]), current)
+        peak = max(int(table.peaks[slot]), current)
         check_truncation(self._schema, request, current, peak, length)
-        self._keep(slot, length)
-        self._peaks[slot] = peak
+        self._journal.write(
+            (
+                *self._free_blocks([slot], [length]),
+                (table.lengths, slot, length),
+                (table.peaks, slot, peak),
+                *table.make_stale(slot),
+            )
+        )
 
     def prepare_forward(
         self, tokens: Mapping[int, int] | tuple[ArrayLike, ArrayLike], *, steps: int | None = None
@@ -232,58 +257,72 @@ class CacheManager:
           CacheFull: too few free blocks.
         """
         handles, counts = step_arrays(tokens)
-        slots = self._slots_of(handles)
-        if np.bincount(slots, minlength=1).max() > 1:
+        table, _ = self._state()
+        slots = table.slots(handles)
+        total = self._check_step(handles, slots, counts, step_count(steps))
+        layout = self._layouts[bisect.bisect_left(self._buckets, total)]
+        starts = table.lengths.take(slots)
+        ends = starts + (counts if steps is None else counts * steps)
+        changes, writes = self._reserve(slots, starts, counts, ends)
+
+        serial = table.clock + 1
+        receipt = self._receipts.issue(serial)
+        resets = table.reset_due.take(slots)
+        if steps is None:
+            changes = None if changes is None else changes[1:]
+            plan = build_plan(layout, slots, starts, counts, resets, changes, receipt=receipt)
+        else:
+            plan = build_plans(layout, steps, slots, starts, counts, resets, changes, receipt=receipt)
+        if np.count_nonzero(resets):
+            writes = (*writes, (table.reset_due, slots, False))
+        self._journal.write((*writes, (table.lengths, slots, ends), table.tick()))
+        return plan
+
+    def _check_step(self, handles: NDArray, slots: NDArray, counts: NDArray, steps: int) -> int:
+        """Whether these requests can bring so many tokens, apart from blocks: the tokens of a step, or an error."""
+        if not handles.size:
+            return 0
+        # np.maximum.reduce is what counts.max() comes to, without its overhead; so with the others.
+        if np.maximum.reduce(np.bincount(slots)) > 1:
             values, times = np.unique(handles, return_counts=True)
             raise InvalidStep(f"request {values[times > 1][0]} appears more than once; give each its tokens at once")
-        if counts.min(initial=1) < 1:
+        if np.minimum.reduce(counts) < 1:
             first = int(counts.argmin())
             raise InvalidStep(
                 f"request {handles[first]} is given {counts[first]} tokens; give at least 1 or leave it out"
             )
-        if steps is not None and (not isinstance(steps, (int, np.integer)) or steps < 1):
-            raise InvalidStep(f"steps must be an integer of at least 1, or None for a single step; got {steps!r}")
-        starts = self._lengths[slots]
-        # Compared by subtraction and division: a sum or product could overflow.
-        room = self._schema.max_context - starts
-        over = counts > (room if steps is None else room // steps)
-        if over.any():
-            first = int(over.argmax())
-            asked = int(counts[first]) * (steps or 1)
-            raise ContextExceeded(handles[first], starts[first], asked, self._schema.max_context)
-        total = int(counts.sum())
+        starts, limit = self._request_table.lengths.take(slots), self._schema.max_context
+        if int(np.maximum.reduce(starts)) + int(np.maximum.reduce(counts)) * steps > limit:
+            # One by one, compared by division: products could overflow.
+            over = counts > (limit - starts) // min(steps, limit + 1)
+            if over.any():
+                first = int(over.argmax())
+                raise ContextExceeded(handles[first], starts[first], int(counts[first]) * steps, limit)
+        total = int(np.add.reduce(counts))
         if total > self._buckets[-1]:
             raise StepTooLarge(total, self._buckets[-1])
-        layout = self._layouts[bisect.bisect_left(self._buckets, total)]
-        ends = starts + (counts if steps is None else counts * steps)
+        return total
 
+    def _reserve(
+        self, slots: NDArray, starts: NDArray, counts: NDArray, ends: NDArray
+    ) -> tuple[tuple[NDArray, NDArray, NDArray, NDArray] | None, tuple[Write, ...]]:
+        """Takes the blocks that requests growing to ``ends`` need: ((step, slot, index, block) of each, writes)."""
         held = self.blocks_needed(starts)
         added = self.blocks_needed(ends) - held
-        changes = None
+        if not np.count_nonzero(added):
+            return None, ()
         growing = added.nonzero()[0]
-        if growing.size:
-            added = added[growing]
-            ids = self._allocator.allocate(int(added.sum()))
-            first_new = np.cumsum(added) - added
-            request = np.repeat(growing, added)
-            table_index = np.arange(ids.size) + np.repeat(held[growing] - first_new, added)
-            if steps is not None:
-                reached = BLOCK_TOKENS * table_index + self._tokens_of_first_entry
-                step = (reached - starts[request] - 1) // counts[request]
-                # Blocks go out in order of need, as if the steps were prepared one by one.
-                by_step = step.argsort(kind="stable")
-                step, request, table_index = step[by_step], request[by_step], table_index[by_step]
-            table_slot = slots[request]
-            self._block_table[table_slot, table_index] = ids
-            changes = table_slot, table_index, ids
-
-        self._lengths[slots] = ends
-        self._clock += 1
-        receipt = _Receipt(self, self._clock)
-        if steps is None:
-            return build_plan(layout, slots, starts, counts, starts == 0, changes, receipt=receipt)
-        changes = None if changes is None else (step, *changes)
-        return build_plans(layout, steps, slots, starts, counts, starts == 0, changes, receipt=receipt)
+        added = added[growing]
+        count = int(added.sum())
+        request = growing.repeat(added)
+        index = np.arange(count) + (held[growing] - (added.cumsum() - added)).repeat(added)
+        # Blocks go out in order of need, as if the steps were prepared one by one.
+        reached = BLOCK_TOKENS * index + self._tokens_of_first_entry
+        step = (reached - starts[request] - 1) // counts[request]
+        by_step = step.argsort(kind="stable")
+        step, request, index = step[by_step], request[by_step], index[by_step]
+        ids, writes = self._ledger.take(slots[request], index)
+        return (step, slots[request], index, ids), writes
 
     def cancel(self, plan: StepPlan) -> None:
         """Takes back a plan that has not run and will not: lengths, blocks and resets are as if it had never been made.
@@ -298,9 +337,9 @@ class CacheManager:
           StalePlan: a request of the plan has a later plan, or was released or truncated since; or the plan was
             cancelled or committed before, or is not this manager's.
         """
-        receipt, plans, slots = self._latest(plan)
-        self._keep_steps(plans, slots, np.zeros(slots.size, np.int64))
-        receipt.settled = "cancelled"
+        serial, first, slots = self._latest(plan)
+        writes = self._keep_steps(first, slots, np.zeros(slots.size, np.int64))
+        self._journal.write((*writes, self._receipts.settle(serial, "cancelled", self._request_table.oldest_plan())))
 
     def commit(self, plan: StepPlan, steps_run: ArrayLike) -> None:
         """Says how many of a plan's steps each request really ran; takes the rest back, lengths and blocks.
@@ -326,74 +365,48 @@ class CacheManager:
           InvalidStep: ``steps_run`` has another shape, is not of integers, or not within 0 and the plan's steps.
           StalePlan: as for ``cancel``.
         """
-        receipt, plans, slots = self._latest(plan)
-        run = run_array(steps_run, self._handles[slots], plan.layout.requests, len(plans.packed))
-        self._keep_steps(plans, slots, run)
-        receipt.settled = "committed"
+        serial, first, slots = self._latest(plan)
+        table, steps = self._request_table, 1 if plan.packed.ndim == 1 else len(plan.packed)
+        run = run_array(steps_run, table.handles[slots], plan.layout.requests, steps)
+        writes = self._keep_steps(first, slots, run)
         # It ran, and so did all plans before it.
-        self._clock += 1
-        self._changed[slots] = self._clock
+        stale = table.make_stale(slots)
+        self._journal.write((*writes, *stale, self._receipts.settle(serial, "committed", table.oldest_plan())))
 
-    def _latest(self, plan: StepPlan) -> tuple[_Receipt, StepPlan, NDArray[np.int32]]:
-        """A plan's receipt, the plan as a stacked one, its requests' slots; StalePlan unless it can be taken back."""
-        receipt = plan.receipt
-        if not isinstance(receipt, _Receipt) or receipt.manager is not self:
-            raise StalePlan("not a plan of this manager; pass the very object that its prepare_forward returned")
-        if receipt.settled:
-            raise StalePlan(f"this plan was {receipt.settled} before")
-        plans = StepPlan(np.atleast_2d(plan.packed), plan.layout)
-        last = plans.step(-1)
-        slots = last.request_slot
-        requests = int(np.count_nonzero(slots >= 0))
-        slots = slots[:requests]
-        gone = self._changed[slots] > receipt.time
+    def _latest(self, plan: StepPlan) -> tuple[int, StepPlan, NDArray[np.int32]]:
+        """A plan's serial, its first step, its requests' slots; StalePlan unless it can be taken back."""
+        table, _ = self._state()
+        serial = self._receipts.serial(plan)
+        first, last = (plan, plan) if plan.packed.ndim == 1 else (plan.step(0), plan.step(-1))
+        slots = last.request_slot[last.request_slot >= 0]
+        requests = slots.size
+        gone = table.changed[slots] > serial
         if gone.any():
             raise StalePlan(
                 f"{int(gone.sum())} of the plan's {requests} requests (slot {slots[gone][0]} for one) were released or "
                 "truncated since it was made, or had a later plan committed; truncate or release the others"
             )
-        later = self._lengths[slots] != last.request_end[:requests]
+        later = table.lengths[slots] != last.request_end[:requests]
         if later.any():
             raise StalePlan(
-                f"{int(later.sum())} of the plan's {requests} requests ({self._handles[slots[later][0]]} for one) have "
+                f"{int(later.sum())} of the plan's {requests} requests ({table.handles[slots[later][0]]} for one) have "
                 "a later plan; cancel that first"
             )
-        return receipt, plans, slots
+        return serial, first, slots
 
-    def _keep_steps(self, plans: StepPlan, slots: NDArray[np.int32], run: NDArray[np.int64]) -> None:
-        """Takes back all of a stacked plan but the first ``run`` steps [requests] of each request."""
-        first = plans.step(0)
-        run_by_slot = np.zeros(self._schema.slots, np.int64)
-        run_by_slot[slots] = run
-        step = np.arange(len(plans.packed))[:, None]
-        dropped = (plans.table_slot >= 0) & (step >= run_by_slot[plans.table_slot])
-        self._allocator.free(plans.table_block[dropped])
-        self._block_table[plans.table_slot[dropped], plans.table_index[dropped]] = -1
-        counts = np.diff(first.query_start)[: slots.size]
-        self._lengths[slots] = first.request_start[: slots.size] + run * counts
+    def _keep_steps(self, first: StepPlan, slots: NDArray, run: NDArray) -> tuple[Write, ...]:
+        """Takes back all of a plan but the first ``run`` steps [requests] of each request."""
+        table, requests = self._request_table, slots.size
+        lengths = first.request_start[:requests] + run * np.diff(first.query_start[: requests + 1])
+        not_reset = slots[(first.request_reset[:requests] != 0) & (run == 0)]
+        return (
+            *self._free_blocks(slots, lengths),
+            (table.lengths, slots, lengths),
+            (table.reset_due, not_reset, True),
+        )
 
-    def _slots_of(self, handles: NDArray[np.int64]) -> NDArray[np.int64]:
-        slots = handles % self._schema.slots
-        known = (self._handles[slots] == handles) & (handles >= 0)
-        if not known.all():
-            raise UnknownRequest(handles[~known])
-        return slots
-
-    def _slot_of(self, request: int) -> int:
-        request = operator.index(request)
-        slot = request % self._schema.slots
-        if request < 0 or self._handles[slot] != request:
-            raise UnknownRequest([request])
-        return slot
-
-    def _keep(self, slot: int, length: int) -> None:
-        held, kept = self.blocks_needed([self._lengths[slot], length]).tolist()
-        self._allocator.free(self._block_table[slot, kept:held])
-        self._block_table[slot, kept:held] = -1
-        self._lengths[slot] = length
-        self._clock += 1
-        self._changed[slot] = self._clock
-
-    def _forget(self, slot: int) -> None:
-        self._keep(slot, 0)
-        self._peaks[slot] = 0
+    def _free_blocks(self, slots: ArrayLike, lengths: ArrayLike) -> tuple[Write, ...]:
+        """Frees the blocks that requests in these slots hold and would not at these lengths, [n] each."""
+        slots = np.asarray(slots)
+        held = self.blocks_needed(self._request_table.lengths[slots])
+        return self._ledger.give_back(slots, self.blocks_needed(lengths), held)

@@ -19,13 +19,14 @@ def check_truncation(schema: CacheSchema, request: int, current: int, peak: int,
       peak: the most it has had.
       length: the tokens to keep, neither 0 nor ``current``.
     """
-    window_lowest = peak - schema.ring + schema.spec.window - 1 if peak > schema.ring else 1
-    csa_lowest = current // CSA.ratio * CSA.ratio if schema.spec.count(CSA) else 1
+    reach = min(current, peak - schema.lookahead)  # rows of whatever windows are open at or after this are there
+    window_lowest = peak - schema.lookahead - 1 if peak > schema.ring else 1
+    csa_lowest = max(reach, 0) // CSA.ratio * CSA.ratio if schema.spec.count(CSA) else 1
     running = schema.formats.hca_tail == "running"
     hca_lowest = 1
     if schema.spec.count(HCA):
         one_token_open = (current - 1) % HCA.ratio == 0
-        hca_lowest = current - one_token_open if running else current // HCA.ratio * HCA.ratio
+        hca_lowest = current - one_token_open if running else max(reach, 0) // HCA.ratio * HCA.ratio
 
     if not 0 < length < current:
         reason = "it never had that length" if length > current else "a length is at least 0"

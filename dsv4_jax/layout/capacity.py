@@ -10,9 +10,6 @@ from dsv4_jax.layout.schema import CacheSchema, SchemaError, compute_block_budge
 from dsv4_jax.spec.kinds import BLOCK_TOKENS
 from dsv4_jax.spec.model import ModelSpec
 
-BLOCK_COMPONENTS = ("csa_entries", "csa_keys", "hca_entries")
-"""Arrays of a cache that grow with the context, a page per block; all others have a row per slot."""
-
 
 @dataclasses.dataclass(frozen=True)
 class CapacityPlan:
@@ -51,12 +48,12 @@ class CapacityPlan:
     @property
     def block_bytes(self) -> dict[str, int]:
         """One block of 128 tokens, by component."""
-        return {name: size for name, size in _one_of_each(self.schema).items() if name in BLOCK_COMPONENTS}
+        return {name: size for name, size in _one_of_each(self.schema).items() if name in self.schema.block_pools}
 
     @property
     def slot_bytes(self) -> dict[str, int]:
         """What a request takes whatever its length, by component; the block table's row is as long as ``context``."""
-        return {name: size for name, size in _one_of_each(self.schema).items() if name not in BLOCK_COMPONENTS}
+        return {name: size for name, size in _one_of_each(self.schema).items() if name not in self.schema.block_pools}
 
     @property
     def request_bytes(self) -> dict[str, int]:
@@ -76,7 +73,7 @@ def capacity_plan(
     context: int,
     memory_bytes: int | None = None,
     requests: int | None = None,
-    slack: int = 0,
+    lookahead: int = 0,
 ) -> CapacityPlan:
     """The cache for some requests, or for some memory.
 
@@ -87,40 +84,42 @@ def capacity_plan(
       memory_bytes: bytes that the cache may take; without ``requests``, as many requests of ``context`` tokens as fit.
       requests: requests at the same time, 1 if neither this nor ``memory_bytes`` is given. Without ``memory_bytes``
         there are blocks for all of them at full length; with it, as many of those as fit.
-      slack: as in ``CacheSchema``.
+      lookahead: as in ``CacheSchema``.
 
     Raises:
       SchemaError: the memory does not hold one request, or not the slots asked for; or a number is out of range.
     """
     if requests is None and memory_bytes is not None:
-        requests = requests_that_fit(spec, formats, context=context, memory_bytes=memory_bytes, slack=slack)
+        requests = requests_that_fit(spec, formats, context=context, memory_bytes=memory_bytes, lookahead=lookahead)
         if not requests:
-            one = capacity_plan(spec, formats, context=context, slack=slack)
+            one = capacity_plan(spec, formats, context=context, lookahead=lookahead)
             raise SchemaError(
                 f"{memory_bytes:,} bytes do not hold one request of {context:,} tokens, which takes "
                 f"{one.memory_bytes:,}; give more memory, or ask for a shorter context or smaller formats."
             )
     requests = 1 if requests is None else requests
-    smallest = CacheSchema(spec, formats, requests, 1, context, slack)
+    smallest = CacheSchema(spec, formats, requests, 1, context, lookahead)
     per_request = int(CacheManager(dataclasses.replace(smallest, slots=1), token_buckets=[1]).blocks_needed(context))
     blocks = max(requests * per_request, int(smallest.bytes_per_block > 0))
     if memory_bytes is not None:
-        budget = compute_block_budget(memory_bytes, spec, formats, slots=requests, max_context=context, slack=slack)
+        budget = compute_block_budget(
+            memory_bytes, spec, formats, slots=requests, max_context=context, lookahead=lookahead
+        )
         blocks = min(blocks, budget)
     return CapacityPlan(dataclasses.replace(smallest, blocks=blocks), per_request)
 
 
 def requests_that_fit(
-    spec: ModelSpec, formats: CacheFormats, *, context: int, memory_bytes: int, slack: int = 0
+    spec: ModelSpec, formats: CacheFormats, *, context: int, memory_bytes: int, lookahead: int = 0
 ) -> int:
     """The largest number of requests of ``context`` tokens each whose cache takes at most ``memory_bytes``; 0 if none.
 
     Arguments as for ``capacity_plan``.
 
     Raises:
-      SchemaError: ``context`` or ``slack`` is out of range.
+      SchemaError: ``context`` or ``lookahead`` is out of range.
     """
-    one = capacity_plan(spec, formats, context=context, slack=slack)
+    one = capacity_plan(spec, formats, context=context, lookahead=lookahead)
     shared = one.memory_bytes - one.bytes_per_request  # a block that a request too short for one does not fill
     return max(0, (memory_bytes - shared) // one.bytes_per_request)
 

@@ -15,19 +15,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
 from types import MappingProxyType
 
 import jax.numpy as jnp
 import numpy as np
 
+from dsv4_jax.errors import Picklable
 from dsv4_jax.spec.kinds import HEAD_DIM, KEY_DIM, ROPE_DIM
 
 GLOBAL_SCALES = (2.0**-100, 2.0**100)
 """The smallest and largest ``CacheFormats.global_scale``: no block scale in units of it is subnormal or infinite."""
 
 
-class FormatError(ValueError):
+class FormatError(Picklable, ValueError):
     """A storage format that does not exist, or that cannot hold the component it was chosen for."""
 
 
@@ -154,8 +156,8 @@ class CacheFormats:
     Attributes:
       entries: format of CSA and HCA entries, a name of ``ENTRY_FORMATS``.
       window: format of sliding-window rows, a name of ``WINDOW_FORMATS``.
-      indexer: format of indexer keys, a name of ``KEY_FORMATS``.
-      indexer_hadamard: whether indexer keys are stored after a Hadamard transform (DeepSeek does, Hugging Face does
+      keys: format of indexer keys, a name of ``KEY_FORMATS``.
+      keys_hadamard: whether keys are stored after a Hadamard transform (DeepSeek does, Hugging Face does
         not); queries must then be transformed too, see ``LayerCache.transform_query``.
       global_scale: the constant fp32 scale of ``nvfp4_static``, from 2^-100 to 2^100. What is stored saturates at
         2688 times this.
@@ -170,8 +172,8 @@ class CacheFormats:
 
     entries: str = "fp8"
     window: str = "bf16"
-    indexer: str = "nvfp4"
-    indexer_hadamard: bool = False
+    keys: str = "nvfp4"
+    keys_hadamard: bool = False
     global_scale: float = 1.0
     hca_tail: str = "rows"
 
@@ -179,11 +181,17 @@ class CacheFormats:
         _ = (self.entry_format, self.window_format, self.key_format)
         if self.hca_tail not in HCA_TAILS:
             raise FormatError(f"hca_tail={self.hca_tail!r} is not a tail; choose one of {', '.join(HCA_TAILS)}.")
+        if not isinstance(self.keys_hadamard, bool | np.bool_):
+            raise FormatError(f"keys_hadamard must be True or False, got {self.keys_hadamard!r}.")
+        object.__setattr__(self, "keys_hadamard", bool(self.keys_hadamard))
         smallest, largest = GLOBAL_SCALES
-        if not smallest <= self.global_scale <= largest:
+        number = isinstance(self.global_scale, numbers.Real) and not isinstance(self.global_scale, bool)
+        if not number or not smallest <= self.global_scale <= largest:
             raise FormatError(
-                f"global_scale must be from 2^-100 to 2^100 ({smallest:.3g} to {largest:.3g}), got {self.global_scale}."
+                f"global_scale must be a number from 2^-100 to 2^100 ({smallest:.3g} to {largest:.3g}), "
+                f"got {self.global_scale!r}."
             )
+        object.__setattr__(self, "global_scale", float(self.global_scale))
 
     @property
     def entry_format(self) -> VectorFormat:
@@ -198,10 +206,10 @@ class CacheFormats:
     @property
     def key_format(self) -> VectorFormat:
         """How indexer keys are stored."""
-        return self._resolve("indexer", self.indexer, KEY_FORMATS)
+        return self._resolve("keys", self.keys, KEY_FORMATS)
 
     def _resolve(self, component: str, name: str, table: Mapping[str, VectorFormat]) -> VectorFormat:
-        if name not in table:
+        if not isinstance(name, str) or name not in table:
             raise FormatError(
                 f"{component}={name!r} is not a format for {component}; choose one of {', '.join(table)}."
             )
@@ -217,8 +225,8 @@ PROFILES: Mapping[str, CacheFormats] = MappingProxyType(
         "bf16": CacheFormats("bf16", "bf16", "bf16"),
         "default": CacheFormats(),
         "flashmla": CacheFormats("fp8_ds_mla", "fp8_ds_mla", "fp8"),
-        "deepseek": CacheFormats("fp8_ds_mla", "fp8_ds_mla", "mxfp4", indexer_hadamard=True),
-        "compact": CacheFormats("nvfp4_static", "fp8", "mxfp4", indexer_hadamard=True),
+        "deepseek": CacheFormats("fp8_ds_mla", "fp8_ds_mla", "mxfp4", keys_hadamard=True),
+        "compact": CacheFormats("nvfp4_static", "fp8", "mxfp4", keys_hadamard=True),
     }
 )
 """Usual sets of formats by name."""

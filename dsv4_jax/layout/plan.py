@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,10 +30,13 @@ class PlanLayout:
     Attributes:
       tokens: T, how many tokens a step of this layout holds, padding included.
       requests: R, how many requests it holds, padding included.
+      fingerprint: of the schema whose slots and blocks the plan names, "" if that is not known. Plans of another schema
+        have another layout, and so nothing compiled for one takes the other's.
     """
 
     tokens: int
     requests: int
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.requests < 1:
@@ -48,31 +53,53 @@ class PlanLayout:
         """The most blocks that T tokens of R requests can add: T // 128 + R."""
         return self.tokens // BLOCK_TOKENS + self.requests
 
-    @functools.cached_property
+    @property
+    def closings_by_token(self) -> bool:
+        """Whether the ``closing`` fields have a place for every token: place i is token i's, -1 unless it closes.
+
+        Then whoever has a token finds what it closes without a search. So it is where T == R, as in a decode step's
+        layout; else the closing tokens lie together in order, padding last.
+        """
+        return self.tokens == self.requests
+
+    @property
     def fields(self) -> Mapping[str, slice]:
         """Field name -> its slice of the packed vector's last axis, in packing order."""
-        sizes = {
-            "token_slot": self.tokens,
-            "token_position": self.tokens,
-            "token_request": self.tokens,
-            "request_slot": self.requests,
-            "request_reset": self.requests,
-            "query_start": self.requests + 1,
-            "table_slot": self.table_changes,
-            "table_index": self.table_changes,
-            "table_block": self.table_changes,
-        } | {f"closing_{ratio}": self.closing_size(ratio) for ratio in RATIOS}
-        sizes["longest"] = 1
-        slices, offset = {}, 0
-        for name, size in sizes.items():
-            slices[name] = slice(offset, offset + size)
-            offset += size
-        return MappingProxyType(slices)
+        return _fields(self)
 
-    @functools.cached_property
+    @property
     def size(self) -> int:
         """Length of the packed vector."""
-        return max(field.stop for field in self.fields.values())
+        return _fields(self)["longest"].stop
+
+
+@functools.cache
+def _fields(layout: PlanLayout) -> Mapping[str, slice]:
+    # Beside the layout rather than cached in it, so that a layout is its numbers and nothing else when it is copied.
+    sizes = {
+        "token_slot": layout.tokens,
+        "token_position": layout.tokens,
+        "token_request": layout.tokens,
+        "request_slot": layout.requests,
+        "request_reset": layout.requests,
+        "query_start": layout.requests + 1,
+        "table_slot": layout.table_changes,
+        "table_index": layout.table_changes,
+        "table_block": layout.table_changes,
+    } | {f"closing_{ratio}": layout.closing_size(ratio) for ratio in RATIOS}
+    sizes["longest"] = 1
+    slices, offset = {}, 0
+    for name, size in sizes.items():
+        slices[name] = slice(offset, offset + size)
+        offset += size
+    return MappingProxyType(slices)
+
+
+class Receipt(NamedTuple):
+    """By what a manager knows a plan: which manager made it, and when on that manager's clock."""
+
+    manager: str
+    serial: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,9 +111,13 @@ class StepPlan:
     otherwise. Tokens lie flat, each request's together and in ascending positions, requests in the order given. Padding
     comes last as planned, but ``stop`` makes padding of any part.
 
+    An axis in front of the fields means steps, and nothing else. The plans of several shards of a cache lie side by
+    side on the last axis, [shards * size] or [steps, shards * size]: ``jax.shard_map``, which splits that axis, hands
+    each shard a plan of its own. Outside it such a plan has no fields.
+
     Attributes:
-      packed: int32 [layout.size], or [steps, layout.size] when the plans of several steps are stacked for a scan (the
-        fields then have the same leading axis).
+      packed: int32 [size], or [steps, size] when the plans of several steps are stacked for a scan (the fields then
+        have the same leading axis); size is ``layout.size``.
       layout: where each field lies.
       receipt: how the manager that made the plan recognises it in ``cancel``. Host only: not part of the pytree, None
         after jit or ``jax.device_put``.
@@ -94,9 +125,15 @@ class StepPlan:
 
     packed: Any
     layout: PlanLayout
-    receipt: object | None = dataclasses.field(default=None, repr=False)
+    receipt: Receipt | None = dataclasses.field(default=None, repr=False)
 
     def _field(self, name: str) -> Any:
+        if self.packed.shape[-1] != self.layout.size:
+            raise ValueError(
+                f"the plan's last axis holds {self.packed.shape[-1]} numbers, a plan of {self.layout} has "
+                f"{self.layout.size}: the plans of several shards lie side by side on that axis, and are read inside "
+                "jax.shard_map, which splits it"
+            )
         return self.packed[..., self.layout.fields[name]]
 
     @property
@@ -150,9 +187,8 @@ class StepPlan:
     def closing(self, ratio: int) -> Any:
         """int32 [(T + (ratio - 1) R) // ratio]: flat index of each token with (position + 1) % ratio == 0.
 
-        These tokens close a window. In order, padding last; but with T == R, a decode step's layout, token i has place
-        i, so that a kernel finds what belongs to a token without a search. `ratio` is 4 (CSA) or 128 (HCA), ValueError
-        otherwise.
+        These tokens close a window. In order, padding last; but with ``layout.closings_by_token`` each is at its own
+        index, -1 between. `ratio` is 4 (CSA) or 128 (HCA), ValueError otherwise.
         """
         if ratio not in RATIOS:
             raise ValueError(f"ratio must be one of {RATIOS}, got {ratio}")
@@ -238,7 +274,8 @@ class StepPlan:
 
         Args:
           tokens: one integer sequence (or one integer) per request, in the order the requests were given to
-            ``prepare_forward``; or all tokens of the step in that order as one flat array.
+            ``prepare_forward``; or all tokens of the step in that order, flat: as one array, or, if there is a single
+            request, as its list.
 
         Returns:
           int32 [T].
@@ -249,11 +286,14 @@ class StepPlan:
         query_start = np.asarray(self.query_start)
         if query_start.ndim != 1:
             raise ValueError("pack_tokens works on the plan of one step, this one holds several")
-        if getattr(tokens, "ndim", None) == 1:
-            flat = np.asarray(tokens)
+        requests = int(np.count_nonzero(self.request_slot >= 0))
+        parts = tokens if getattr(tokens, "ndim", None) == 1 else [np.asarray(part) for part in tokens]
+        if isinstance(parts, list) and parts and requests == 1 and all(part.ndim == 0 for part in parts):
+            parts = np.asarray(parts)
+        if not isinstance(parts, list):
+            flat = np.asarray(parts)
         else:
-            parts = [np.atleast_1d(np.asarray(part)) for part in tokens]
-            requests = int(np.count_nonzero(self.request_slot >= 0))
+            parts = [np.atleast_1d(part) for part in parts]
             if len(parts) != requests:
                 raise ValueError(f"the plan holds {requests} requests, got tokens for {len(parts)}")
             for request, (part, count) in enumerate(zip(parts, np.diff(query_start).tolist(), strict=False)):
@@ -270,3 +310,9 @@ class StepPlan:
 
 
 jax.tree_util.register_dataclass(StepPlan, data_fields=["packed"], meta_fields=["layout"], drop_fields=["receipt"])
+jax.export.register_pytree_node_serialization(
+    StepPlan,
+    serialized_name="dsv4_jax.StepPlan",
+    serialize_auxdata=lambda static: json.dumps(dataclasses.asdict(static[0])).encode(),
+    deserialize_auxdata=lambda data: (PlanLayout(**json.loads(bytes(data))),),
+)

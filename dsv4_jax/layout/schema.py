@@ -1,22 +1,30 @@
 """The shapes and bytes of a cache, before there is one: ``LayerCacheSchema`` of a layer, ``CacheSchema`` of a model.
 
 A layer keeps its sliding window and tail per *slot* (one request's row) and its entries and keys per *block* (128
-tokens of context). A model's cache stacks its layers: one array per component, layers in front, so that a step passes
-nine arrays whatever the number of layers is. Block ids and slots are shared by all layers.
+tokens of context). A model's cache stacks the layers of a kind: one array per component, layers in front, so that a
+step passes few arrays whatever the number of layers is. Block ids and slots are shared by all layers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from dsv4_jax.errors import Picklable
 from dsv4_jax.layout.formats import CacheFormats
-from dsv4_jax.spec.kinds import BLOCK_TOKENS, HEAD_DIM, KEY_DIM, LayerKind
-from dsv4_jax.spec.model import ModelSpec
+from dsv4_jax.layout.geometry import TailGeometry
+from dsv4_jax.spec.kinds import BLOCK_TOKENS, HEAD_DIM, KEY_DIM, LayerKind, entries_per_block
+from dsv4_jax.spec.model import LayerSpec, ModelSpec, RopeSpec
 
 EMPTY_SCORE = -1e9
 """The score of a tail row that holds nothing: beside a real score it weighs 0, and being finite it makes no NaN."""
@@ -27,7 +35,19 @@ LARGEST_INDEX = 2**31 - 1
 Arrays = Mapping[str, jax.ShapeDtypeStruct]
 
 
-class SchemaError(ValueError):
+class LayerRows(NamedTuple):
+    """Where a layer's part of the cache lies: indices along the first axis of its arrays.
+
+    Attributes:
+      window: of ``window`` and ``window_positions``.
+      compressed: of its kind's pools and tails; None for SWA, which has none.
+    """
+
+    window: int
+    compressed: int | None
+
+
+class SchemaError(Picklable, ValueError):
     """A cache that cannot be: a size out of range, or more than the memory given for it."""
 
 
@@ -46,6 +66,16 @@ def empty_tail(tail_shape: Sequence[int]) -> jax.Array:
     return jnp.array([[[0]], [[EMPTY_SCORE]]], jnp.float32)
 
 
+def integer(value: Any) -> int | None:
+    """An int, NumPy's included, as an int; None for anything else, bools too."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
 def _bytes(arrays: Arrays) -> dict[str, int]:
     return {name: math.prod(array.shape) * array.dtype.itemsize for name, array in arrays.items()}
 
@@ -57,28 +87,42 @@ class LayerCacheSchema:
     Attributes:
       kind: the layer's kind.
       formats: how vectors are stored.
-      ring: rows of the sliding window's ring buffer.
+      window: tokens of the sliding window.
+      lookahead: how many of a request's latest tokens can be taken back.
     """
 
     kind: LayerKind
     formats: CacheFormats
-    ring: int
+    window: int
+    lookahead: int = 0
+
+    @property
+    def ring(self) -> int:
+        """Rows of the sliding window's ring buffer: ``window + lookahead``."""
+        return self.window + self.lookahead
 
     @property
     def block_rows(self) -> int:
         """Entries (and keys) of a block: 32 (CSA), 1 (HCA), 0 (SWA)."""
-        return BLOCK_TOKENS // self.kind.ratio if self.kind.ratio else 0
+        return entries_per_block(self.kind.ratio)
+
+    @property
+    def tail(self) -> TailGeometry | None:
+        """The rings of the tail's rows; None for SWA, and for HCA with a running tail."""
+        if self.kind.compression is None or self._running:
+            return None
+        return TailGeometry.of_lookahead(self.kind.compression, self.lookahead)
 
     @property
     def tail_rows(self) -> int:
-        """Uncompressed rows kept per slot, kv and score each: 12 (CSA), 128 (HCA; running: 0), 0 (SWA).
+        """Uncompressed rows kept per slot, kv and score each: 12 (CSA), 128 (HCA; running: 0), 0 (SWA); more with
+        ``lookahead``.
 
         A row is as wide as an entry. CSA's compressor makes two halves of each token: the overlap halves of the open
         window and of the one before it (2 x 4 rows), and the current halves of the open window (4 rows). That is an
         open window of 4 rows of twice the width and a previous window of 4 rows of the width.
         """
-        hca = 0 if self._running else LayerKind.HCA.ratio
-        return {LayerKind.SWA: 0, LayerKind.CSA: 3 * LayerKind.CSA.ratio, LayerKind.HCA: hca}[self.kind]
+        return self.tail.rows if self.tail else 0
 
     @property
     def _running(self) -> bool:
@@ -89,28 +133,29 @@ class LayerCacheSchema:
         """The arrays of one slot by component.
 
         ``window`` page of ``ring`` rows; ``window_positions`` int32 [ring]; ``tail`` fp32 [2 (kv, score), tail_rows,
-        512] (CSA, HCA), running fp32 [3 (max, denominator, sum), 512]; ``key_tail`` fp32 [2, 12, 128] (CSA).
+        512] (CSA, HCA), running fp32 [3 (max, denominator, sum), 512]; ``key_tail`` fp32 [2, tail_rows, 128] (CSA).
         """
         window = self.formats.window_format
         arrays = {
             "window": jax.ShapeDtypeStruct(window.page_shape(self.ring), window.dtype),
             "window_positions": jax.ShapeDtypeStruct((self.ring,), jnp.int32),
         }
-        if self.kind is not LayerKind.SWA:
+        compression = self.kind.compression
+        if compression:
             shape = (3, HEAD_DIM) if self._running else (2, self.tail_rows, HEAD_DIM)
             arrays["tail"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-        if self.kind is LayerKind.CSA:
-            arrays["key_tail"] = jax.ShapeDtypeStruct((2, self.tail_rows, KEY_DIM), jnp.float32)
+            if compression.indexed:
+                arrays["key_tail"] = jax.ShapeDtypeStruct((2, self.tail_rows, KEY_DIM), jnp.float32)
         return arrays
 
     @property
     def block_arrays(self) -> Arrays:
         """The arrays of one block by component: ``entries`` (CSA, HCA) and ``keys`` (CSA), pages of block_rows."""
         chosen = {}
-        if self.kind is not LayerKind.SWA:
+        if self.kind.compression:
             chosen["entries"] = self.formats.entry_format
-        if self.kind is LayerKind.CSA:
-            chosen["keys"] = self.formats.key_format
+            if self.kind.compression.indexed:
+                chosen["keys"] = self.formats.key_format
         return {
             name: jax.ShapeDtypeStruct(vector_format.page_shape(self.block_rows), vector_format.dtype)
             for name, vector_format in chosen.items()
@@ -137,11 +182,12 @@ class CacheSchema:
       slots: requests that can be in the cache at the same time.
       blocks: blocks of 128 tokens shared by all slots; 0 is allowed only for a model without CSA and HCA layers.
       max_context: longest context of a request in tokens, at most ``spec.max_position``.
-      slack: rows of the window's ring beyond the window itself, so that as many of a request's latest tokens can be
-        taken back.
+      lookahead: how many of a request's latest tokens can always be taken back (``CacheManager.truncate``), as rejected
+        drafts are. Every ring is that much deeper; with CSA layers, that of a tail by whole windows of 4. From a
+        running HCA tail (``CacheFormats.hca_tail``) nothing can be taken back but whole windows.
 
     Raises:
-      SchemaError: a number is out of range.
+      SchemaError: a number is out of range, or spec or formats is something else.
     """
 
     spec: ModelSpec
@@ -149,33 +195,51 @@ class CacheSchema:
     slots: int
     blocks: int
     max_context: int
-    slack: int = 0
+    lookahead: int = 0
 
     def __post_init__(self) -> None:
-        compressed = self.spec.count(LayerKind.SWA) < len(self.spec.layers)
+        for name, wanted, example in (
+            ("spec", ModelSpec, "model_spec(config) makes one of a config.json"),
+            ("formats", CacheFormats, "CacheFormats(entries='fp8') or PROFILES['default']"),
+        ):
+            if not isinstance(getattr(self, name), wanted):
+                raise SchemaError(f"{name} must be a {wanted.__name__}, got {getattr(self, name)!r}: {example}.")
+        compressed = any(kind.compression for kind in self.spec.layer_kinds)
         for name, smallest, largest, reason in (
             ("slots", 1, LARGEST_INDEX, "slots are int32"),
             ("blocks", int(compressed), LARGEST_INDEX, "block ids are int32, and CSA and HCA layers need blocks"),
             ("max_context", 1, self.spec.max_position, f"max_position of {self.spec.name} is {self.spec.max_position}"),
-            ("slack", 0, self.spec.max_position, f"max_position of {self.spec.name} is {self.spec.max_position}"),
+            ("lookahead", 0, self.spec.max_position, f"max_position of {self.spec.name} is {self.spec.max_position}"),
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not smallest <= value <= largest:
-                raise SchemaError(f"{name} must be an int from {smallest} to {largest} ({reason}), got {value!r}.")
+            value = integer(getattr(self, name))
+            if value is None or not smallest <= value <= largest:
+                raise SchemaError(
+                    f"{name} must be an int from {smallest} to {largest} ({reason}), got {getattr(self, name)!r}."
+                )
+            object.__setattr__(self, name, value)
 
     def __hash__(self) -> int:
         # Hashed at every call of a jitted function that is given a Cache: the layers would take most of the call.
-        return hash((self.slots, self.blocks, self.max_context, self.slack, len(self.spec.layers)))
+        return hash((self.slots, self.blocks, self.max_context, self.lookahead, len(self.spec.layers)))
+
+    def __reduce__(self) -> tuple:
+        # Copies and pickles carry the fields, not what was derived from them.
+        return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     @property
     def ring(self) -> int:
-        """Rows of a window's ring: ``spec.window + slack``. The row of a position is its remainder by this."""
-        return self.spec.window + self.slack
+        """Rows of a window's ring: ``spec.window + lookahead``. The row of a position is its remainder by this."""
+        return self.spec.window + self.lookahead
 
     @property
     def max_blocks(self) -> int:
         """Blocks of a request at ``max_context``, the width of the block table."""
         return math.ceil(self.max_context / BLOCK_TOKENS)
+
+    @functools.cached_property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kinds of the model's layers that compress their context, those with the smallest ratio first."""
+        return tuple(sorted({kind for kind in self.spec.layer_kinds if kind.compression}, key=lambda kind: kind.ratio))
 
     def layer(self, layer: int) -> LayerCacheSchema:
         """What one layer of the model caches.
@@ -183,16 +247,55 @@ class CacheSchema:
         Raises:
           IndexError: ``layer`` is negative or not less than the number of layers.
         """
-        if not 0 <= layer < len(self.spec.layers):
-            raise IndexError(f"{self.spec.name} has layers 0 to {len(self.spec.layers) - 1}, got {layer}.")
+        self._check_layer(layer)
         return self._of_kind(self.spec.layers[layer].kind)
 
-    def _of_kind(self, kind: LayerKind) -> LayerCacheSchema:
-        return LayerCacheSchema(kind, self.formats, self.ring)
+    def rows(self, layer: int) -> LayerRows:
+        """Which row of the window pool and of its kind's arrays a layer writes and reads.
 
-    @property
+        Raises:
+          IndexError: ``layer`` is negative or not less than the number of layers.
+        """
+        self._check_layer(layer)
+        return self._rows[layer]
+
+    @functools.cached_property
+    def _rows(self) -> tuple[LayerRows, ...]:
+        count = dict.fromkeys(self.kinds, 0)
+        rows = []
+        for layer, kind in enumerate(self.spec.layer_kinds):
+            rows.append(LayerRows(layer, count.get(kind)))
+            if kind in count:
+                count[kind] += 1
+        return tuple(rows)
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < len(self.spec.layers):
+            raise IndexError(f"{self.spec.name} has layers 0 to {len(self.spec.layers) - 1}, got {layer}.")
+
+    def _of_kind(self, kind: LayerKind) -> LayerCacheSchema:
+        return LayerCacheSchema(kind, self.formats, self.spec.window, self.lookahead)
+
+    @functools.cached_property
+    def block_pools(self) -> tuple[str, ...]:
+        """Names of the arrays that have a page per block: ``{kind}_entries``, ``{kind}_keys``."""
+        return tuple(f"{kind.value}_{name}" for kind in self.kinds for name in self._of_kind(kind).block_arrays)
+
+    @functools.cached_property
+    def tails(self) -> tuple[str, ...]:
+        """Names of the arrays of what waits to be compressed, a row per slot: ``{kind}_tail``, ``{kind}_key_tail``."""
+        return tuple(
+            f"{kind.value}_{name}" for kind in self.kinds for name in self._of_kind(kind).slot_arrays if "tail" in name
+        )
+
+    @functools.cached_property
+    def pools(self) -> tuple[str, ...]:
+        """Names of the arrays that a kind has of its own, in order: block_pools, then tails."""
+        return (*self.block_pools, *self.tails)
+
+    @functools.cached_property
     def arrays(self) -> Arrays:
-        """Shape and dtype of every array of the cache, by name.
+        """Shape and dtype of every array of the cache, by name. Kinds that no layer has, have no arrays.
 
         =================  ==========================================================================
         block_table        int32 [slots, max_blocks], -1 = no block
@@ -202,27 +305,27 @@ class CacheSchema:
         csa_keys           [CSA layers, blocks, *page of 32 rows]
         hca_entries        [HCA layers, blocks, *page of 1 row]
         csa_tail           fp32 [CSA layers, slots, 2 (kv, score), 12, 512]
-        key_tail           fp32 [CSA layers, slots, 2 (kv, score), 12, 128]
+        csa_key_tail       fp32 [CSA layers, slots, 2 (kv, score), 12, 128]
         hca_tail           fp32 [HCA layers, slots, 2 (kv, score), 128, 512], or, running,
                            fp32 [HCA layers, slots, 3 (max, denominator, sum), 512]
         =================  ==========================================================================
+
+        With ``lookahead``, tails have more rows: CSA 12 + 2 d, d being lookahead rounded up to a multiple of 4, and HCA
+        128 + lookahead.
         """
-        swa, csa, hca = (self._of_kind(kind) for kind in (LayerKind.SWA, LayerKind.CSA, LayerKind.HCA))
-        layers, csa_layers, hca_layers = len(self.spec.layers), *map(self.spec.count, (csa.kind, hca.kind))
-        stacked = {
-            "window": (layers, self.slots, swa.slot_arrays["window"]),
-            "window_positions": (layers, self.slots, swa.slot_arrays["window_positions"]),
-            "csa_entries": (csa_layers, self.blocks, csa.block_arrays["entries"]),
-            "csa_keys": (csa_layers, self.blocks, csa.block_arrays["keys"]),
-            "hca_entries": (hca_layers, self.blocks, hca.block_arrays["entries"]),
-            "csa_tail": (csa_layers, self.slots, csa.slot_arrays["tail"]),
-            "key_tail": (csa_layers, self.slots, csa.slot_arrays["key_tail"]),
-            "hca_tail": (hca_layers, self.slots, hca.slot_arrays["tail"]),
-        }
+        layers = len(self.spec.layers)
+        any_layer = self._of_kind(LayerKind.SWA).slot_arrays
         arrays = {"block_table": jax.ShapeDtypeStruct((self.slots, self.max_blocks), jnp.int32)}
-        for name, (count, rows, array) in stacked.items():
-            arrays[name] = jax.ShapeDtypeStruct((count, rows, *array.shape), array.dtype)
-        return arrays
+        for name, array in any_layer.items():
+            arrays[name] = jax.ShapeDtypeStruct((layers, self.slots, *array.shape), array.dtype)
+        of_kinds = {}
+        for kind in self.kinds:
+            of_kind, count = self._of_kind(kind), self.spec.count(kind)
+            for size, components in ((self.blocks, of_kind.block_arrays), (self.slots, of_kind.slot_arrays)):
+                for name, array in components.items():
+                    stacked = jax.ShapeDtypeStruct((count, size, *array.shape), array.dtype)
+                    of_kinds[f"{kind.value}_{name}"] = stacked
+        return MappingProxyType(arrays | {name: of_kinds[name] for name in self.pools})
 
     @property
     def bytes_by_component(self) -> dict[str, int]:
@@ -250,6 +353,35 @@ class CacheSchema:
         """Bytes that one more token of context takes on average, all layers together."""
         return self.bytes_per_block / BLOCK_TOKENS
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits, the same for equal schemas and in every process: what a plan or a file was made for."""
+        described = json.loads(self.to_json(), parse_int=float)  # 1 and 1.0 make equal schemas
+        del described["spec"]["name"]
+        described["arrays"] = {name: [array.shape, array.dtype.name] for name, array in self.arrays.items()}
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        """The schema as a JSON object, from which ``from_json`` makes an equal one."""
+        return json.dumps(dataclasses.asdict(self), default=lambda kind: kind.value)
+
+    @classmethod
+    def from_json(cls, text: str) -> CacheSchema:
+        """The schema that ``to_json`` wrote.
+
+        Raises:
+          SchemaError: the text is something else.
+        """
+        try:
+            fields = json.loads(text)
+            layers = tuple(
+                LayerSpec(LayerKind(layer["kind"]), RopeSpec(**layer["rope"])) for layer in fields["spec"].pop("layers")
+            )
+            spec = ModelSpec(**fields.pop("spec"), layers=layers)
+            return cls(spec=spec, formats=CacheFormats(**fields.pop("formats")), **fields)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise SchemaError(f"this is no cache schema as CacheSchema.to_json writes it: {error}") from error
+
 
 def compute_block_budget(
     memory_bytes: int,
@@ -258,7 +390,7 @@ def compute_block_budget(
     *,
     slots: int,
     max_context: int,
-    slack: int = 0,
+    lookahead: int = 0,
 ) -> int:
     """The number of blocks with which a cache fills the memory it is given.
 
@@ -268,7 +400,7 @@ def compute_block_budget(
       formats: how vectors are stored.
       slots: as in ``CacheSchema``; so are the next two.
       max_context: longest context of a request in tokens.
-      slack: rows of the window's ring beyond the window itself.
+      lookahead: as in ``CacheSchema``.
 
     Returns:
       The largest ``blocks`` whose ``CacheSchema(...).memory_bytes`` is at most ``memory_bytes``: at least 1, or 0 for
@@ -277,7 +409,7 @@ def compute_block_budget(
     Raises:
       SchemaError: the slots alone, or with one block, take more than that; or a number is out of range.
     """
-    smallest = CacheSchema(spec, formats, slots, 1, max_context, slack)
+    smallest = CacheSchema(spec, formats, slots, 1, max_context, lookahead)
     fixed, per_block = slots * smallest.bytes_per_slot, smallest.bytes_per_block
     if memory_bytes < fixed + per_block:
         raise SchemaError(

@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv4_jax.errors import Picklable
 from dsv4_jax.layout.formats import VectorFormat
+from dsv4_jax.layout.geometry import TailGeometry
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.layout.schema import is_running
-from dsv4_jax.spec.kinds import HEAD_DIM, ROPE_DIM
+from dsv4_jax.spec.kinds import HEAD_DIM, ROPE_DIM, LayerKind, compression_of_ratio
 
 FLOATING = (jnp.float32, jnp.bfloat16)
 
 
-class OperandError(ValueError):
+class OperandError(Picklable, ValueError):
     """An operand of an op has the wrong shape or dtype; raised while tracing, before anything runs."""
 
 
@@ -46,17 +48,22 @@ def check_pool(op: str, name: str, pool: Any, rows: int, vector_format: VectorFo
 
 def check_tail(op: str, name: str, tail: Any, ratio: int) -> None:
     """Raises OperandError unless `tail` is float32 [layers, slots, 2, rows, width] for that ratio, or a running one."""
-    if ratio not in (4, 128):
-        raise OperandError(f"{op}: ratio is {ratio}, expected 4 (CSA) or 128 (HCA).")
-    if ratio == 128 and is_running(jnp.shape(tail)):
-        check(op, name, tail, (None, None, 3, HEAD_DIM), jnp.float32)
-        return
-    check(op, name, tail, (None, None, 2, 12 if ratio == 4 else 128, None), jnp.float32)
+    try:
+        compression = compression_of_ratio(ratio)
+        if compression is LayerKind.HCA.compression and is_running(jnp.shape(tail)):
+            check(op, name, tail, (None, None, 3, HEAD_DIM), jnp.float32)
+            return
+        check(op, name, tail, (None, None, 2, None, None), jnp.float32)
+        TailGeometry.of_rows(ratio, jnp.shape(tail)[3])
+    except OperandError:
+        raise
+    except ValueError as error:
+        raise OperandError(f"{op}: {name}: {error}.") from error
 
 
 def check_projections(op: str, tail: Any, kv: Any, gate: Any, ape: Any, plan: StepPlan, ratio: int) -> None:
     """Raises OperandError unless kv, gate and ape fit the tail, the plan and each other."""
-    columns = jnp.shape(tail)[-1] * (2 if ratio == 4 else 1)
+    columns = compression_of_ratio(ratio).columns(jnp.shape(tail)[-1])
     check(op, "kv", kv, (plan.layout.tokens, columns), *FLOATING)
     check(op, "gate", gate, (plan.layout.tokens, columns), jnp.result_type(kv))
     check(op, "ape", ape, (ratio, columns), jnp.float32)

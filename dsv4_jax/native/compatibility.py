@@ -3,11 +3,13 @@
 import re
 from pathlib import Path
 
+from dsv4_jax.errors import Picklable
+
 # For the source folder. Builds in isolation, against the oldest supported headers, whatever JAX is installed beside it.
 REBUILD = "pip install --force-reinstall --no-deps ."
 
 
-class NativeModuleError(ImportError):
+class NativeModuleError(Picklable, ImportError):
     """The native module is missing, does not load, or does not fit this JAX.
 
     Attributes:

@@ -7,13 +7,14 @@ import functools
 import math
 from typing import Any
 
+from dsv4_jax.errors import Picklable
 from dsv4_jax.spec.kinds import HEAD_DIM, KEY_DIM, ROPE_DIM, LayerKind
 
 # fp32 holds every position up to here exactly; rotary angles are fp32 products of a position.
 LARGEST_POSITION = 2**24
 
 
-class ConfigError(ValueError):
+class ConfigError(Picklable, ValueError):
     """A model description that is incomplete, contradicts itself, or that the kernels are not built for."""
 
 

@@ -100,18 +100,18 @@ void append_tail(const AppendTailParams& params) {
 
 void rotate(const RotateParams& params) {
   const Tail& tail = params.tail;
-  const int ratio = tail.geometry.ratio;
+  const TailGeometry& geometry = tail.geometry;
   const int64_t layer = *params.layer;
   if (layer < 0 || layer >= tail.layers) return;
   for (int index = 0; index < params.plan.requests; ++index) {
     const Request request = request_at(params.plan, index, tail.slots);
-    if (!request.valid || request.start / ratio == request.next / ratio) continue;
+    if (!request.valid || geometry.earliest_window(request.start) == geometry.earliest_window(request.next)) continue;
     if (tail.running) {
-      if (request.next % ratio == 0) clear_state(running_state(tail, layer, request.slot), tail.width);
+      if (request.next % geometry.ratio == 0) clear_state(running_state(tail, layer, request.slot), tail.width);
       continue;
     }
-    for (int row = 0; row < tail.geometry.rows(); ++row) {
-      if (!tail.geometry.row_in_use(row, request.next)) clear_row(tail, layer, request.slot, row);
+    for (int row = 0; row < geometry.rows(); ++row) {
+      if (!geometry.row_in_use(row, request.next)) clear_row(tail, layer, request.slot, row);
     }
   }
 }

@@ -119,15 +119,23 @@ class Checker {
   }
 
   Tail tail(const char* operand, const ffi::AnyBuffer& input, const ffi::AnyBuffer& output, int64_t ratio) {
-    that(ratio == kCsaRatio || ratio == kHcaRatio, operand, "has a ratio other than 4 and 128");
-    const TailGeometry geometry{static_cast<int>(ratio)};
+    that(is_ratio(ratio), operand, "has a ratio that no kind of layer has: " + std::to_string(ratio));
+    if (failed()) return {};
+    TailGeometry geometry{static_cast<int>(ratio)};
     const bool running = ratio == kHcaRatio && input.dimensions().size() == 4;
     const int64_t width = size(input, running ? 3 : 4);
     that(width == kHeadDim || width == kKeyDim, operand, "has a width other than 512 and 128");
     if (running) {
       floats(operand, input, {kAny, kAny, 3, kHeadDim});
     } else {
-      floats(operand, input, {kAny, kAny, 2, geometry.rows(), kAny});
+      floats(operand, input, {kAny, kAny, 2, kAny, kAny});
+      const int depth = tail_depth(geometry.ratio, size(input, 3));
+      that(depth >= 0, operand,
+           "has " + std::to_string(size(input, 3)) + " rows, which no depth gives: a tail of ratio " +
+               std::to_string(ratio) + " has " + std::to_string(geometry.rows()) + " and, for every " +
+               (geometry.overlaps() ? std::to_string(ratio) + " tokens of depth, " + std::to_string(2 * ratio) + " more"
+                                    : "token of depth, 1 more"));
+      geometry.depth = depth;
     }
     in_place(operand, input, output);
     return {data<float>(input),      size(input, 0), static_cast<int>(size(input, 1)),

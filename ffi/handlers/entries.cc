@@ -31,14 +31,14 @@ ffi::ErrorOr<FlushParams> check_flush(AnyBuffer pool, AnyBuffer entries, AnyBuff
                                       std::string_view codec, float global_scale) {
   Checker check("flush");
   FlushParams params{};
-  check.that(ratio == kCsaRatio || ratio == kHcaRatio, "ratio", "must be 4 or 128");
+  check.that(is_ratio(ratio), "ratio", "is that of no kind of layer: " + std::to_string(ratio));
   params.plan = check.plan(plan, tokens, requests);
   if (check.failed()) return check.error();
   params.ratio = static_cast<int>(ratio);
   params.closing = closing_capacity(params.plan.tokens, params.plan.requests, params.ratio);
   const int width = static_cast<int>(Checker::size(entries, 1));
   params.entries = check.floats("entries", entries, {params.closing, width});
-  params.pool = check.pool("pool", pool, *pool_out, kBlockTokens / params.ratio, width, codec, global_scale);
+  params.pool = check.pool("pool", pool, *pool_out, entries_per_block(params.ratio), width, codec, global_scale);
   params.table = check.block_table(block_table);
   params.layer = check.layer(layer);
   if (check.failed()) return check.error();
@@ -51,12 +51,12 @@ ffi::ErrorOr<GatherEntriesParams> check_gather(const char* op, AnyBuffer pool, A
                                                float global_scale) {
   Checker check(op);
   GatherEntriesParams params{};
-  check.that(ratio == kCsaRatio || ratio == kHcaRatio, "ratio", "must be 4 or 128");
+  check.that(is_ratio(ratio), "ratio", "is that of no kind of layer: " + std::to_string(ratio));
   if (check.failed()) return check.error();
   params.ratio = static_cast<int>(ratio);
   const int width = static_cast<int>(Checker::size(*values, 2));
   const int64_t queries = Checker::size(slots, 0);
-  params.pool = check.pool("pool", pool, *pool_out, kBlockTokens / params.ratio, width, codec, global_scale);
+  params.pool = check.pool("pool", pool, *pool_out, entries_per_block(params.ratio), width, codec, global_scale);
   params.table = check.block_table(block_table);
   params.slots = check.indices("slots", slots, {queries});
   params.counts = check.indices("counts", counts, {queries});

@@ -34,9 +34,10 @@ Compression check_compression(Checker& check, const UpdateParams& params, const 
   const Tail checked = check.tail(tail_name, tail, tail_out, ratio);
   check.that(checked.width == width, tail_name, "has the wrong width");
   if (check.failed()) return {};
-  return {check.compressor(checked, in.kv, in.gate, in.ape, in.norm_weight, in.cos, in.sin, params.window.plan, eps,
-                           hadamard),
-          check.pool(pool_name, pool, pool_out, kBlockTokens / static_cast<int>(ratio), width, codec, global_scale)};
+  return {
+      check.compressor(checked, in.kv, in.gate, in.ape, in.norm_weight, in.cos, in.sin, params.window.plan, eps,
+                       hadamard),
+      check.pool(pool_name, pool, pool_out, entries_per_block(static_cast<int>(ratio)), width, codec, global_scale)};
 }
 
 }  // namespace

@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include "layout/bits.h"
-#include "layout/geometry.h"
+#include "layout/kinds.h"
 
 namespace dsv4 {
 

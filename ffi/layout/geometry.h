@@ -1,118 +1,57 @@
-// Where things are: vector widths, blocks, tail rows, and which token of a step belongs where.
+// The rows of a compressor's tail: where the halves of a token lie, and how long they are kept.
 #pragma once
 
-#include <cstdint>
-
-#include "layout/bits.h"
+#include "layout/kinds.h"
 
 namespace dsv4 {
 
-constexpr int kHeadDim = 512;
-constexpr int kRopeDim = 64;
-constexpr int kKeyDim = 128;
-constexpr int kBlockTokens = 128;
-constexpr int kCsaRatio = 4;
-constexpr int kHcaRatio = 128;
-constexpr float kClearedScore = -1e9f;
+constexpr float kClearedScore = -1e9f;  // of a row that holds nothing
 
-// How a compressor with one entry per `ratio` tokens keeps what it has not pooled yet. CSA entries overlap: a token's
-// *overlap* half is pooled by the next window's entry, its *current* half by its own window's. Overlap halves live in a
-// ring of two windows (the open one and the previous one side by side, so closing a window moves nothing), current
-// halves in rows behind it. HCA has current halves only.
+// A compressor keeps what it has not pooled yet. Where entries overlap, a token's *overlap* half is pooled by the next
+// window's entry, its *current* half by its own window's; without overlap there are current halves only. Both lie in
+// rings by position, the current halves' ring behind the other: closing a window moves nothing.
+//
+// A request can go back by as many tokens as its tail is deep: rings are `depth` rows longer than the open window (and
+// the one before it) needs, so that what the earlier length needs is still there. With overlap, depth is a multiple of
+// the ratio.
 struct TailGeometry {
   int ratio;
+  int depth = 0;
 
-  DSV4_HOST_DEVICE bool overlaps() const { return ratio == kCsaRatio; }
-  DSV4_HOST_DEVICE int overlap_rows() const { return overlaps() ? 2 * ratio : 0; }
-  DSV4_HOST_DEVICE int rows() const { return overlap_rows() + ratio; }
-  DSV4_HOST_DEVICE int overlap_row(int position) const { return position % (2 * ratio); }
-  DSV4_HOST_DEVICE int current_row(int position) const { return overlap_rows() + position % ratio; }
+  DSV4_HOST_DEVICE bool overlaps() const { return entries_overlap(ratio); }
+  DSV4_HOST_DEVICE int overlap_ring() const { return overlaps() ? 2 * ratio + depth : 0; }
+  DSV4_HOST_DEVICE int current_ring() const { return ratio + depth; }
+  DSV4_HOST_DEVICE int rows() const { return overlap_ring() + current_ring(); }
+  DSV4_HOST_DEVICE int overlap_row(int position) const { return position % overlap_ring(); }
+  DSV4_HOST_DEVICE int current_row(int position) const { return overlap_ring() + position % current_ring(); }
+
+  // The window that is open at the earliest position that a request may go back to, once its next position is `next`.
+  DSV4_HOST_DEVICE int earliest_window(int next) const { return (next > depth ? next - depth : 0) / ratio; }
 
   // Whether the halves of a token are still needed once the request's next position is `next`.
   DSV4_HOST_DEVICE bool overlap_survives(int position, int next) const {
-    return overlaps() && position / ratio >= next / ratio - 1;
+    return overlaps() && position / ratio >= earliest_window(next) - 1;
   }
-  DSV4_HOST_DEVICE bool current_survives(int position, int next) const { return position / ratio == next / ratio; }
+  DSV4_HOST_DEVICE bool current_survives(int position, int next) const {
+    return position / ratio >= earliest_window(next);
+  }
 
   // Whether a tail row holds something that is still needed once the request's next position is `next`.
   DSV4_HOST_DEVICE bool row_in_use(int row, int next) const {
-    const int open = next / ratio;
-    if (row >= overlap_rows()) return row - overlap_rows() < next % ratio;
-    return row / ratio == open % 2 ? row % ratio < next % ratio : open > 0;
+    const bool current = row >= overlap_ring();
+    const int ring = current ? current_ring() : overlap_ring();
+    const int last = next - 1;  // the ring's rows hold the positions last - ring + 1 .. last
+    const int position = last - (last - (current ? row - overlap_ring() : row) + ring) % ring;
+    if (next <= 0 || position < 0) return false;
+    return current ? current_survives(position, next) : overlap_survives(position, next);
   }
 };
 
-DSV4_HOST_DEVICE int closing_capacity(int tokens, int requests, int ratio) {
-  return (tokens + (ratio - 1) * requests) / ratio;
-}
-
-// A step's plan: the packed int32 vector of dsv4_jax/layout/plan.py, field after field.
-struct Plan {
-  const int32_t* packed;
-  int tokens;
-  int requests;
-
-  DSV4_HOST_DEVICE int table_changes() const { return tokens / kBlockTokens + requests; }
-  DSV4_HOST_DEVICE const int32_t* token_slot() const { return packed; }
-  DSV4_HOST_DEVICE const int32_t* token_position() const { return token_slot() + tokens; }
-  DSV4_HOST_DEVICE const int32_t* token_request() const { return token_position() + tokens; }
-  DSV4_HOST_DEVICE const int32_t* request_slot() const { return token_request() + tokens; }
-  DSV4_HOST_DEVICE const int32_t* request_reset() const { return request_slot() + requests; }
-  DSV4_HOST_DEVICE const int32_t* query_start() const { return request_reset() + requests; }
-  DSV4_HOST_DEVICE const int32_t* table_slot() const { return query_start() + requests + 1; }
-  DSV4_HOST_DEVICE const int32_t* table_index() const { return table_slot() + table_changes(); }
-  DSV4_HOST_DEVICE const int32_t* table_block() const { return table_index() + table_changes(); }
-  DSV4_HOST_DEVICE const int32_t* closing(int ratio) const {
-    const int32_t* csa = table_block() + table_changes();
-    return ratio == kCsaRatio ? csa : csa + closing_capacity(tokens, requests, kCsaRatio);
-  }
-  DSV4_HOST_DEVICE const int32_t* longest() const {
-    return closing(kHcaRatio) + closing_capacity(tokens, requests, kHcaRatio);
-  }
-  DSV4_HOST_DEVICE int64_t size() const { return longest() + 1 - packed; }
-};
-
-// One token of a step and the request it belongs to. `valid` is false for padding and for anything out of range.
-struct Token {
-  bool valid;
-  int slot;
-  int position;
-  int start;  // position of the request's first token of this step
-  int next;   // the request's position after this step
-};
-
-// Token `index` of the step, of a request whose tokens are first .. end - 1.
-DSV4_HOST_DEVICE Token token_of(const Plan& plan, int index, int slot, int position, int first, int end) {
-  Token token{false, slot, position, position - (index - first), position + (end - index)};
-  token.valid = first >= 0 && first <= index && index < end && end <= plan.tokens && token.start >= 0;
-  return token;
-}
-
-DSV4_HOST_DEVICE Token token_at(const Plan& plan, int index, int slots) {
-  const Token none{false, -1, -1, -1, -1};
-  if (index < 0 || index >= plan.tokens) return none;
-  const int slot = plan.token_slot()[index], position = plan.token_position()[index];
-  const int request = plan.token_request()[index];
-  if (slot < 0 || slot >= slots || position < 0 || request < 0 || request >= plan.requests) return none;
-  return token_of(plan, index, slot, position, plan.query_start()[request], plan.query_start()[request + 1]);
-}
-
-// One request of a step, by its place in the plan.
-struct Request {
-  bool valid;
-  int slot;
-  int start;
-  int next;
-};
-
-DSV4_HOST_DEVICE Request request_at(const Plan& plan, int index, int slots) {
-  Request request{false, plan.request_slot()[index], -1, -1};
-  const int first = plan.query_start()[index], end = plan.query_start()[index + 1];
-  if (request.slot < 0 || request.slot >= slots || first < 0 || first >= end || end > plan.tokens) return request;
-  request.start = plan.token_position()[first];
-  request.next = request.start + (end - first);
-  request.valid = request.start >= 0 && plan.token_slot()[first] == request.slot;
-  return request;
+// The depth of a tail with this many rows; below 0 where no depth gives that many.
+DSV4_HOST_DEVICE int tail_depth(int ratio, int64_t rows) {
+  const int64_t deeper = rows - TailGeometry{ratio}.rows();
+  if (!entries_overlap(ratio)) return static_cast<int>(deeper);
+  return deeper % (2 * ratio) == 0 ? static_cast<int>(deeper / 2) : -1;
 }
 
 }  // namespace dsv4

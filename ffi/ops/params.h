@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "layout/geometry.h"
+#include "layout/plan.h"
 
 namespace dsv4 {
 

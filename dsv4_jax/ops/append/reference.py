@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.arithmetic.pages import in_range, write_rows
-from dsv4_jax.arithmetic.places import all_tokens, current_row, current_survives, overlap_row, overlap_survives
+from dsv4_jax.arithmetic.places import all_tokens
 from dsv4_jax.arithmetic.running import append_running
 from dsv4_jax.arithmetic.scalars import to_float32
 from dsv4_jax.layout.formats import VectorFormat
+from dsv4_jax.layout.geometry import TailGeometry
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.layout.schema import is_running
 
@@ -57,7 +58,7 @@ def append_tail(
 ) -> jax.Array:
     """Keep what later entries pool from a step's projections: kv, and score = gate + ape[position % ratio].
 
-    Only halves still needed after the step are written (`geometry.overlap_survives`, `current_survives`).
+    Only halves still needed after the step are written (`TailGeometry.overlap_survives`, `current_survives`).
 
     Args:
       tail: fp32 [layers, slots, 2 (kv, score), rows, d], or running [layers, slots, 3, d] (`running.append_running`).
@@ -76,13 +77,14 @@ def append_tail(
     kv, score = to_float32(kv), to_float32(gate) + jnp.asarray(ape)[token.position % ratio]
     if is_running(tail.shape):
         return append_running(tail, kv, score, plan, layer)
-    places = [(current_row, current_survives, slice(-width, None))]
-    if kv.shape[1] > width:
-        places.append((overlap_row, overlap_survives, slice(None, width)))
+    geometry = TailGeometry.of_rows(ratio, tail.shape[3])
+    places = [(geometry.current_row, geometry.current_survives, slice(-width, None))]
+    if geometry.compression.overlap:
+        places.append((geometry.overlap_row, geometry.overlap_survives, slice(None, width)))
     for row_of, survives, columns in places:
-        keep = token.valid & survives(token.position, token.next, ratio) & in_range(layer, layers)
+        keep = token.valid & survives(token.position, token.next) & in_range(layer, layers)
         slot = jnp.where(keep, token.slot, slots)[:, None]
-        row = row_of(token.position, ratio)[:, None]
+        row = row_of(token.position)[:, None]
         values = jnp.stack([kv[:, columns], score[:, columns]], axis=1)
         tail = tail.at[layer, slot, jnp.arange(2), row].set(values, mode="drop")
     return tail

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.arithmetic.pages import in_range
-from dsv4_jax.arithmetic.places import Tokens, current_row, overlap_row, overlap_rows, tokens_at
+from dsv4_jax.arithmetic.places import Tokens, tokens_at
 from dsv4_jax.arithmetic.running import fold_rows, window_state
 from dsv4_jax.arithmetic.scalars import to_float32
+from dsv4_jax.layout.geometry import TailGeometry
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.layout.schema import EMPTY_SCORE, is_running
 from dsv4_jax.spec.rotary import Rotary, apply_rotary
@@ -108,7 +109,8 @@ def _window_rows(
 ) -> tuple[jax.Array, jax.Array]:
     """The rows that every closing window pools, oldest first: kv and score, fp32 [C, rows, d] each."""
     layers, slots, _, _, width = tail.shape
-    rows = ratio if overlap_rows(ratio) == 0 else 2 * ratio
+    geometry = TailGeometry.of_rows(ratio, tail.shape[3])
+    rows = geometry.compression.pooled_rows
     is_overlap = (jnp.arange(rows) < rows - ratio)[None, :, None]
     position, from_step, in_step = _tokens_up_to(closing, index, rows, kv.shape[0])
 
@@ -118,7 +120,7 @@ def _window_rows(
     step_kv = halves(kv[in_step])
     step_score = halves(gate[in_step] + ape[position % ratio])
 
-    tail_row = jnp.where(is_overlap[..., 0], overlap_row(position, ratio), current_row(position, ratio))
+    tail_row = jnp.where(is_overlap[..., 0], geometry.overlap_row(position), geometry.current_row(position))
     layer = jnp.where(in_range(layer, layers), layer, 0)
     slot = jnp.clip(closing.slot, 0, slots - 1)[:, None]
     tail_kv, tail_score = tail[layer, slot, 0, tail_row], tail[layer, slot, 1, tail_row]

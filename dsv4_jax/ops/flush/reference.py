@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.arithmetic.pages import in_range, write_rows
-from dsv4_jax.arithmetic.places import entries_per_block, tokens_at
+from dsv4_jax.arithmetic.places import tokens_at
 from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.layout.plan import StepPlan
+from dsv4_jax.spec.kinds import entries_per_block
 
 
 def block_of(block_table: jax.Array, slot: jax.Array, entry: jax.Array, ratio: int) -> jax.Array:

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.arithmetic.pages import in_range, read_rows
-from dsv4_jax.arithmetic.places import entries_per_block
 from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.ops.flush.reference import block_of
 from dsv4_jax.ops.operands import Rows
+from dsv4_jax.spec.kinds import entries_per_block
 
 
 def gather_entries(

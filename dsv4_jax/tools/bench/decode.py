@@ -131,7 +131,7 @@ def separate_op(op: str, kind: LayerKind, batch: int, scale: Scale, implementati
 
     def call(cache: Any, plan: Any, operands: Any, layer: Any) -> tuple[Any, Any]:
         (raw, inputs), entries = operands
-        pool, tail, result = getattr(cache, pool_name), getattr(cache, tail_name), None
+        pool, tail, result = cache.arrays[pool_name], cache.arrays[tail_name], None
         if op == "append_window":
             made = module.append_window(cache.window, cache.window_positions, raw.rows, plan, layer, format=window)
             return dataclasses.replace(cache, window=made[0], window_positions=made[1]), None
@@ -144,7 +144,7 @@ def separate_op(op: str, kind: LayerKind, batch: int, scale: Scale, implementati
             tail = module.rotate(tail, plan, layer, ratio=ratio)
         elif op == "flush":
             pool = module.flush(pool, entries, cache.block_table, plan, layer, ratio=ratio, format=entry)
-        return dataclasses.replace(cache, **{pool_name: pool, tail_name: tail}), result
+        return cache.with_arrays({pool_name: pool, tail_name: tail}), result
 
     counted = {
         "append_window": lambda shape: traffic.window_rows(shape, schema.ring, window, ROW_ITEMSIZE),

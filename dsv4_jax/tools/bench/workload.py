@@ -26,7 +26,7 @@ from dsv4_jax.spec.model import LayerSpec, ModelSpec
 from dsv4_jax.spec.presets import deepseek_v4_pro
 from dsv4_jax.tools.bench.traffic import StepShape
 
-FORMATS = CacheFormats(entries="fp8", window="fp8", indexer="nvfp4")
+FORMATS = CacheFormats(entries="fp8", window="fp8", keys="nvfp4")
 MODULES: dict[str, ModuleType] = {"native": ops, "reference": reference}
 
 

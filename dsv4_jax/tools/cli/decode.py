@@ -41,7 +41,7 @@ class Implementation(enum.StrEnum):
 
 _DEFAULTS = CacheFormats()
 _ENTRIES, _WINDOW = EntryFormat(_DEFAULTS.entries), WindowFormat(_DEFAULTS.window)
-_INDEXER, _HCA_TAIL = KeyFormat(_DEFAULTS.indexer), HcaTail(_DEFAULTS.hca_tail)
+_INDEXER, _HCA_TAIL = KeyFormat(_DEFAULTS.keys), HcaTail(_DEFAULTS.hca_tail)
 _LONG_CONTEXTS = (65_536, 1_048_576)
 
 
@@ -65,7 +65,7 @@ def decode(
     indexer: Annotated[KeyFormat, typer.Option(help="How indexer keys are stored.")] = _INDEXER,
     hadamard: Annotated[
         bool, typer.Option("--hadamard", help="Store indexer keys after a Hadamard transform.")
-    ] = _DEFAULTS.indexer_hadamard,
+    ] = _DEFAULTS.keys_hadamard,
     hca_tail: Annotated[HcaTail, typer.Option(help="How an open HCA window is kept.")] = _HCA_TAIL,
     check: Annotated[
         bool, typer.Option("--verify", help="Recompute everything without a cache; exit 1 if the logits differ.")
@@ -83,9 +83,7 @@ def decode(
     """
     console = Console()
     spec = tiny_spec()
-    formats = CacheFormats(
-        entries.value, window.value, indexer.value, indexer_hadamard=hadamard, hca_tail=hca_tail.value
-    )
+    formats = CacheFormats(entries.value, window.value, indexer.value, keys_hadamard=hadamard, hca_tail=hca_tail.value)
     weights = init_weights(spec, seed)
     try:
         read = load_text(text)

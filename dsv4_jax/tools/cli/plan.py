@@ -41,7 +41,7 @@ def plan(
     hca_tail: Annotated[HcaTail | None, typer.Option(help="How an open HCA window is kept.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory for the cache, as 141GB, 80GiB or bytes.")] = None,
     requests: Annotated[int | None, typer.Option(min=1, help="Requests at the same time.")] = None,
-    slack: Annotated[int, typer.Option(min=0, help="Window rows more than the window, to take tokens back.")] = 0,
+    lookahead: Annotated[int, typer.Option(min=0, help="Window rows more than the window, to take tokens back.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Also draw this picture (PNG, SVG or PDF).")] = None,
 ) -> None:
     """Bytes per token, block and request, and how many requests fit at which context.
@@ -53,13 +53,13 @@ def plan(
     spec = _model(model)
     if formats not in PROFILES:
         raise typer.BadParameter(f"{formats!r} is none of {', '.join(PROFILES)}.", param_hint="--formats")
-    chosen = {"entries": entries, "window": window, "indexer": indexer, "hca_tail": hca_tail}
+    chosen = {"entries": entries, "window": window, "keys": indexer, "hca_tail": hca_tail}
     chosen = {component: name.value for component, name in chosen.items() if name is not None}
     cache_formats = dataclasses.replace(PROFILES[formats], **chosen)
     memory_bytes = None if memory is None else parse_bytes(memory)
     try:
         planned = capacity_plan(
-            spec, cache_formats, context=context, memory_bytes=memory_bytes, requests=requests, slack=slack
+            spec, cache_formats, context=context, memory_bytes=memory_bytes, requests=requests, lookahead=lookahead
         )
     except SchemaError as error:
         raise typer.BadParameter(str(error)) from error
@@ -93,7 +93,7 @@ def context_ladder(planned: CapacityPlan, memory_bytes: int | None) -> list[tupl
     contexts = {planned.context} | {_SHORTEST * 4**step for step in range(12)}
     ladder = []
     for context in sorted(context for context in contexts if context <= planned.context):
-        given = {"context": context, "slack": schema.slack}
+        given = {"context": context, "lookahead": schema.lookahead}
         fit = None
         if memory_bytes is not None:
             fit = requests_that_fit(schema.spec, schema.formats, memory_bytes=memory_bytes, **given)
@@ -127,7 +127,7 @@ def draw(planned: CapacityPlan, ladder: list[tuple[CapacityPlan, int | None]], p
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
     formats = planned.schema.formats
     figure.suptitle(
-        f"{planned.schema.spec.name}: entries {formats.entries}, window {formats.window}, indexer {formats.indexer}"
+        f"{planned.schema.spec.name}: entries {formats.entries}, window {formats.window}, indexer {formats.keys}"
     )
     try:
         figure.savefig(path, dpi=150)
@@ -153,7 +153,7 @@ def _bytes_table(planned: CapacityPlan) -> Table:
     table = Table("component", "per token", "per block", "per request", "the cache")
     table.title = (
         f"Bytes of {planned.schema.spec.name}, {planned.context:,} tokens of context: "
-        f"entries {formats.entries}, window {formats.window}, indexer {formats.indexer}"
+        f"entries {formats.entries}, window {formats.window}, indexer {formats.keys}"
     )
     whole = planned.schema.bytes_by_component
     for name, size in planned.request_bytes.items():

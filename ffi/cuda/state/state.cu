@@ -97,17 +97,18 @@ __global__ void rotate_kernel(RotateParams params) {
   const Tail& tail = params.tail;
   const int64_t layer = *params.layer;
   const Request request = request_at(params.plan, blockIdx.x, tail.slots);
-  const int ratio = tail.geometry.ratio, row = blockIdx.y;
-  if (!request.valid || request.start / ratio == request.next / ratio) return;
+  const TailGeometry& geometry = tail.geometry;
+  const int row = blockIdx.y;
+  if (!request.valid || geometry.earliest_window(request.start) == geometry.earliest_window(request.next)) return;
   if (layer < 0 || layer >= tail.layers) return;
   const int channel = 4 * threadIdx.x;
   if (tail.running) {
-    if (request.next % ratio == 0) {
+    if (request.next % geometry.ratio == 0) {
       store_state(running_state(tail, layer, request.slot) + channel, empty_partials<4>());
     }
     return;
   }
-  if (tail.geometry.row_in_use(row, request.next)) return;
+  if (geometry.row_in_use(row, request.next)) return;
   const float kv[4] = {}, score[4] = {kClearedScore, kClearedScore, kClearedScore, kClearedScore};
   store_values(tail_row(tail, layer, request.slot, 0, row) + channel, kv);
   store_values(tail_row(tail, layer, request.slot, 1, row) + channel, score);

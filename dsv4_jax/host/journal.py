@@ -1,0 +1,32 @@
+"""Journal: changes to several arrays that happen together or not at all, whatever interrupts them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Write = tuple[Any, Any, Any]
+"""One change, ``container[key] = value``: an array and an index, or a dict and a key."""
+
+
+class Journal:
+    """Writes down what will change before anything does, so that an interrupted change can be finished later.
+
+    Noting the writes is one assignment: an exception that arrives before it leaves everything as it was. One that
+    arrives after it leaves the note, and ``finish`` writes all of it, again where some was written already. So a value
+    must not depend on what it replaces. Whoever reads the containers calls ``finish`` first.
+    """
+
+    def __init__(self) -> None:
+        self._noted: tuple[Write, ...] = ()
+
+    def write(self, writes: tuple[Write, ...]) -> None:
+        """Makes these changes, all or none of them. Nothing may be noted still."""
+        self._noted = writes
+        self.finish()
+
+    def finish(self) -> None:
+        """Makes the changes that an interrupted ``write`` left to be made, if it did."""
+        if self._noted:
+            for container, key, value in self._noted:
+                container[key] = value
+            self._noted = ()

@@ -1,0 +1,203 @@
+"""KeyboardInterrupt at every line of every operation of a manager: it has happened as a whole, or not at all.
+
+What counts as the state is what the public API tells, and what the same operations then do.
+"""
+
+import contextlib
+import copy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_blocks import assert_balanced
+from test_manager import make_manager
+
+import dsv4_jax.host
+from dsv4_jax.host.errors import CacheError
+from dsv4_jax.host.manager import CacheManager
+
+HOST = Path(dsv4_jax.host.__file__).parent
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt before the n-th line that runs in a file of dsv4_jax/host."""
+
+    def __init__(self, line: int):
+        self.line, self.seen = line, 0
+
+    def __enter__(self):
+        self._before = sys.gettrace()
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(self._before)
+
+    @property
+    def came(self) -> bool:
+        """Whether there were so many lines."""
+        return self.seen > self.line
+
+    def _trace(self, frame, event, _):
+        if Path(frame.f_code.co_filename).parent != HOST:
+            return None
+        if event == "line" and not self.came:
+            self.seen += 1
+            if self.came:
+                raise KeyboardInterrupt
+        return self._trace
+
+
+def observed(manager: CacheManager) -> dict:
+    """All that the public API tells."""
+    requests = manager.requests.tolist()
+    return {
+        "free": (manager.free_slots, manager.free_blocks),
+        "requests": [
+            (handle, manager.slot(handle), manager.length(handle), manager.blocks(handle).tolist())
+            for handle in requests
+        ],
+        "admits": [manager.can_admit(length) for length in (0, 128, 1000)],
+    }
+
+
+def aftermath(manager: CacheManager, plans: list) -> list:
+    """What a fixed sequence of operations then gives: plans made, errors raised, lengths that can be had."""
+    told = [observed(manager)]
+
+    def attempt(operation, *arguments):
+        try:
+            result = operation(*arguments)
+        except CacheError as error:
+            told.append(f"{type(error).__name__}: {error}")
+        else:
+            told.append(result.packed.tolist() if hasattr(result, "packed") else result)
+
+    for plan in reversed(plans):
+        attempt(copy.deepcopy(manager).cancel, plan)
+        attempt(copy.deepcopy(manager).commit, plan, 1)
+    for request in manager.requests.tolist():
+        for length in (0, manager.length(request) - 1, 128):
+            attempt(copy.deepcopy(manager).truncate, request, length)
+    attempt(manager.prepare_forward, dict.fromkeys(manager.requests.tolist(), 1))
+    attempt(manager.prepare_forward, dict.fromkeys(manager.requests.tolist(), 70))
+    attempt(manager.admit)
+    attempt(manager.prepare_forward, dict.fromkeys(manager.requests.tolist()[-1:], 130))
+    told.append(observed(manager))
+    assert_balanced(manager._ledger)
+    return told
+
+
+def prepared() -> tuple[CacheManager, list[int], list]:
+    """A manager in the middle of its work, its requests, and two plans: the second can be taken back."""
+    manager = make_manager(slots=5, blocks=40, lookahead=200)
+    requests = [manager.admit() for _ in range(4)]
+    manager.prepare_forward(dict(zip(requests, (303, 127, 5, 1), strict=True)))
+    manager.truncate(requests[0], 302)
+    manager.release(requests[3])
+    requests[3] = manager.admit()
+    first = manager.prepare_forward({requests[1]: 1})
+    second = manager.prepare_forward({requests[3]: 40, requests[1]: 40, requests[0]: 33}, steps=4)
+    return manager, requests, [first, second]
+
+
+OPERATIONS = {
+    "admit": lambda manager, requests, plans: manager.admit(),
+    "release": lambda manager, requests, plans: manager.release(requests[0]),
+    "truncate": lambda manager, requests, plans: manager.truncate(requests[0], manager.length(requests[0]) - 1),
+    "truncate to nothing": lambda manager, requests, plans: manager.truncate(requests[0], 0),
+    "prepare": lambda manager, requests, plans: manager.prepare_forward(dict.fromkeys(requests, 60)),
+    "prepare one token each": lambda manager, requests, plans: manager.prepare_forward((requests, [1] * 4)),
+    "prepare steps": lambda manager, requests, plans: manager.prepare_forward(dict.fromkeys(requests, 60), steps=3),
+    "cancel": lambda manager, requests, plans: manager.cancel(plans[-1]),
+    "commit": lambda manager, requests, plans: manager.commit(plans[-1], [0, 3, 1]),
+    "reset": lambda manager, requests, plans: manager.reset(),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_interrupted_at_any_line_an_operation_happened_or_did_not(name):
+    operation, origin = OPERATIONS[name], prepared()
+    manager, requests, plans = copy.deepcopy(origin)
+    before = aftermath(*copy.deepcopy((manager, plans)))
+    operation(manager, requests, plans)
+    after = aftermath(*copy.deepcopy((manager, plans)))
+    assert before != after
+    outcomes, line = [], 0
+    while True:
+        manager, requests, plans = copy.deepcopy(origin)
+        with contextlib.suppress(KeyboardInterrupt), Interrupt(line) as interrupt:
+            operation(manager, requests, plans)
+        left = aftermath(manager, plans)
+        assert left in (before, after), f"line {line}"
+        outcomes.append(left == after)
+        if not interrupt.came:
+            break
+        line += 1
+    assert line > 5
+    assert outcomes == sorted(outcomes), "once it has happened, it stays so"
+    assert not outcomes[0]
+    assert outcomes[-1]
+
+
+@pytest.mark.parametrize("read", [lambda manager: manager.free_blocks, observed], ids=["one", "all"])
+def test_reading_finishes_what_was_interrupted_and_may_be_interrupted_too(read):
+    origin = prepared()
+    manager, requests, _ = copy.deepcopy(origin)
+    manager.release(requests[0])
+    after = observed(manager)
+    for line in range(200):
+        manager, requests, _ = copy.deepcopy(origin)
+        with contextlib.suppress(KeyboardInterrupt), Interrupt(line) as interrupt:
+            manager.release(requests[0])
+        if not interrupt.came:
+            break
+        for again in range(30):
+            with contextlib.suppress(KeyboardInterrupt), Interrupt(again):
+                read(manager)
+        assert observed(manager) in (observed(origin[0]), after)
+    else:
+        pytest.fail("never reached the end")
+
+
+def test_a_random_history_with_interrupts_balances(rng):
+    manager, plans = make_manager(slots=4, blocks=30, lookahead=300, max_context=900), []
+    interrupted = 0
+
+    def operation():
+        requests = manager.requests.tolist()
+        chosen = [handle for handle in requests if rng.random() < 0.7]
+        match rng.choice(["admit", "release", "truncate", "prepare", "cancel", "commit", "reset"], p=PROBABILITIES):
+            case "admit":
+                manager.admit()
+            case "release" if requests:
+                manager.release(rng.choice(requests))
+            case "truncate" if requests:
+                request = rng.choice(requests)
+                manager.truncate(request, max(0, manager.length(request) - int(rng.integers(200))))
+            case "prepare":
+                steps = rng.choice([None, 2, 5])
+                plans.append(manager.prepare_forward((chosen, rng.integers(1, 60, len(chosen))), steps=steps))
+            case "cancel" if plans:
+                manager.cancel(plans.pop())
+            case "commit" if plans:
+                manager.commit(plans.pop(), 1)
+            case "reset" if rng.random() < 0.1:
+                manager.reset()
+
+    for _ in range(1500):
+        with contextlib.suppress(KeyboardInterrupt, CacheError), Interrupt(int(rng.integers(1, 400))) as interrupt:
+            operation()
+        interrupted += interrupt.came
+        held = [manager.blocks(request) for request in manager.requests.tolist()]
+        flat = np.concatenate([*held, np.zeros(0, np.int32)])
+        assert len(set(flat.tolist())) == flat.size == 30 - manager.free_blocks
+        assert manager.free_slots == 4 - len(held)
+        for request, ids in zip(manager.requests.tolist(), held, strict=True):
+            assert len(ids) == manager.blocks_needed(manager.length(request))
+        assert_balanced(manager._ledger)
+    assert interrupted > 50
+
+
+PROBABILITIES = np.array([4, 1, 2, 8, 2, 2, 1]) / 20
