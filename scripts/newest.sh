@@ -6,8 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 find_python() {
-  local candidate
-  for candidate in python3.13 python3.12 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[32].*/bin/python; do
+  local candidate pyenv=${PYENV_ROOT:-$HOME/.pyenv}/versions
+  for candidate in python3.13 python3.12 "$pyenv"/3.13.*/bin/python "$pyenv"/3.12.*/bin/python; do
     # A pyenv shim may be there without a Python behind it.
     if "$candidate" -c "import venv" >/dev/null 2>&1; then
       echo "$candidate"
