@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv4_jax.tools.bench.step import thunk_sequence
 
-# Without driver_version nothing is captured into CUDA graphs.
+# The versions decide what is captured into CUDA graphs: without the driver's nothing is, and without that of the
+# toolkit, which a process with a GPU knows, calls that XLA wraps in dynamic-slice fusions are not.
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -27,6 +28,7 @@ gpu_device_info {
   memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98 device_memory_size: 150754820096
   shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
   registers_per_core_limit: 65536 registers_per_block_limit: 65536 driver_version: "12.9.0"
+  runtime_version: "12.9.0" compile_time_toolkit_version: "12.9.0"
 }
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 12 minor: 9 patch: 0 } device_description_str: "NVIDIA H200"
@@ -51,6 +53,17 @@ class GpuProgram:
     def custom_calls(self, *, captured: bool) -> int:
         """How many FFI calls are inside (`captured`) or outside CUDA graphs."""
         return sum(kind == "kCustomCall" and inside == captured for kind, inside in self.thunks)
+
+    @property
+    def wrapped_calls(self) -> int:
+        """How many calls XLA wraps in fusions that read slices of other arrays: each is a nested call for the host."""
+        return sum(kind.startswith("kDynamicSlice") for kind, _ in self.thunks)
+
+    def readers(self, argument: str) -> list[str]:
+        """The instructions that read an argument, named as ``plan.packed``, where the caller put it."""
+        text = self.compiled.as_text()
+        (name,) = re.findall(rf'%?(\S+) = \S+ parameter\(\d+\),[^\n]*op_name="{re.escape(argument)}"', text)
+        return [line for line in text.splitlines() if re.search(rf"[(, ]%?{re.escape(name)}[,)]", line)]
 
 
 def compile_for_h200(fn, *args: Any, dump: Path, donate_argnums: int | Sequence[int] = ()) -> GpuProgram:

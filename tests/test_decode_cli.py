@@ -56,7 +56,7 @@ def test_fails_when_the_logits_differ(run, monkeypatch):
     ("arguments", "named"),
     [
         (["--entries", "fp7"], "fp7"),
-        (["--indexer", "fp8_ds_mla"], "fp8_ds_mla"),
+        (["--keys", "fp8_ds_mla"], "fp8_ds_mla"),
         (["--text", "no/such/file"], "no/such/file"),
         (["--requests", "0"], "requests"),
     ],

@@ -49,6 +49,9 @@ HEALTHY = doctor.Facts(
     ffi_built=(0, 3),
     ffi_running=(0, 4),
     cuda_built=13000,
+    native_file="/site-packages/dsv4_jax_native.so",
+    architectures=("90",),
+    capabilities=("9.0",),
 )
 
 
@@ -95,6 +98,8 @@ def test_machine_without_gpu_has_no_problems():
         ),
         (dataclasses.replace(HEALTHY, cuda_built=0), True, "built without CUDA", "DSV4_CUDA=ON pip install"),
         (dataclasses.replace(HEALTHY, driver_cuda=12080), True, "CUDA 12.8", "CUDACXX="),
+        (dataclasses.replace(HEALTHY, capabilities=("8.0",)), True, "compute capability 8.0", "CUDAARCHS=80 "),
+        (dataclasses.replace(HEALTHY, capabilities=("9.0", "12.0")), True, "capability 12.0", "CUDAARCHS=120 "),
     ],
 )
 def test_problem_is_found_with_its_command(facts, fatal, text, command):
@@ -102,6 +107,51 @@ def test_problem_is_found_with_its_command(facts, fatal, text, command):
     assert problem.fatal == fatal
     assert text in problem.text
     assert command in problem.command
+
+
+@pytest.mark.parametrize(
+    ("architecture", "runs", "does_not"),
+    [
+        ("80", ["8.0", "8.6", "8.9"], ["7.5", "9.0"]),
+        ("86", ["8.6", "8.9"], ["8.0", "9.0"]),
+        ("90", ["9.0"], ["8.9", "10.0"]),
+        ("90a", ["9.0"], ["10.0", "9.1"]),
+        ("90-real", ["9.0"], ["10.0"]),
+        ("90-virtual", ["9.0", "10.0", "12.0"], ["8.9"]),
+        ("100f", ["10.0", "10.3"], ["9.0", "12.0"]),
+        ("120", ["12.0", "12.1"], ["10.0"]),
+        ("what?", ["9.0"], []),
+    ],
+)
+def test_what_runs_where(architecture, runs, does_not):
+    assert [doctor.runs_on(architecture, one) for one in runs] == [True] * len(runs)
+    assert [doctor.runs_on(architecture, one) for one in does_not] == [False] * len(does_not)
+
+
+def test_a_module_that_says_nothing_of_architectures_is_not_held_against_the_gpu():
+    assert doctor.find_problems(dataclasses.replace(HEALTHY, architectures=None, capabilities=("12.0",))) == []
+
+
+def test_the_module_that_was_found_is_shown():
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(application(only_doctor=True), ["doctor"])
+    native = pytest.importorskip("dsv4_jax_native")
+    assert native.__file__ in result.output
+
+
+@pytest.mark.parametrize("error", ["RuntimeError('no luck')", "OSError(5, 'broken disk')", "ImportError('gone')"])
+def test_no_traceback_whatever_the_native_module_raises(error):
+    code = (
+        "import sys, importlib.abc\n"
+        "class Broken(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == 'dsv4_jax_native': raise {error}\n"
+        "sys.meta_path.insert(0, Broken()); sys.argv = ['dsv4-jax', 'doctor']\n"
+        "from dsv4_jax.tools.cli.main import main; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert compatibility.REBUILD in result.stdout
 
 
 def test_fatal_problems_come_first_and_decide_the_exit_code(monkeypatch, capsys):

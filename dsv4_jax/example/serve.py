@@ -22,6 +22,9 @@ from dsv4_jax.example.weights import StackWeights
 
 Phase = Literal["prefill", "decode"]
 
+STEPS_IN_FLIGHT = 2
+"""Steps sent to the device and not waited for: one runs, one is ready behind it, and an interrupt loses no more."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -79,6 +82,14 @@ class PhaseStatistics:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
+def server_schema(spec: ModelSpec, formats: CacheFormats, *, slots: int, max_context: int) -> CacheSchema:
+    """The cache of a server: blocks for every slot's whole context, which is rounded up to whole blocks of 128."""
+    blocks_per_slot = -(-max_context // 128)
+    return CacheSchema(
+        spec=spec, formats=formats, slots=slots, blocks=slots * blocks_per_slot, max_context=128 * blocks_per_slot
+    )
+
+
 class Server:
     """A model, its cache and the requests in it.
 
@@ -105,10 +116,7 @@ class Server:
         implementation: Implementation = "native",
         record: bool = False,
     ) -> None:
-        blocks_per_slot = -(-max_context // 128)
-        self.schema = CacheSchema(
-            spec=spec, formats=formats, slots=slots, blocks=slots * blocks_per_slot, max_context=128 * blocks_per_slot
-        )
+        self.schema = server_schema(spec, formats, slots=slots, max_context=max_context)
         self.chunk = max(chunk, slots)
         self.manager = CacheManager(self.schema, token_buckets=(slots, self.chunk))
         self.cache = init_cache(self.schema)
@@ -138,6 +146,7 @@ class Server:
         running: list[Served] = []
         served: list[Served] = []
         clock = _PhaseClock(self.statistics)
+        in_flight: collections.deque[jax.Array] = collections.deque()
         while waiting or running:
             while waiting and self.manager.free_slots:
                 handle = self.manager.admit()
@@ -150,6 +159,9 @@ class Server:
             phase: Phase = "decode" if all(one.decoding for one in running) else "prefill"
             clock.enter(phase, self.cache)
             plan, logits, selected = self._run(running, counts, clock)
+            in_flight.append(logits)
+            if len(in_flight) > STEPS_IN_FLIGHT:
+                in_flight.popleft().block_until_ready()
             self._take(running, plan, logits, selected)
             clock.count(sum(counts.values()))
             if progress:

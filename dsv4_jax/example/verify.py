@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ from dsv4_jax import CacheFormats, ModelSpec
 from dsv4_jax.example.full_context import full_context
 from dsv4_jax.example.serve import Served
 from dsv4_jax.example.weights import StackWeights
+from dsv4_jax.layout.formats import VectorFormat
 
 _full_context = jax.jit(full_context, static_argnames=("spec", "formats"))
 
@@ -60,25 +61,38 @@ class Verification:
         return self.positions > 0 and self.malformed == 0 and self.flips <= self.flip_tolerance and close
 
 
-# Where the two computations may differ. Sums taken in another order give other last bits: 1e-6 of the largest logit,
-# measured with fp32 storage. With rounding on top, a value that falls close to the border between two codes is stored
-# as one code here and as the other there: a whole step of the format in one of 512 channels of one row, which then
-# goes through the layers above. What that amounts to was measured over 66 runs with other weights, texts and formats:
-# at most 6e-5 (bf16), 6e-4 (fp8, both kinds) and 1.8e-3 (nvfp4). The bounds are five times that or more. For
+# Where the two computations may differ, by codec. Sums taken in another order give other last bits: 1e-6 of the largest
+# logit, measured with fp32 storage. With rounding on top, a value that falls close to the border between two codes is
+# stored as one code here and as the other there: a whole step of the format in one of 512 channels of one row, which
+# then goes through the layers above. What that amounts to was measured over 66 runs with other weights, texts and
+# formats: at most 6e-5 (bf16), 6e-4 (fp8, both kinds) and 1.8e-3 (nvfp4). The bounds are five times that or more. For
 # comparison, one row missing from the window or from the entries moves a logit by 5e-3 to 2e-2, one row missing from
 # an HCA tail by 7e-4: with fp32 storage nothing of that kind can hide.
 _LOGITS = {"fp32": 1e-5, "bf16": 5e-4, "fp8": 3e-3, "fp8_ds_mla": 3e-3, "nvfp4": 1e-2, "nvfp4_static": 1e-2}
 # What rounding the keys adds to a score; measured as above, at most 6e-4 (bf16), 2e-3 (fp8) and 0.13 (4-bit formats,
 # where one code is up to a third of its block's largest channel).
-_SCORES = {"fp32": 0.0, "bf16": 5e-3, "fp8": 2e-2, "nvfp4": 0.5, "nvfp4_static": 0.5, "mxfp4": 0.5}
+_SCORES = {"fp32": 0.0, "bf16": 5e-3, "fp8_pow2": 2e-2, "nvfp4": 0.5, "nvfp4_static": 0.5, "mxfp4": 0.5}
 # The share of choices that may flip: at most 1e-3 was measured. A choice by other scores differs in far more.
 _FLIPS = 1e-2
 
 
 def tolerances(formats: CacheFormats) -> tuple[float, float]:
-    """The logit and score differences to accept: those of the coarsest format that has a part in each."""
-    logits = max(_LOGITS[formats.entries], _LOGITS[formats.window])
-    return logits, 10 * logits + _SCORES[formats.keys]
+    """The logit and score differences to accept: those of the coarsest codec that has a part in each.
+
+    Raises:
+      ValueError: nobody has measured what a format of ``formats`` amounts to.
+    """
+    logits = max(_of_codec(_LOGITS, formats.entry_format), _of_codec(_LOGITS, formats.window_format))
+    return logits, 10 * logits + _of_codec(_SCORES, formats.key_format)
+
+
+def _of_codec(table: Mapping[str, float], stored: VectorFormat) -> float:
+    if stored.codec not in table:
+        raise ValueError(
+            f"how far {stored.name} ({stored.codec}) may move a result was never measured; known are "
+            f"{', '.join(table)}. Measure it, and add it to the tables of dsv4_jax/example/verify.py."
+        )
+    return table[stored.codec]
 
 
 def verify(

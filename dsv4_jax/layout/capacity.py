@@ -1,4 +1,4 @@
-"""How many bytes requests take and how many of them fit: the numbers of ``dsv4-jax plan``, before there is a cache."""
+"""How many bytes requests take and how many of them fit: what ``dsv4-jax capacity`` shows."""
 
 from __future__ import annotations
 

@@ -252,11 +252,18 @@ struct CudaHandler {
   XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4##Name##Cpu, (dsv4::CpuHandler<dsv4::check_##name, dsv4::cpu::name>{}), \
                                 xla::ffi::Ffi::Bind() BINDING, {xla::ffi::Traits::kCmdBufferCompatible})
 #ifdef DSV4_WITH_CUDA
-#define DSV4_HANDLERS(Name, name, BINDING)                                                                     \
-  DSV4_CPU_HANDLER(Name, name, BINDING);                                                                       \
+#define DSV4_CUDA_HANDLER(Name, name, BINDING, ...)                                                            \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(Dsv4##Name##Cuda, (dsv4::CudaHandler<dsv4::check_##name, dsv4::cuda::name>{}), \
                                 xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<CUstream_st*>>() BINDING,   \
-                                {xla::ffi::Traits::kCmdBufferCompatible})
+                                {__VA_ARGS__})
 #else
-#define DSV4_HANDLERS(Name, name, BINDING) DSV4_CPU_HANDLER(Name, name, BINDING)
+#define DSV4_CUDA_HANDLER(Name, name, BINDING, ...)
 #endif
+#define DSV4_HANDLERS(Name, name, BINDING) \
+  DSV4_CPU_HANDLER(Name, name, BINDING);   \
+  DSV4_CUDA_HANDLER(Name, name, BINDING, xla::ffi::Traits::kCmdBufferCompatible)
+// Launched by itself, in front of the CUDA graph or between two. XLA updates a whole graph when the address of an
+// argument that it reads has changed; what reads an argument that is new in every step must therefore lie outside.
+#define DSV4_HANDLERS_OUTSIDE_GRAPHS(Name, name, BINDING) \
+  DSV4_CPU_HANDLER(Name, name, BINDING);                  \
+  DSV4_CUDA_HANDLER(Name, name, BINDING)

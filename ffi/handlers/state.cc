@@ -65,7 +65,8 @@ ffi::ErrorOr<RotateParams> check_rotate(AnyBuffer tail, AnyBuffer plan, AnyBuffe
 }
 
 // clang-format off
-DSV4_HANDLERS(BeginStep, begin_step,
+// The only op that reads a step's plan where the host put it.
+DSV4_HANDLERS_OUTSIDE_GRAPHS(BeginStep, begin_step,
     .Arg<AnyBuffer>()  // block_table [slots, max_blocks]
     .Arg<AnyBuffer>()  // window_positions [layers, slots, ring]
     .Arg<AnyBuffer>()  // plan

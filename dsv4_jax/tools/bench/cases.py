@@ -10,7 +10,7 @@ from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS
 from dsv4_jax.spec.kinds import LayerKind
 from dsv4_jax.tools.bench import decode, formats, reads
 from dsv4_jax.tools.bench.measure import Outcome
-from dsv4_jax.tools.bench.step import floor, prepare_forward, reset_slots, whole_step
+from dsv4_jax.tools.bench.step import floor, host_part, prepare_forward, reset_slots, whole_step
 from dsv4_jax.tools.bench.workload import Scale, Workload
 
 SWA, CSA, HCA = LayerKind
@@ -46,7 +46,9 @@ TARGETS = {
     "prefill/hca/bf16/1x8192": Target(6.5, 5.0),
     "prefill/hca/fp32/8x1024": Target(11.5, 9.0),
     "prefill/hca/bf16/8x1024": Target(6.5, 5.0),
-    "host/prepare_forward/1024": Target(150.0, 60.0),
+    "step/pro/b64/one_plan": Target(135.0, 128.0),
+    "step/pro/b64/planned": Target(190.0, 160.0),
+    "host/prepare_forward/1024": Target(60.0, 50.0),
 }
 
 
@@ -80,6 +82,7 @@ def all_cases(scale: Scale) -> list[Case]:
         Case("floor", floor, quick=True, has_reference=False),
         *_updates(scale),
         *_drafts(scale),
+        *_lookahead(scale),
         *_ops(scale),
         *_prefills(scale),
         *_reads(scale),
@@ -102,6 +105,16 @@ def _updates(scale: Scale) -> Iterator[Case]:
         for batch in batches:
             build = functools.partial(decode.update, kind, hca_tail, boundary, batch)
             yield Case(f"update/{_label(kind, hca_tail)}/{boundary}/b{batch}", build, quick=True)
+
+
+def _lookahead(scale: Scale) -> Iterator[Case]:
+    """What rings that are eight rows deeper cost, beside the cases of the same name without."""
+    batch, rows = _step_batch(scale), 8
+    for kind in (CSA, HCA, SWA):
+        build = functools.partial(decode.update, kind, "rows", "mixed", batch, lookahead=rows)
+        yield Case(f"update/{kind.value}/mixed/b{batch}/lookahead{rows}", build, quick=True)
+        build = functools.partial(decode.update, kind, "rows", "mixed", batch, tokens=4, lookahead=rows)
+        yield Case(f"drafts/{kind.value}/{batch}x4/lookahead{rows}", build)
 
 
 def _drafts(scale: Scale) -> Iterator[Case]:
@@ -162,12 +175,22 @@ def _formats() -> Iterator[Case]:
 
 
 def _steps(scale: Scale) -> Iterator[Case]:
-    for way, suffix in (("device", ""), ("host", "/with_prepare_forward"), ("scan", "/8_per_dispatch")):
+    name = f"step/pro/b{scale.step_requests}"
+    for way, suffix in (
+        ("turns", ""),
+        ("one", "/one_plan"),
+        ("scan", "/8_per_dispatch"),
+        ("planned", "/planned"),
+        ("transferred", "/planned/device_put"),
+    ):
         yield Case(
-            f"step/pro/b{scale.step_requests}{suffix}",
+            name + suffix,
             run=functools.partial(whole_step, way),
-            quick=way == "device",
-            has_reference=way == "device",
+            quick=way in ("turns", "planned"),
+            has_reference=way == "turns",
         )
+    for part in ("prepare_forward", "device_put", "dispatch"):
+        run = functools.partial(host_part, part)
+        yield Case(f"host/step/b{scale.step_requests}/{part}", run=run, has_reference=False)
     name = f"host/prepare_forward/{scale.host_requests}"
     yield Case(name, run=prepare_forward, quick=True, has_reference=False)

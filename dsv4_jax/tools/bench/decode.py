@@ -79,10 +79,19 @@ def update_bytes(kind: LayerKind, shape: StepShape, schema: CacheSchema, itemsiz
 
 
 def update(
-    kind: LayerKind, hca_tail: str, boundary: str, batch: int, scale: Scale, implementation: str, *, tokens: int = 1
+    kind: LayerKind,
+    hca_tail: str,
+    boundary: str,
+    batch: int,
+    scale: Scale,
+    implementation: str,
+    *,
+    tokens: int = 1,
+    lookahead: int = 0,
 ) -> Workload:
     """One layer's update in a decode step, or, with several tokens a request, in one that verifies drafts."""
-    schema = schema_of(model_of(kind, scale.layers), scale.plans * max(scale.batches), scale.context, hca_tail)
+    slots = scale.plans * max(scale.batches)
+    schema = schema_of(model_of(kind, scale.layers), slots, scale.context, hca_tail, lookahead)
     shapes = decode_shapes(kind, boundary, batch, scale, tokens)
     plans = [plan_of(*pair) for pair in zip(shapes, slot_sets(schema.slots, batch, scale.plans), strict=True)]
     return Workload(

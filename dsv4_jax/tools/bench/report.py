@@ -16,9 +16,6 @@ from rich.table import Table
 from dsv4_jax.tools.bench.runner import Result, Run
 from dsv4_jax.tools.cli.doctor import examine
 
-HOST_BOUND = 0.9
-"""From this share of the host on, a time may be the host's and not the device's."""
-
 
 def table(run: Run) -> Table:
     """One line a case."""
@@ -32,18 +29,17 @@ def table(run: Run) -> Table:
         made.add_row(*_cells(result, run, with_reference))
     made.caption = (
         "bytes: the fewest that the op must move, read and written. copy: a device copy in the same run. "
-        "~: the host may have been slower than the device."
+        "step/ and host/: what host and device take together, and the host alone."
     )
     return made
 
 
 def _cells(result: Result, run: Run, with_reference: bool) -> list[str]:
     if result.timing is None:
-        return [result.name, f"failed: {result.error}"]
+        return [result.name, "no figure"]
     timing, target = result.timing, result.target
     rate, share = result.bytes_per_second, percent_of_copy(result, run)
-    host = "~" if _host_bound(result) else ""
-    cells = [result.name, host + _number(timing.microseconds), _number(timing.spread)]
+    cells = [result.name, _number(timing.microseconds), _number(timing.spread)]
     cells.append("" if result.bytes_moved is None else f"{result.bytes_moved:,}")
     cells += ["" if rate is None else f"{rate / 1e9:,.0f}", "" if share is None else f"{share:.1f}"]
     if target is None:
@@ -59,11 +55,6 @@ def _cells(result: Result, run: Run, with_reference: bool) -> list[str]:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"
-
-
-def _host_bound(result: Result) -> bool:
-    is_host = result.name.startswith("host/")
-    return result.timing is not None and result.timing.host_share > HOST_BOUND and not is_host
 
 
 def percent_of_copy(result: Result, run: Run) -> float | None:
@@ -98,6 +89,7 @@ def as_json(run: Run, command: str) -> dict[str, Any]:
         "date": now.isoformat(timespec="seconds"),
         "scale": dataclasses.asdict(run.scale),
         "copy": _case_json(run.copy, run),
+        "floor": _case_json(run.floor, run),
         "cases": [_case_json(result, run) for result in run.results],
     }
 
@@ -115,6 +107,7 @@ def _case_json(result: Result, run: Run) -> dict[str, Any]:
         "percent_of_copy": None if share is None else round(share, 2),
         "calls": timing.calls,
         "host_share": round(timing.host_share, 3),
+        "evictions": timing.evictions,
         "compile_seconds": round(timing.compile_seconds, 3),
     }
     if result.target is not None:
@@ -125,12 +118,11 @@ def _case_json(result: Result, run: Run) -> dict[str, Any]:
 
 
 def write_json(run: Run, command: str, path: Path) -> None:
-    """Writes ``as_json``, folders included."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes ``as_json``."""
     path.write_text(json.dumps(as_json(run, command), indent=1) + "\n")
 
 
-def plot(run: Run, path: Path) -> None:
+def draw(run: Run, path: Path) -> None:
     """Draws every case by its bytes and its rate, under the two roofs: the copy's speed, and the smallest call's time.
 
     Raises:
@@ -155,7 +147,7 @@ def plot(run: Run, path: Path) -> None:
         ends = [min(xs) / 2, max(xs) * 2]
         axes.loglog(ends, [copy / 1e9] * 2, "k-", linewidth=1)
         axes.annotate("device copy", (ends[0], copy / 1e9), va="bottom")
-        floor = next((r.timing.microseconds for r in run.results if r.name == "floor" and r.timing), 0)
+        floor = run.floor.timing.microseconds if run.floor.timing else 0
         last = min(ends[1], copy * floor / 1e6)
         if last > ends[0]:
             axes.loglog([ends[0], last], [x / floor / 1e3 for x in (ends[0], last)], "k--", linewidth=1)
@@ -165,5 +157,4 @@ def plot(run: Run, path: Path) -> None:
     axes.set_ylabel("GB/s")
     axes.set_title(f"{jax.devices()[0].device_kind}: rate of every op, {run.scale.name} sizes")
     axes.grid(True, which="major", alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

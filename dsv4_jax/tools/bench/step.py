@@ -104,70 +104,137 @@ def _make(scale: Scale, spec: ModelSpec, steps: int) -> tuple[CacheSchema, Cache
     return schema, manager, (handles, np.ones(requests, np.int64))
 
 
+class _Step:
+    """The decode step of a scale, compiled, with a cache and a manager that are in the middle of their work.
+
+    Args:
+      scale: sizes.
+      implementation: "native", or "reference" for a step of the first layers, see ``model``.
+      planned: steps that ``plan`` is called for, at most.
+      per_dispatch: steps of a dispatch, 1 for a step that takes its plan alone.
+    """
+
+    def __init__(self, scale: Scale, implementation: str, planned: int, per_dispatch: int = 1) -> None:
+        self.schema, self.manager, self._batch = _make(scale, model(scale, implementation), planned)
+        self._steps = None if per_dispatch == 1 else per_dispatch
+        layout = self.manager.layouts[0]
+        self.inputs = step_inputs(self.schema.spec, StepPlan(jnp.full(layout.size, -1, jnp.int32), layout))
+
+        def run(cache: Cache, plan: StepPlan, inputs: Any) -> Cache:
+            if self._steps is None:
+                return decode_step(cache, plan, inputs, implementation)
+            return jax.lax.scan(lambda c, one: (decode_step(c, one, inputs, implementation), None), cache, plan)[0]
+
+        self.cache = noisy_cache(self.schema)
+        shape = (layout.size,) if self._steps is None else (self._steps, layout.size)
+        example = StepPlan(jax.ShapeDtypeStruct(shape, jnp.int32), layout)
+        self.compiled, self.graphs, self.compile_seconds = _compile(run, self.cache, example, self.inputs)
+
+    def plan(self) -> StepPlan:
+        """The next dispatch's, as `prepare_forward` returns it: NumPy."""
+        return self.manager.prepare_forward(self._batch, steps=self._steps)
+
+    def dispatch(self, plan: StepPlan) -> None:
+        """Sends one step (or several, of a scan), and waits for nothing."""
+        self.cache = self.compiled(self.cache, plan, self.inputs)
+
+    def seconds(self, plans: Callable[[int], StepPlan], count: int) -> tuple[float, float]:
+        """Time of so many dispatches, `plans` called for each, and the host's part of it."""
+        begin = time.perf_counter()
+        for index in range(count):
+            self.dispatch(plans(index))
+        dispatched = time.perf_counter()
+        jax.block_until_ready(self.cache)
+        return time.perf_counter() - begin, dispatched - begin
+
+
+def sent(plan: StepPlan) -> StepPlan:
+    """A plan of NumPy, on the device."""
+    return StepPlan(jax.device_put(plan.packed), plan.layout)
+
+
 def whole_step(way: str, scale: Scale, implementation: str) -> Outcome:
-    """Microseconds of one decode step's cache updates, steps dispatched back to back.
+    """Microseconds of one decode step's cache updates, steps dispatched back to back: of host and device together.
 
     The difference of many dispatches and a third as many: a server's device does not wait for the first one.
 
     Args:
-      way: "device": a few plans are on the device before, and used in turn. "host": each step is planned by
-        `prepare_forward` and sent, as in a server. "scan": 8 steps in one dispatch.
+      way: "turns": a few plans are on the device before, and used in turn. "one": always the same of them, so that no
+        address changes. "scan": as "turns", 8 steps in one dispatch. "planned": each step is planned by
+        `prepare_forward` and dispatched with the NumPy plan, as in a server. "transferred": planned, and sent by
+        `jax.device_put` before it is dispatched.
       scale: sizes.
       implementation: "native", or "reference" for an estimate from its first layers, see ``model``.
     """
-    spec = model(scale, implementation)
-    scaled = len(model(scale).layers) / len(spec.layers)
     trials = max(scale.trials // 2, 2)
-    replays = MOST_REPLAYS if scale.name == "full" and implementation == "native" else 2
+    full = scale.name == "full" and implementation == "native"
+    # A server goes on and on: its host runs ahead until the runtime makes it wait.
+    replays = (4 * MOST_REPLAYS if way in ("planned", "transferred") else MOST_REPLAYS) if full else 2
     per_dispatch = STEPS_PER_DISPATCH if way == "scan" else 1
     fewer = replays // 3
-    planned = (replays + fewer) * (trials + 1) if way == "host" else replays * per_dispatch
-    schema, manager, (handles, counts) = _make(scale, spec, planned)
-
-    if way == "host":
-        host_plans, layout = [], manager.layouts[0]
-    else:
-        stacked = per_dispatch if way == "scan" else None
-        host_plans = [manager.prepare_forward((handles, counts), steps=stacked) for _ in range(PLANS_ON_DEVICE)]
-        layout = host_plans[0].layout
-    inputs = step_inputs(schema.spec, StepPlan(jnp.full(layout.size, -1, jnp.int32), layout))
-    plans = [StepPlan(jnp.asarray(plan.packed), plan.layout) for plan in host_plans]
-
-    def run(cache: Cache, plan: StepPlan, inputs: Any) -> Cache:
-        if way == "scan":
-            return jax.lax.scan(lambda c, one: (decode_step(c, one, inputs, implementation), None), cache, plan)[0]
-        return decode_step(cache, plan, inputs, implementation)
-
-    cache = noisy_cache(schema)
-    shape = (per_dispatch, layout.size) if way == "scan" else (layout.size,)
-    example = StepPlan(jax.ShapeDtypeStruct(shape, jnp.int32), layout)
-    compiled, graphs, compile_seconds = _compile(run, cache, example, inputs)
-
-    def next_plan(step: int) -> StepPlan:
-        return manager.prepare_forward((handles, counts)) if way == "host" else plans[step % PLANS_ON_DEVICE]
-
-    def dispatch(count: int) -> tuple[float, float]:
-        nonlocal cache
-        begin = time.perf_counter()
-        for step in range(count):
-            cache = compiled(cache, next_plan(step), inputs)
-        dispatched = time.perf_counter()
-        jax.block_until_ready(cache)
-        return time.perf_counter() - begin, dispatched - begin
+    step = _Step(scale, implementation, (replays + fewer) * (trials + 1) * per_dispatch, per_dispatch)
+    scaled = len(model(scale).layers) / len(step.schema.spec.layers)
+    kept = {"turns": PLANS_ON_DEVICE, "scan": PLANS_ON_DEVICE, "one": 1}.get(way, 0)
+    on_device = [sent(step.plan()) for _ in range(kept)]
+    plans: Callable[[int], StepPlan] = {
+        "planned": lambda _: step.plan(),
+        "transferred": lambda _: sent(step.plan()),
+    }.get(way, lambda index: on_device[index % kept])
 
     times, shares = [], []
     steps = (replays - fewer) * per_dispatch
     for trial in range(trials + 1):
-        short, _ = dispatch(fewer)
-        long, host = dispatch(replays)
+        short, _ = step.seconds(plans, fewer)
+        long, host = step.seconds(plans, replays)
         if trial:  # the first warms up
             times.append((long - short) / steps * 1e6 * scaled)
             shares.append(host / long)
     timing = Timing(
-        statistics.median(times), spread(times), statistics.median(shares), calls=steps, compile_seconds=compile_seconds
+        statistics.median(times),
+        spread(times),
+        statistics.median(shares),
+        calls=steps,
+        compile_seconds=step.compile_seconds,
     )
-    remarks = {"cuda_graphs": graphs, "native_calls": native_calls(compiled), "layers": len(schema.spec.layers)}
-    return Outcome(timing, remarks)
+    return Outcome(
+        timing,
+        {
+            "cuda_graphs": step.graphs,
+            "native_calls": native_calls(step.compiled),
+            "layers": len(step.schema.spec.layers),
+        },
+    )
+
+
+def host_part(part: str, scale: Scale, implementation: str) -> Outcome:
+    """What the host alone spends on one part of a planned step, microseconds; the device is idle when it begins.
+
+    Args:
+      part: "prepare_forward", "device_put" of its plan, or "dispatch" of a step whose plan is on the device.
+      scale: sizes.
+      implementation: of the ops.
+    """
+    full = scale.name == "full"
+    trials, count = scale.trials, MOST_REPLAYS if full else 2
+    step = _Step(scale, implementation, count * (trials + 1) + 1)
+    first = step.plan()
+    on_device = sent(first)
+    work: Callable[[], Any] = {
+        "prepare_forward": step.plan,
+        "device_put": lambda: sent(first),
+        "dispatch": lambda: step.dispatch(on_device),
+    }[part]
+    times = []
+    for trial in range(trials + 1):
+        made = []
+        begin = time.perf_counter()
+        for _ in range(count):
+            made.append(work())
+        elapsed = time.perf_counter() - begin
+        jax.block_until_ready((step.cache, [plan.packed for plan in made if plan is not None]))
+        if trial:  # the first warms up
+            times.append(elapsed / count * 1e6)
+    return Outcome(Timing(statistics.median(times), spread(times), host_share=1.0, calls=count))
 
 
 def _compile(run: Callable[..., Cache], *args: Any) -> tuple[jax.stages.Compiled, int | None, float]:

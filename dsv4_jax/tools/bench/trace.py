@@ -89,6 +89,16 @@ def step(cache: Cache, plan: StepPlan, inputs: dict[str, Any], choices: jax.Arra
     return step.end()
 
 
+def trace_schema(*, steps: int, requests: int, context: int, spec: ModelSpec | None = None) -> CacheSchema:
+    """The cache of ``trace_steps``, which takes the same arguments.
+
+    Raises:
+      SchemaError: the context and the steps together are longer than any request can be.
+    """
+    longest = -(-(context + 2 * steps) // 128) * 128
+    return CacheSchema(spec or tiny_spec(), FORMATS, requests, requests * longest // 128, longest)
+
+
 def trace_steps(
     folder: Path, *, steps: int, requests: int, context: int, spec: ModelSpec | None = None
 ) -> dict[Op, Spent]:
@@ -107,9 +117,8 @@ def trace_steps(
     Raises:
       RuntimeError: the profile has no event of the steps.
     """
-    spec = spec or tiny_spec()
-    longest = -(-(context + 2 * steps) // 128) * 128
-    schema = CacheSchema(spec, FORMATS, requests, requests * longest // 128, longest)
+    schema = trace_schema(steps=steps, requests=requests, context=context, spec=spec)
+    spec = schema.spec
     manager = CacheManager(schema, token_buckets=(requests, context))
     handles = admit(manager, [context] * requests)
     cache, ones = noisy_cache(schema), np.ones(requests, np.int64)

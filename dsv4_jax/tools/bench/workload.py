@@ -83,9 +83,9 @@ class Scale:
 FULL = Scale(
     name="full",
     batches=(1, 8, 64, 256),
-    layers=16,
+    layers=32,
     plans=4,
-    calls=32,
+    calls=64,
     context=512,
     prefill=8192,
     prefill_requests=8,
@@ -93,9 +93,9 @@ FULL = Scale(
     chosen=1024,
     gather_context=65_536,
     rows=16_384,
-    scratch_bytes=2**28,
+    scratch_bytes=2**29,
     copy_bytes=2**30,
-    trial_seconds=0.004,
+    trial_seconds=0.008,
     trials=11,
     step_requests=64,
     host_requests=1024,
@@ -177,10 +177,10 @@ def model_of(kind: LayerKind, layers: int) -> ModelSpec:
     )
 
 
-def schema_of(spec: ModelSpec, slots: int, context: int, hca_tail: str = "rows") -> CacheSchema:
+def schema_of(spec: ModelSpec, slots: int, context: int, hca_tail: str = "rows", lookahead: int = 0) -> CacheSchema:
     """A schema in which every slot has blocks for its whole context."""
     formats = dataclasses.replace(FORMATS, hca_tail=hca_tail)
-    return CacheSchema(spec, formats, slots, slots * -(-context // BLOCK_TOKENS), context)
+    return CacheSchema(spec, formats, slots, slots * -(-context // BLOCK_TOKENS), context, lookahead)
 
 
 def block_table(slots: int, blocks_per_slot: int) -> np.ndarray:

@@ -13,11 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dsv4_jax import CacheFormats, CacheSchema, tiny_spec
-from dsv4_jax.example.serve import Server
+from dsv4_jax.example.serve import Request, Served, Server, server_schema
 from dsv4_jax.example.text import load_text, text_requests
 from dsv4_jax.example.verify import Verification, verify
 from dsv4_jax.example.weights import init_weights
 from dsv4_jax.layout.formats import ENTRY_FORMATS, HCA_TAILS, KEY_FORMATS, WINDOW_FORMATS
+from dsv4_jax.layout.schema import SchemaError
+from dsv4_jax.tools.cli._limits import LONGEST_CONTEXT, MOST_REQUESTS, require_memory
+from dsv4_jax.tools.cli._output import print_table
 
 EntryFormat = enum.StrEnum("EntryFormat", {name: name for name in ENTRY_FORMATS})
 WindowFormat = enum.StrEnum("WindowFormat", {name: name for name in WINDOW_FORMATS})
@@ -41,7 +44,7 @@ class Implementation(enum.StrEnum):
 
 _DEFAULTS = CacheFormats()
 _ENTRIES, _WINDOW = EntryFormat(_DEFAULTS.entries), WindowFormat(_DEFAULTS.window)
-_INDEXER, _HCA_TAIL = KeyFormat(_DEFAULTS.keys), HcaTail(_DEFAULTS.hca_tail)
+_KEYS, _HCA_TAIL = KeyFormat(_DEFAULTS.keys), HcaTail(_DEFAULTS.hca_tail)
 _LONG_CONTEXTS = (65_536, 1_048_576)
 
 
@@ -49,11 +52,21 @@ def decode(
     text: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="File to read; by default a text in the package.")
     ] = None,
-    requests: Annotated[int, typer.Option(min=1, help="Requests, each at its own place in the text.")] = 6,
-    slots: Annotated[int, typer.Option(min=1, help="Requests served at once; the others wait for a slot.")] = 4,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="The longest prompt; others have 3/7 of it or more.")] = 700,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens after each prompt, one per step.")] = 40,
-    chunk: Annotated[int, typer.Option(min=1, help="The most tokens of a step, prompts and new ones together.")] = 256,
+    requests: Annotated[
+        int, typer.Option(min=1, max=MOST_REQUESTS, help="Requests, each at its own place in the text.")
+    ] = 6,
+    slots: Annotated[
+        int, typer.Option(min=1, max=MOST_REQUESTS, help="Requests served at once; the others wait for a slot.")
+    ] = 4,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, max=LONGEST_CONTEXT, help="The longest prompt; others have 3/7 of it or more.")
+    ] = 700,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, max=LONGEST_CONTEXT, help="Tokens after each prompt, one per step.")
+    ] = 40,
+    chunk: Annotated[
+        int, typer.Option(min=1, max=LONGEST_CONTEXT, help="The most tokens of a step, prompts and new ones together.")
+    ] = 256,
     tokens_from: Annotated[
         NewTokens,
         typer.Option(
@@ -62,7 +75,7 @@ def decode(
     ] = NewTokens.TEXT,
     entries: Annotated[EntryFormat, typer.Option(help="How compressed entries are stored.")] = _ENTRIES,
     window: Annotated[WindowFormat, typer.Option(help="How window rows are stored.")] = _WINDOW,
-    indexer: Annotated[KeyFormat, typer.Option(help="How indexer keys are stored.")] = _INDEXER,
+    keys: Annotated[KeyFormat, typer.Option(help="How indexer keys are stored.")] = _KEYS,
     hadamard: Annotated[
         bool, typer.Option("--hadamard", help="Store indexer keys after a Hadamard transform.")
     ] = _DEFAULTS.keys_hadamard,
@@ -70,7 +83,7 @@ def decode(
     check: Annotated[
         bool, typer.Option("--verify", help="Recompute everything without a cache; exit 1 if the logits differ.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the weights and the prompts' lengths.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the weights and the prompts' lengths.")] = 0,
     implementation: Annotated[
         Implementation, typer.Option(help="native: the compiled kernels. reference: plain jax.numpy.")
     ] = Implementation.NATIVE,
@@ -83,12 +96,24 @@ def decode(
     """
     console = Console()
     spec = tiny_spec()
-    formats = CacheFormats(entries.value, window.value, indexer.value, keys_hadamard=hadamard, hca_tail=hca_tail.value)
-    weights = init_weights(spec, seed)
+    formats = CacheFormats(entries.value, window.value, keys.value, keys_hadamard=hadamard, hca_tail=hca_tail.value)
+    longest = prompt_tokens + new_tokens
+    try:
+        schema = server_schema(spec, formats, slots=slots, max_context=longest)
+    except SchemaError as error:
+        raise typer.BadParameter(f"--prompt-tokens and --new-tokens make {longest:,} tokens: {error}") from error
+    fewer = "Fewer --slots, --prompt-tokens or --new-tokens take less."
+    require_memory(schema.memory_bytes, f"A cache of {slots:,} slots of {longest:,} tokens takes", fewer)
+    if check:
+        # Every head's scores of queries by keys in float32, before and after the softmax.
+        scores = 2 * 4 * spec.num_heads * schema.max_context**2
+        require_memory(scores, f"--verify of {longest:,} tokens, which compares all with all, takes", fewer)
+    require_memory(8 * requests * longest, f"The text of {requests:,} requests takes", "Fewer --requests take less.")
     try:
         read = load_text(text)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--text") from error
+    weights = init_weights(spec, seed)
     work = text_requests(
         read,
         requests,
@@ -103,33 +128,46 @@ def decode(
         formats,
         slots=slots,
         max_context=max(len(request.prompt) + request.new_tokens for request in work),
-        chunk=chunk,
+        chunk=min(chunk, slots * longest),  # more can never come
         implementation=implementation.value,
         record=check,
     )
+    try:
+        served = _serve(console, server, work)
+        print_table(console, _run_table(server, requests))
+        print_table(console, _memory_table(server))
+        if check:
+            _check(console, server, served)
+    except KeyboardInterrupt:
+        tokens = sum(one.tokens for one in server.statistics.values())
+        console.print(f"Interrupted after {tokens:,} tokens.", highlight=False)
+        raise typer.Exit(130) from None
+
+
+def _serve(console: Console, server: Server, work: list[Request]) -> list[Served]:
     with _progress(console) as progress:
         total = sum(len(request.prompt) + request.new_tokens for request in work)
         task = progress.add_task("compile", total=total)
-        served = server.serve(
+        return server.serve(
             work, lambda phase, tokens: progress.update(task, description=phase, advance=tokens, refresh=True)
         )
-    console.print(_run_table(server, requests))
-    console.print(_memory_table(server))
-    if check:
-        with _progress(console) as progress:
-            task = progress.add_task("verify", total=len(served))
-            result = verify(
-                weights,
-                spec,
-                formats,
-                served,
-                max_context=server.schema.max_context,
-                progress=lambda: progress.advance(task),
-            )
-        console.print(_verification_table(result))
-        if not result.passed:
-            console.print("[bold red]The cached run does not agree with the computation without a cache.[/]")
-            raise typer.Exit(1)
+
+
+def _check(console: Console, server: Server, served: list[Served]) -> None:
+    with _progress(console) as progress:
+        task = progress.add_task("verify", total=len(served))
+        result = verify(
+            server.weights,
+            server.schema.spec,
+            server.schema.formats,
+            served,
+            max_context=server.schema.max_context,
+            progress=lambda: progress.advance(task),
+        )
+    print_table(console, _verification_table(result))
+    if not result.passed:
+        console.print("[bold red]The cached run does not agree with the computation without a cache.[/]")
+        raise typer.Exit(1)
 
 
 def _progress(console: Console) -> Progress:

@@ -5,11 +5,13 @@ Commands that build are for the source folder of dsv4-jax.
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -43,6 +45,10 @@ class Facts:
         native_problem: why the native module cannot be used, with the mending command, or None.
         ffi_built, ffi_running: XLA FFI API versions (major, minor) of the module and of jaxlib; None if unknown.
         cuda_built: CUDA runtime inside the native module, as CUDART_VERSION; 0 if built without CUDA; None if unknown.
+        native_file: the native module that Python finds; None if there is none.
+        architectures: what its kernels were compiled for: "90" and "90a" are machine code, "90-virtual" is PTX; None if
+            unknown.
+        capabilities: compute capability of each GPU that JAX uses, as "9.0".
         targets: names of the registered FFI targets by platform.
         jax_platforms: the environment variable JAX_PLATFORMS, empty if unset.
     """
@@ -57,6 +63,9 @@ class Facts:
     ffi_built: tuple[int, int] | None = None
     ffi_running: tuple[int, int] | None = None
     cuda_built: int | None = None
+    native_file: str | None = None
+    architectures: tuple[str, ...] | None = None
+    capabilities: tuple[str, ...] = ()
     targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     jax_platforms: str = ""
 
@@ -91,8 +100,10 @@ def examine() -> Facts:
         devices = jax.devices()
         if devices[0].platform != "cpu":
             devices = devices + jax.devices("cpu")
-        found["devices"] = tuple(f"{device.platform}: {device.device_kind}" for device in devices)
+        found["devices"] = tuple(_device(device) for device in devices)
         found["platforms"] = frozenset(device.platform for device in devices)
+        gpus = [device for device in devices if device.platform == "gpu"]
+        found["capabilities"] = tuple(str(getattr(device, "compute_capability", "")) for device in gpus)
         found["ffi_running"] = compatibility.running_ffi_api_version()
     except Exception as error:  # whatever keeps JAX from starting is the finding
         found["jax_error"] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -100,17 +111,45 @@ def examine() -> Facts:
     try:
         import dsv4_jax_native
 
+        found["native_file"] = dsv4_jax_native.__file__
         found["ffi_built"] = dsv4_jax_native.ffi_api_version()
         found["cuda_built"] = dsv4_jax_native.cuda_version()
-    except ImportError:
-        pass  # importing the registration below says why, and what to do
+        found["architectures"] = tuple(dsv4_jax_native.cuda_architectures())
+    except Exception:  # importing the registration below says why, and what to do
+        pass
     try:
         from dsv4_jax.native.registration import REGISTERED
 
         found["targets"] = REGISTERED
     except compatibility.NativeModuleError as error:
         found["native_problem"] = (error.problem, error.command)
+    except Exception as error:  # whatever keeps the handlers from being registered is the finding
+        text = f"The native module of dsv4_jax cannot be used ({type(error).__name__}: {error})".splitlines()[0]
+        found["native_problem"] = (f"{text}.", compatibility.REBUILD)
     return Facts(**found)
+
+
+def _device(device: Any) -> str:
+    capability = getattr(device, "compute_capability", None)
+    return f"{device.platform}: {device.device_kind}" + (f", compute capability {capability}" if capability else "")
+
+
+def runs_on(architecture: str, capability: str) -> bool:
+    """Whether a GPU of that compute capability ("9.0") runs kernels compiled for that architecture.
+
+    Machine code ("90") runs where the first number is the same and the second no smaller, with a suffix ("90a") only
+    where both are the same; PTX ("90-virtual") where the capability is no smaller.
+    """
+    found = re.fullmatch(r"(\d+)(\d)([a-z]?)(-virtual|-real)?", architecture)
+    wanted = re.fullmatch(r"(\d+)\.(\d+)", capability)
+    if not found or not wanted:
+        return True  # nothing is known, so nothing is wrong
+    built, has = (int(found[1]), int(found[2])), (int(wanted[1]), int(wanted[2]))
+    if found[3] == "a":
+        return built == has
+    if found[3] or found[4] != "-virtual":
+        return built[0] == has[0] and built <= has
+    return built <= has
 
 
 def _cuda(version: int) -> str:
@@ -156,7 +195,24 @@ def find_problems(facts: Facts) -> list[Problem]:
             f"{_cuda(facts.driver_cuda)}: update the driver, or build with an older nvcc."
         )
         problems.append(Problem(text, f"CUDACXX=/path/to/older/nvcc {compatibility.REBUILD}", True))
+    problems += _unsupported_gpus(facts)
     return sorted(problems, key=lambda problem: not problem.fatal)
+
+
+def _unsupported_gpus(facts: Facts) -> list[Problem]:
+    """GPUs that JAX uses and the native module has no kernels for."""
+    if not facts.cuda_built or not facts.architectures:
+        return []
+    unsupported = {one for one in facts.capabilities if not any(runs_on(built, one) for built in facts.architectures)}
+    return [
+        Problem(
+            f"dsv4_jax was built for {', '.join(facts.architectures)}, and JAX uses a GPU of compute capability {one}: "
+            "none of its operations runs there.",
+            f"CUDAARCHS={one.replace('.', '')} DSV4_CUDA=ON {compatibility.REBUILD}",
+            True,
+        )
+        for one in sorted(unsupported)
+    ]
 
 
 def _pair(version: tuple[int, int] | None) -> str:
@@ -170,7 +226,13 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
     rows.append(("devices", "\n".join(facts.devices) or "none"))
     rows.append(("driver", f"up to CUDA {_cuda(facts.driver_cuda)}" if facts.driver_cuda else "none"))
     built = {None: "unknown", 0: "built without CUDA"}.get(facts.cuda_built) or f"CUDA {_cuda(facts.cuda_built)}"
-    rows.append(("native module", built))
+    if facts.cuda_built and facts.architectures:
+        built += f" for {', '.join(facts.architectures)}"
+    if facts.native_problem is not None:
+        built += "; it does not fit" if facts.native_file else ""
+    rows.append(("dsv4_jax", str(Path(compatibility.__file__).parents[1])))
+    rows.append(("native module", facts.native_file or "none found"))
+    rows.append(("built", built))
     rows.append(("XLA FFI API", f"built against {_pair(facts.ffi_built)}, running {_pair(facts.ffi_running)}"))
     rows += [
         (f"FFI targets, {platform}", f"{len(names)}: {', '.join(names)}") for platform, names in facts.targets.items()
@@ -185,9 +247,11 @@ def doctor() -> None:
     console = Console()
 
     table = Table(title="dsv4-jax", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in _rows(facts):
         table.add_row(name, value)
-    console.print(table)
+    console.print(table, highlight=False)
 
     if not problems:
         console.print("No problems found.")

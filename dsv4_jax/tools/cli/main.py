@@ -1,10 +1,16 @@
-"""The `dsv4-jax` program: `decode`, `plan`, `bench`, `trace` and `doctor`."""
+"""The `dsv4-jax` program: `decode`, `capacity`, `bench`, `trace` and `doctor`."""
 
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
+from dsv4_jax.native.compatibility import NativeModuleError
 from dsv4_jax.tools.cli.doctor import doctor
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as of a program that the signal ended."""
 
 
 def application(*, only_doctor: bool = False) -> typer.Typer:
@@ -12,26 +18,64 @@ def application(*, only_doctor: bool = False) -> typer.Typer:
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
     @app.callback()
-    def about() -> None:
+    def about(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+        ] = False,
+    ) -> None:
         """A compressed KV cache for DeepSeek-V4 in JAX."""
 
     if not only_doctor:
         from dsv4_jax.tools.cli.bench import bench
+        from dsv4_jax.tools.cli.capacity import capacity
         from dsv4_jax.tools.cli.decode import decode
-        from dsv4_jax.tools.cli.plan import plan
         from dsv4_jax.tools.cli.trace import trace
 
         app.command()(decode)
-        app.command()(plan)
+        app.command()(capacity)
+        app.command("plan", hidden=True)(capacity)  # what it was called first
         app.command()(bench)
         app.command()(trace)
     app.command()(doctor)
     return app
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            number = metadata.version("dsv4-jax")
+        except metadata.PackageNotFoundError:  # a source folder on the path
+            number = "(not installed)"
+        typer.echo(f"dsv4-jax {number}")
+        raise typer.Exit
+
+
 def main() -> None:
-    """Run the program named by the process's arguments."""
-    application(only_doctor=sys.argv[1:2] == ["doctor"])()
+    """Run the program named by the process's arguments.
+
+    What the machine refuses (no native module, a backend that does not start, memory that does not suffice) is one
+    line, and so is Ctrl-C.
+    """
+    try:
+        application(only_doctor=sys.argv[1:2] == ["doctor"])()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except NativeModuleError as error:
+        _fail(str(error))
+    except MemoryError:
+        _fail("There is not enough memory for this; ask for less.")
+    except RuntimeError as error:
+        text = str(error).strip()
+        if "RESOURCE_EXHAUSTED" in text:
+            _fail(f"The device has not enough memory for this; ask for less. ({text.splitlines()[0]})")
+        if "Unable to initialize backend" in text or "no platforms" in text.lower():
+            _fail(f"JAX does not start ({text.splitlines()[0]}). `dsv4-jax doctor` tells more.")
+        raise
+
+
+def _fail(message: str) -> None:
+    print(f"dsv4-jax: {message}", file=sys.stderr)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

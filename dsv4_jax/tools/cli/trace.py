@@ -12,13 +12,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dsv4_jax.tools.bench.trace import Op, Spent, trace_steps
+from dsv4_jax.layout.schema import SchemaError
+from dsv4_jax.tools.bench.trace import Op, Spent, trace_schema, trace_steps
+from dsv4_jax.tools.cli._limits import LONGEST_CONTEXT, MOST_REQUESTS, require_memory
+from dsv4_jax.tools.cli._output import print_table, writable_folder
 
 
 def trace(
-    steps: Annotated[int, typer.Option(min=1, help="Decode steps to trace.")] = 10,
-    requests: Annotated[int, typer.Option(min=1, help="Requests, one token each a step.")] = 64,
-    context: Annotated[int, typer.Option(min=128, help="Tokens of each request before the first step.")] = 4096,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Decode steps to trace.")] = 10,
+    requests: Annotated[int, typer.Option(min=1, max=MOST_REQUESTS, help="Requests, one token each a step.")] = 64,
+    context: Annotated[
+        int, typer.Option(min=128, max=LONGEST_CONTEXT, help="Tokens of each request before the first step.")
+    ] = 4096,
     logdir: Annotated[
         Path | None, typer.Option(file_okay=False, help="Keep the profile here, for TensorBoard or XProf.")
     ] = None,
@@ -29,14 +34,25 @@ def trace(
     kernels' own, not their launches'. On a CPU they are what the host spent in each op.
     """
     console = Console(width=None if sys.stdout.isatty() else 132)
+    try:
+        schema = trace_schema(steps=steps, requests=requests, context=context)
+    except SchemaError as error:
+        raise typer.BadParameter(f"--context and --steps: {error}") from error
+    require_memory(
+        schema.memory_bytes,
+        f"A cache of {requests:,} requests of {schema.max_context:,} tokens takes",
+        "Fewer --requests or a shorter --context take less.",
+    )
+    if logdir is not None:
+        writable_folder(logdir, "--logdir")
     if logdir is None:
         with tempfile.TemporaryDirectory() as folder:
             spent = trace_steps(Path(folder), steps=steps, requests=requests, context=context)
     else:
         spent = trace_steps(logdir, steps=steps, requests=requests, context=context)
-    console.print(_table(spent, steps))
+    print_table(console, _table(spent, steps))
     if logdir is not None:
-        console.print(f"The profile is in {logdir}.", markup=False, highlight=False)
+        console.print(f"The profile is in {logdir}.", markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(spent: dict[Op, Spent], steps: int) -> Table:

@@ -1,4 +1,4 @@
-"""`dsv4-jax plan` as a user runs it: its numbers are those of the arrays, its pictures are pictures."""
+"""`dsv4-jax capacity` as a user runs it: its numbers are those of the arrays, its pictures are pictures."""
 
 import builtins
 import json
@@ -10,14 +10,14 @@ from typer.testing import CliRunner
 
 from dsv4_jax import CacheFormats, capacity_plan, deepseek_v4_pro, init_cache, tiny_spec
 from dsv4_jax.layout.formats import HCA_TAILS, PROFILES
+from dsv4_jax.tools.cli.capacity import parse_bytes
 from dsv4_jax.tools.cli.main import application
-from dsv4_jax.tools.cli.plan import parse_bytes
 
 
 @pytest.fixture
 def run():
     runner = CliRunner(env={"COLUMNS": "140"})
-    return lambda *arguments: runner.invoke(application(), ["plan", *arguments])
+    return lambda *arguments: runner.invoke(application(), ["capacity", *arguments])
 
 
 def cells(output):
@@ -33,7 +33,7 @@ def number(text):
 @pytest.mark.parametrize("hca_tail", HCA_TAILS)
 def test_numbers_are_those_of_a_real_cache(run, hca_tail):
     result = run(
-        *("--model", "tiny", "--context", "5000", "--requests", "3", "--formats", "flashmla", "--indexer", "mxfp4"),
+        *("--model", "tiny", "--context", "5000", "--requests", "3", "--formats", "flashmla", "--keys", "mxfp4"),
         *("--hca-tail", hca_tail),
     )
     assert result.exit_code == 0, result.output
@@ -113,7 +113,7 @@ def test_a_picture_without_matplotlib_says_what_to_install(run, tmp_path, monkey
         (["--memory", "3 horses"], ["3 horses", "GiB"]),
         (["--memory", "1MB"], ["do not hold one request"]),
         (["--context", "99999999"], ["max_context", "1048576"]),
-        (["--plot", "no/such/folder/plan.png"], ["no/such/folder/plan.png"]),
+        (["--plot", "/proc/no-such-folder/plan.png"], ["/proc/no-such-folder/plan.png"]),
         (["--plot", "plan.nonsense"], ["plan.nonsense"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -145,3 +145,50 @@ def test_amounts_of_memory(text, size):
 def test_what_is_no_amount_of_memory(text):
     with pytest.raises(typer.BadParameter, match="no amount of memory"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize("context", ["1", "100", "1000"])
+def test_a_short_context_is_drawn_too(run, tmp_path, monkeypatch, context):
+    """Every panel shows its points, and where there are two contexts a line."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    result = run("--context", context, "--memory", "40GB", "--plot", str(tmp_path / "capacity.png"))
+    assert result.exit_code == 0, result.output
+    for axes in drawn[0].axes:
+        assert axes.lines
+        for line in axes.lines:
+            assert line.get_marker() not in (None, "", "None")
+            assert len(line.get_xdata()) >= (1 if context == "1" else 2)
+
+
+def test_a_folder_takes_the_picture(run, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    result = run("--context", "5000", "--plot", str(folder))
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["capacity.png"]
+    assert (folder / "capacity.png").read_bytes().startswith(b"\x89PNG")
+    assert str(folder / "capacity.png") in result.output
+
+
+@pytest.mark.parametrize("command", ["capacity", "plan"])
+def test_json(command, tmp_path):
+    given = ["--model", "tiny", "--context", "5000", "--memory", "1GB"]
+    invoke = CliRunner().invoke
+    printed = invoke(application(), [command, *given, "--json", "-"])
+    assert printed.exit_code == 0, printed.output
+    path = tmp_path / "new" / "capacity.json"
+    written = invoke(application(), [command, *given, "--json", str(path)])
+    assert written.exit_code == 0, written.output
+    found = json.loads(path.read_text())
+    assert json.loads(printed.output) == found
+    plan = capacity_plan(tiny_spec(), CacheFormats(), context=5000, memory_bytes=10**9)
+    assert found["requests"] == plan.requests
+    assert found["memory"] == plan.memory_bytes == sum(found["cache"].values())
+    assert found["by_context"][-1] == {
+        "context": plan.context,
+        "per_request": plan.bytes_per_request,
+        "requests_that_fit": plan.requests,
+    }

@@ -1,11 +1,13 @@
-"""`dsv4-jax plan`: what a cache will take, and how many requests will fit, before anything is allocated."""
+"""`dsv4-jax capacity`: what a cache will take, and how many requests will fit, before anything is allocated."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,7 +20,7 @@ from dsv4_jax.spec.config_json import model_spec
 from dsv4_jax.spec.kinds import BLOCK_TOKENS
 from dsv4_jax.spec.model import ConfigError, ModelSpec
 from dsv4_jax.spec.presets import deepseek_v4_flash, deepseek_v4_pro, tiny_spec
-from dsv4_jax.tools.cli._plotting import require_matplotlib
+from dsv4_jax.tools.cli._output import print_table, writable_file, writable_picture
 from dsv4_jax.tools.cli.decode import EntryFormat, HcaTail, KeyFormat, WindowFormat
 
 MODELS = {"deepseek-v4-flash": deepseek_v4_flash, "deepseek-v4-pro": deepseek_v4_pro, "tiny": tiny_spec}
@@ -27,7 +29,7 @@ _UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate(["K", "M", 
 _SHORTEST = 1024
 
 
-def plan(
+def capacity(
     context: Annotated[int, typer.Option(min=1, help="Longest context of a request, in tokens.")],
     model: Annotated[
         str, typer.Option(help=f"{', '.join(MODELS)}; or a config.json, or a folder with one.")
@@ -37,12 +39,17 @@ def plan(
     ] = "default",
     entries: Annotated[EntryFormat | None, typer.Option(help="How compressed entries are stored.")] = None,
     window: Annotated[WindowFormat | None, typer.Option(help="How window rows are stored.")] = None,
-    indexer: Annotated[KeyFormat | None, typer.Option(help="How indexer keys are stored.")] = None,
+    keys: Annotated[KeyFormat | None, typer.Option(help="How indexer keys are stored.")] = None,
     hca_tail: Annotated[HcaTail | None, typer.Option(help="How an open HCA window is kept.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory for the cache, as 141GB, 80GiB or bytes.")] = None,
     requests: Annotated[int | None, typer.Option(min=1, help="Requests at the same time.")] = None,
-    lookahead: Annotated[int, typer.Option(min=0, help="Window rows more than the window, to take tokens back.")] = 0,
-    plot: Annotated[Path | None, typer.Option(help="Also draw this picture (PNG, SVG or PDF).")] = None,
+    lookahead: Annotated[int, typer.Option(min=0, help="Tokens that can be taken back: rings are so much deeper.")] = 0,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers here instead; - for standard output.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw this picture (PNG, SVG or PDF), or capacity.png in this folder.")
+    ] = None,
 ) -> None:
     """Bytes per token, block and request, and how many requests fit at which context.
 
@@ -53,10 +60,14 @@ def plan(
     spec = _model(model)
     if formats not in PROFILES:
         raise typer.BadParameter(f"{formats!r} is none of {', '.join(PROFILES)}.", param_hint="--formats")
-    chosen = {"entries": entries, "window": window, "keys": indexer, "hca_tail": hca_tail}
+    chosen = {"entries": entries, "window": window, "keys": keys, "hca_tail": hca_tail}
     chosen = {component: name.value for component, name in chosen.items() if name is not None}
     cache_formats = dataclasses.replace(PROFILES[formats], **chosen)
     memory_bytes = None if memory is None else parse_bytes(memory)
+    picture = None if plot is None else writable_picture(plot, "capacity")
+    to_file = json_path is not None and str(json_path) != "-"
+    if to_file:
+        writable_file(json_path, "--json")
     try:
         planned = capacity_plan(
             spec, cache_formats, context=context, memory_bytes=memory_bytes, requests=requests, lookahead=lookahead
@@ -64,11 +75,20 @@ def plan(
     except SchemaError as error:
         raise typer.BadParameter(str(error)) from error
     ladder = context_ladder(planned, memory_bytes)
-    console.print(_bytes_table(planned))
-    console.print(_requests_table(planned, ladder, memory_bytes))
-    if plot is not None:
-        draw(planned, ladder, plot)
-        console.print(f"Drawn in {plot}.")
+    if picture is not None:
+        draw(planned, ladder, picture)
+    if json_path is not None:
+        text = json.dumps(as_json(planned, ladder, memory_bytes), indent=1) + "\n"
+        if not to_file:
+            typer.echo(text, nl=False)
+            return
+        json_path.write_text(text)
+        console.print(f"Written to {json_path}.", markup=False, highlight=False, soft_wrap=True)
+    else:
+        print_table(console, _bytes_table(planned))
+        print_table(console, _requests_table(planned, ladder, memory_bytes))
+    if picture is not None:
+        console.print(f"Drawn in {picture}.", markup=False, highlight=False, soft_wrap=True)
 
 
 def parse_bytes(text: str) -> int:
@@ -84,13 +104,18 @@ def parse_bytes(text: str) -> int:
             f"{text!r} is no amount of memory; write a number and one of {', '.join(filter(None, _UNITS))}.",
             param_hint="--memory",
         )
-    return int(float(match[1]) * units[match[2].lower()])
+    return int(Fraction(match[1]) * units[match[2].lower()])
 
 
 def context_ladder(planned: CapacityPlan, memory_bytes: int | None) -> list[tuple[CapacityPlan, int | None]]:
-    """One request of 1024, 4096, ... tokens and of the longest context, and how many of each fit in the memory."""
-    schema = planned.schema
-    contexts = {planned.context} | {_SHORTEST * 4**step for step in range(12)}
+    """One request of 1024, 4096, ... tokens and of the longest context, and how many of each fit in the memory.
+
+    Below a longest context of 1024 it begins at the largest of 256, 64, 16, 4 and 1 that is shorter.
+    """
+    schema, shortest = planned.schema, _SHORTEST
+    while shortest >= planned.context and shortest > 1:
+        shortest //= 4
+    contexts = {planned.context} | {shortest * 4**step for step in range(12)}
     ladder = []
     for context in sorted(context for context in contexts if context <= planned.context):
         given = {"context": context, "lookahead": schema.lookahead}
@@ -101,13 +126,32 @@ def context_ladder(planned: CapacityPlan, memory_bytes: int | None) -> list[tupl
     return ladder
 
 
-def draw(planned: CapacityPlan, ladder: list[tuple[CapacityPlan, int | None]], path: Path) -> None:
-    """A picture of the ladder: bytes of a request by component, and the requests that fit.
+def as_json(
+    planned: CapacityPlan, ladder: list[tuple[CapacityPlan, int | None]], memory_bytes: int | None
+) -> dict[str, Any]:
+    """The tables as plain data; all sizes in bytes."""
+    schema = planned.schema
+    return {
+        "model": schema.spec.name,
+        "formats": dataclasses.asdict(schema.formats),
+        "context": planned.context,
+        "requests": planned.requests,
+        "blocks": schema.blocks,
+        "common_context": planned.common_context,
+        "memory_given": memory_bytes,
+        "memory": planned.memory_bytes,
+        "per_block": planned.block_bytes,
+        "per_request": planned.request_bytes,
+        "cache": dict(schema.bytes_by_component),
+        "by_context": [
+            {"context": one.context, "per_request": one.bytes_per_request, "requests_that_fit": fit}
+            for one, fit in ladder
+        ],
+    }
 
-    Raises:
-      typer.BadParameter: matplotlib is not installed, or cannot write such a file.
-    """
-    require_matplotlib()
+
+def draw(planned: CapacityPlan, ladder: list[tuple[CapacityPlan, int | None]], path: Path) -> None:
+    """A picture of the ladder: bytes of a request by component, and the requests that fit."""
     from matplotlib.figure import Figure
 
     contexts = [one.context for one, _ in ladder]
@@ -116,8 +160,8 @@ def draw(planned: CapacityPlan, ladder: list[tuple[CapacityPlan, int | None]], p
     axes = figure.subplots(1, 2 if counts else 1, squeeze=False)[0]
     components = [name for name, size in planned.request_bytes.items() if size]
     for name in components:
-        axes[0].plot(contexts, [one.request_bytes[name] for one, _ in ladder], label=name)
-    axes[0].plot(contexts, [one.bytes_per_request for one, _ in ladder], "k--", label="together")
+        axes[0].plot(contexts, [one.request_bytes[name] for one, _ in ladder], ".-", label=name)
+    axes[0].plot(contexts, [one.bytes_per_request for one, _ in ladder], "k.--", label="together")
     axes[0].set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="bytes", title="A request")
     if counts:
         axes[1].plot(*zip(*counts, strict=True), "o-")
@@ -127,12 +171,9 @@ def draw(planned: CapacityPlan, ladder: list[tuple[CapacityPlan, int | None]], p
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
     formats = planned.schema.formats
     figure.suptitle(
-        f"{planned.schema.spec.name}: entries {formats.entries}, window {formats.window}, indexer {formats.keys}"
+        f"{planned.schema.spec.name}: entries {formats.entries}, window {formats.window}, keys {formats.keys}"
     )
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"cannot draw {path}: {error}", param_hint="--plot") from error
+    figure.savefig(path, dpi=150)
 
 
 def _model(name: str) -> ModelSpec:
@@ -144,7 +185,7 @@ def _model(name: str) -> ModelSpec:
     except FileNotFoundError as error:
         message = f"{name!r} is none of {', '.join(MODELS)}, nor a model config. {error}"
         raise typer.BadParameter(message, param_hint="--model") from error
-    except ConfigError as error:
+    except (ConfigError, OSError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
 
 
@@ -153,7 +194,7 @@ def _bytes_table(planned: CapacityPlan) -> Table:
     table = Table("component", "per token", "per block", "per request", "the cache")
     table.title = (
         f"Bytes of {planned.schema.spec.name}, {planned.context:,} tokens of context: "
-        f"entries {formats.entries}, window {formats.window}, indexer {formats.keys}"
+        f"entries {formats.entries}, window {formats.window}, keys {formats.keys}"
     )
     whole = planned.schema.bytes_by_component
     for name, size in planned.request_bytes.items():
