@@ -285,11 +285,15 @@ def _yarn(section: Mapping[str, Any], theta: float, path: str, *, without_factor
 
 def _yarn_attention_factor(section: Mapping[str, Any], path: str) -> float:
     """YaRN's own attention factor (arXiv 2309.00071, equation 22): 0.1 ln(factor) + 1, or a ratio of two such."""
-    scales = {name: section.get(name) for name in ("mscale", "mscale_all_dim")}
-    for name, scale in scales.items():
-        if scale is not None and not is_number(scale):
-            raise ConfigError(f"{path} has {name} {scale!r}; it must be a number.")
     logarithm = 0.1 * math.log(section["factor"])
-    if not all(scales.values()):
+    scale, scale_all = _scale(section, "mscale", path), _scale(section, "mscale_all_dim", path)
+    if not (scale and scale_all):
         return logarithm + 1.0
-    return (scales["mscale"] * logarithm + 1.0) / (scales["mscale_all_dim"] * logarithm + 1.0)
+    return (scale * logarithm + 1.0) / (scale_all * logarithm + 1.0)
+
+
+def _scale(section: Mapping[str, Any], name: str, path: str) -> float:
+    scale = _read(section, name, default=0.0)
+    if not is_number(scale):
+        raise ConfigError(f"{path} has {name} {scale!r}; it must be a number.")
+    return scale
