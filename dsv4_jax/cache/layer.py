@@ -315,11 +315,11 @@ class LayerCache:
         if again:
             raise StepError(
                 f"{self._name}: {', '.join(again)} a second time in one step, asked by "
-                f"{'update' if len(parts) == len(parts_of(self.kind)) and len(parts) > 1 else parts[0]}; a layer is "
+                f"{'update' if len(parts) > 1 else again[0]}; a layer is "
                 "written once, by update or by append, flush and flush_keys."
             )
         step = self.step
-        if step.written is not None:
+        if step.written is not None and self.layer is not None:
             step = dataclasses.replace(step, written=step.written | {(self.layer, part) for part in parts})
         return dataclasses.replace(self, step=step, written=self.written | set(parts))
 

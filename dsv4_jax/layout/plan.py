@@ -259,7 +259,7 @@ class StepPlan:
         # Padding indexes from the end; whatever it finds there, it stays padding.
         token = stopped[plan.token_request]
         change = (plan.table_slot[:, None] == jnp.where(stopped, plan.request_slot, -1)[None, :]).any(axis=1)
-        masks = dict.fromkeys(("token_slot", "token_position", "token_request"), token)
+        masks: dict[str, Any] = dict.fromkeys(("token_slot", "token_position", "token_request"), token)
         masks |= dict.fromkeys(("request_slot", "request_reset"), stopped)
         masks |= dict.fromkeys(("table_slot", "table_index", "table_block"), change)
         masks |= {f"closing_{ratio}": token[plan.closing(ratio)] for ratio in RATIOS}
@@ -287,7 +287,8 @@ class StepPlan:
         if query_start.ndim != 1:
             raise ValueError("pack_tokens works on the plan of one step, this one holds several")
         requests = int(np.count_nonzero(self.request_slot >= 0))
-        parts = tokens if getattr(tokens, "ndim", None) == 1 else [np.asarray(part) for part in tokens]
+        given: Any = tokens
+        parts = given if getattr(given, "ndim", None) == 1 else [np.asarray(part) for part in given]
         if isinstance(parts, list) and parts and requests == 1 and all(part.ndim == 0 for part in parts):
             parts = np.asarray(parts)
         if not isinstance(parts, list):

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from dsv4_jax.cache.layer import Implementation
 from dsv4_jax.cache.step import Step
 from dsv4_jax.layout.schema import CacheSchema
 from dsv4_jax.spec.kinds import HEAD_DIM, LayerKind
@@ -57,7 +58,7 @@ def decode_shapes(kind: LayerKind, boundary: str, batch: int, scale: Scale, toke
     return shapes
 
 
-def layer_update(implementation: str) -> Any:
+def layer_update(implementation: Implementation) -> Any:
     """``LayerCache.update`` as a workload's call; the layer is an operand."""
 
     def call(cache: Any, plan: Any, inputs: Any, layer: Any) -> tuple[Any, None]:
@@ -84,7 +85,7 @@ def update(
     boundary: str,
     batch: int,
     scale: Scale,
-    implementation: str,
+    implementation: Implementation,
     *,
     tokens: int = 1,
     lookahead: int = 0,
@@ -106,7 +107,9 @@ def update(
     )
 
 
-def prefill(kind: LayerKind, hca_tail: str, requests: int, dtype: str, scale: Scale, implementation: str) -> Workload:
+def prefill(
+    kind: LayerKind, hca_tail: str, requests: int, dtype: str, scale: Scale, implementation: Implementation
+) -> Workload:
     """One layer's update in a prefill step from position 0; other projections in every call."""
     calls = max(scale.calls // 4, 1)
     schema = schema_of(model_of(kind, 2), calls * scale.prefill_requests, scale.prefill, hca_tail)
@@ -125,7 +128,7 @@ def prefill(kind: LayerKind, hca_tail: str, requests: int, dtype: str, scale: Sc
     )
 
 
-def separate_op(op: str, kind: LayerKind, batch: int, scale: Scale, implementation: str) -> Workload:
+def separate_op(op: str, kind: LayerKind, batch: int, scale: Scale, implementation: Implementation) -> Workload:
     """One of the ops that `update` is made of, for its main compressor.
 
     Every request closes a window, except where the op is to append: there as many as in the long run.

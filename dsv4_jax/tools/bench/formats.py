@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from dsv4_jax.cache.layer import Implementation
 from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.spec.kinds import BLOCK_TOKENS, HEAD_DIM
 from dsv4_jax.tools.bench import reads, traffic
@@ -16,7 +17,7 @@ from dsv4_jax.tools.bench.workload import MODULES, Scale, Workload, block_table,
 RATIO = 4
 
 
-def flush(component: str, format: VectorFormat, scale: Scale, implementation: str) -> Workload:
+def flush(component: str, format: VectorFormat, scale: Scale, implementation: Implementation) -> Workload:
     """What a prefill step of one request closes, stored."""
     calls = max(scale.calls // 4, 1)
     sets, blocks = 2 * calls, -(-scale.prefill // BLOCK_TOKENS)
@@ -40,7 +41,7 @@ def flush(component: str, format: VectorFormat, scale: Scale, implementation: st
     )
 
 
-def gather(component: str, format: VectorFormat, scale: Scale, implementation: str) -> Workload:
+def gather(component: str, format: VectorFormat, scale: Scale, implementation: Implementation) -> Workload:
     """Chosen entries, or all keys of a context of 16 times as many tokens as entries are chosen."""
     queries = min(scale.queries)
     if component == "keys":
@@ -48,7 +49,7 @@ def gather(component: str, format: VectorFormat, scale: Scale, implementation: s
     return reads.chosen_entries(format, queries, queries, 4, scale.gather_context // 2, scale, implementation)
 
 
-def quantize(component: str, format: VectorFormat, scale: Scale, implementation: str) -> Workload:
+def quantize(component: str, format: VectorFormat, scale: Scale, implementation: Implementation) -> Workload:
     """Float32 rows to a page."""
     op, rows = MODULES[implementation].quantize, _rows(format, scale)
 
@@ -58,7 +59,7 @@ def quantize(component: str, format: VectorFormat, scale: Scale, implementation:
     return _pages(("quantize", component), call, (rows, format.width), jnp.float32, rows, format, 4, scale)
 
 
-def dequantize(component: str, format: VectorFormat, scale: Scale, implementation: str) -> Workload:
+def dequantize(component: str, format: VectorFormat, scale: Scale, implementation: Implementation) -> Workload:
     """A page to bfloat16 rows."""
     op, rows = MODULES[implementation].dequantize, _rows(format, scale)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv4_jax.cache.layer import Implementation
 from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.ops.operands import Rows
 from dsv4_jax.spec.kinds import BLOCK_TOKENS
@@ -17,19 +18,25 @@ from dsv4_jax.tools.bench.workload import FORMATS, MODULES, Scale, Workload, blo
 BF16 = 2
 
 
-def _result(rows: Rows, implementation: str) -> jax.Array | None:
+def _result(rows: Rows, implementation: Implementation) -> jax.Array | None:
     """What keeps a read alive: the pool that it is threaded through if it is native, else its values."""
     return None if implementation == "native" else rows.values
 
 
-def entries(queries: int, scale: Scale, implementation: str) -> Workload:
+def entries(queries: int, scale: Scale, implementation: Implementation) -> Workload:
     """CSA entries chosen by index, one query a slot, as the sparse attention of a decode step reads them."""
     slots, sets = max(scale.queries), max(scale.calls // 4, 1)
     return chosen_entries(FORMATS.entry_format, queries, slots, sets, scale.gather_context, scale, implementation)
 
 
 def chosen_entries(
-    format: VectorFormat, queries: int, slots: int, sets: int, context: int, scale: Scale, implementation: str
+    format: VectorFormat,
+    queries: int,
+    slots: int,
+    sets: int,
+    context: int,
+    scale: Scale,
+    implementation: Implementation,
 ) -> Workload:
     """``gather_entries`` of CSA entries at random places of contexts of that many tokens, from two layers."""
     rng, visible, blocks = np.random.default_rng(queries), context // 4, context // BLOCK_TOKENS
@@ -38,7 +45,7 @@ def chosen_entries(
     counts = jnp.full(queries, visible, jnp.int32)
     choices = slot_sets(slots, queries, slots // queries)
 
-    def call(pool: Any, slots: Any, operands: Any, layer: Any) -> tuple[Any, None]:
+    def call(pool: Any, slots: Any, operands: Any, layer: Any) -> tuple[Any, jax.Array | None]:
         counts, indices, table = operands
         options = {"ratio": 4, "format": format, "dtype": jnp.bfloat16}
         pool, rows = gather(pool, table, slots, counts, indices, layer, **options)
@@ -57,19 +64,19 @@ def chosen_entries(
     )
 
 
-def all_entries(queries: int, scale: Scale, implementation: str) -> Workload:
+def all_entries(queries: int, scale: Scale, implementation: Implementation) -> Workload:
     """All HCA entries of each slot."""
     return first_rows(FORMATS.entry_format, 128, queries, scale.chosen, implementation)
 
 
-def first_rows(format: VectorFormat, ratio: int, queries: int, count: int, implementation: str) -> Workload:
+def first_rows(format: VectorFormat, ratio: int, queries: int, count: int, implementation: Implementation) -> Workload:
     """``gather_all_entries``, from two layers and four sets of slots."""
     sets = 4
     gather = MODULES[implementation].gather_all_entries
     slots, blocks = sets * queries, -(-count * ratio // BLOCK_TOKENS)
     table, counts = jnp.asarray(block_table(slots, blocks)), jnp.full(queries, count, jnp.int32)
 
-    def call(pool: Any, slots: Any, operands: Any, layer: Any) -> tuple[Any, None]:
+    def call(pool: Any, slots: Any, operands: Any, layer: Any) -> tuple[Any, jax.Array | None]:
         counts, table = operands
         options = {"ratio": ratio, "format": format, "entries": count, "dtype": jnp.bfloat16}
         pool, rows = gather(pool, table, slots, counts, layer, **options)
@@ -87,7 +94,7 @@ def first_rows(format: VectorFormat, ratio: int, queries: int, count: int, imple
     )
 
 
-def window(batch: int, scale: Scale, implementation: str) -> Workload:
+def window(batch: int, scale: Scale, implementation: Implementation) -> Workload:
     """The last 128 rows of each request."""
     rows, format = 128, FORMATS.window_format
     slots, last = scale.plans * max(scale.batches), scale.context - 1
@@ -99,7 +106,7 @@ def window(batch: int, scale: Scale, implementation: str) -> Workload:
         positions = jnp.broadcast_to(recorded, (scale.layers, slots, rows)) + 0
         return noise((scale.layers, slots, *format.page_shape(rows)), format.dtype), positions
 
-    def call(state: Any, slots: Any, ends: Any, layer: Any) -> tuple[Any, None]:
+    def call(state: Any, slots: Any, ends: Any, layer: Any) -> tuple[Any, jax.Array | None]:
         *state, read = gather(*state, slots, ends, layer, format=format, dtype=jnp.bfloat16, rows=rows)
         return tuple(state), _result(read, implementation)
 
