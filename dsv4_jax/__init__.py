@@ -13,6 +13,7 @@ from dsv4_jax.cache.layer import LayerCache
 from dsv4_jax.cache.pools import Cache, init_cache
 from dsv4_jax.cache.rotary import closing_rotary, token_rotary
 from dsv4_jax.cache.step import Step, begin
+from dsv4_jax.cache.transfer import apply_transfers
 from dsv4_jax.cache.views import entries_view, keys_view, window_view
 from dsv4_jax.host.errors import CacheError, CacheFull
 from dsv4_jax.host.manager import CacheManager
@@ -20,6 +21,7 @@ from dsv4_jax.layout.capacity import capacity_plan, requests_that_fit
 from dsv4_jax.layout.formats import PROFILES, CacheFormats
 from dsv4_jax.layout.plan import PlanLayout, StepPlan
 from dsv4_jax.layout.schema import CacheSchema, SchemaError, compute_block_budget
+from dsv4_jax.layout.transfers import TransferList
 from dsv4_jax.ops import OperandError
 from dsv4_jax.ops.operands import CompressorInputs, RawRows, Rows
 from dsv4_jax.spec.config_json import model_spec
@@ -50,7 +52,9 @@ __all__ = [
     "Step",
     "StepError",
     "StepPlan",
+    "TransferList",
     "apply_rotary",
+    "apply_transfers",
     "begin",
     "capacity_plan",
     "closing_rotary",

@@ -22,7 +22,6 @@ from dsv4_jax import (
     closing_rotary,
     init_cache,
     ops,
-    reference,
     tiny_spec,
 )
 from dsv4_jax.cache.layer import parts_of
@@ -126,10 +125,10 @@ def _store_closed(handle: LayerCache, compressor, indexer) -> LayerCache:
 def _rotate(handle: LayerCache) -> LayerCache:
     """Clears what closed windows leave in the tails, which nothing reads."""
     step, kind = handle.step, handle.kind
-    rotate = {"native": ops, "reference": reference}[step.implementation].rotate
     row = step.schema.rows(handle.layer).compressed
     names = [name for name in step.schema.tails if name.startswith(kind.value)]
-    tails = {name: rotate(step.cache.pools[name], step.plan, row, ratio=kind.ratio) for name in names}
+    options = {"ratio": kind.ratio, "implementation": step.implementation}
+    tails = {name: ops.rotate(step.cache.pools[name], step.plan, row, **options) for name in names}
     cache = step.cache.with_arrays(tails)
     return dataclasses.replace(handle, step=dataclasses.replace(step, cache=cache))
 

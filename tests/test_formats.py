@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 from pathlib import Path
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_formats
 import pytest
+from implementations import IMPLEMENTATIONS, ops_of
 
 from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS, PROFILES, WINDOW_FORMATS, CacheFormats, FormatError
 from dsv4_jax.spec.model import ConfigError
@@ -55,9 +55,9 @@ class Codec:
         return self.dequantize(self.quantize(rows, vector_format), vector_format, len(rows))
 
 
-@pytest.fixture(params=["reference", "ops"], ids=["reference", "native"])
+@pytest.fixture(params=IMPLEMENTATIONS)
 def codec(request, device):
-    return Codec(importlib.import_module(f"dsv4_jax.{request.param}"))
+    return Codec(ops_of(request.param))
 
 
 def bf16_rows(name):

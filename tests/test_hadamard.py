@@ -54,7 +54,7 @@ def test_scores_of_quantized_keys_are_close_to_the_exact_ones(device, rng):
     round_trip = {"fp32": 1e-6, "bf16": 2**-8, "fp8": 0.03, "nvfp4": 0.10, "nvfp4_static": 0.10, "mxfp4": 0.13}
     assert set(round_trip) == set(KEY_FORMATS)
     for name, bound in round_trip.items():
-        keys, transform = store(*tokens, dataclasses.replace(WITH_HADAMARD, indexer=name))
+        keys, transform = store(*tokens, dataclasses.replace(WITH_HADAMARD, keys=name))
         error = np.linalg.norm(scores(transform(queries), keys)[0] - expected) / np.linalg.norm(expected)
         assert error <= 1.1 * bound, name
 

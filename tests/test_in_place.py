@@ -37,7 +37,7 @@ def schema_of(spec, formats=PROFILES["default"]):
 
 def shapes_of(schema: CacheSchema, layout: PlanLayout):
     """A step's arguments, shapes only: cache, plan, weights, what the tokens bring to each layer."""
-    cache = Cache(**schema.arrays, schema=schema)
+    cache = jax.eval_shape(lambda: init_cache(schema))
     plan = StepPlan(jax.ShapeDtypeStruct((layout.size,), jnp.int32), layout)
     weights = jax.eval_shape(lambda: random_weights(np.random.default_rng(0), schema.spec))
     brought = [

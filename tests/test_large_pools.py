@@ -64,7 +64,7 @@ def test_entries_are_flushed_and_gathered(large, rng):
         entries = rng.normal(size=(layout.closing_size(4), 512)).astype(np.float32)
         pool = donating(ops.flush, ratio=4, format=FORMAT)(pool, entries, table, plan, layer)
         gather = donating(ops.gather_all_entries, ratio=4, format=FORMAT, entries=32, dtype=jnp.float32)
-        pool, rows = gather(pool, table, slots, slots * 0 + 32, layer)
+        pool, rows = gather(pool, table, plan, layer)
         assert np.asarray(rows.valid).all()
         for index, page in enumerate(pages):
             expected = numpy_formats.encode_page(entries[32 * index : 32 * (index + 1)], "fp8_ds_mla")

@@ -19,7 +19,6 @@ from dsv4_jax.host.errors import (
 )
 from dsv4_jax.host.manager import CacheManager
 from dsv4_jax.layout.formats import CacheFormats
-from dsv4_jax.layout.plan import PlanLayout
 from dsv4_jax.layout.schema import CacheSchema
 from dsv4_jax.spec.kinds import LayerKind
 from dsv4_jax.spec.presets import tiny_spec
@@ -228,7 +227,8 @@ def test_a_reset_is_due_until_a_plan_of_it_stands():
 
 def test_layouts_are_every_shape_a_plan_can_have():
     manager = make_manager(slots=4, token_buckets=(64, 2, 64))
-    assert manager.layouts == (PlanLayout(2, 2), PlanLayout(64, 4))
+    assert [(layout.tokens, layout.requests) for layout in manager.layouts] == [(2, 2), (64, 4)]
+    assert {layout.fingerprint for layout in manager.layouts} == {getattr(manager.schema, "fingerprint", "")}
 
 
 # Steps
@@ -297,7 +297,7 @@ def test_no_request_gives_a_plan_that_changes_nothing():
     request = manager.admit()
     manager.prepare_forward({request: 5})
     plan = manager.prepare_forward({})
-    assert plan.layout == PlanLayout(8, 4)
+    assert (plan.layout.tokens, plan.layout.requests) == (8, 4)
     assert (plan.token_slot == -1).all()
     assert manager.length(request) == 5
     manager.cancel(plan)
@@ -548,9 +548,20 @@ def test_cancel_takes_only_this_managers_own_plans():
         ((HCA,), 0, 129, 128, None),
         ((HCA,), 200, 300, 256, None),
         ((HCA,), 200, 300, 128, None),
-        ((HCA,), 200, 300, 255, 256),
-        ((HCA,), 200, 400, 128, 384),
-        ((CSA, HCA), 200, 300, 128, 300),
+        ((HCA,), 0, 100, 1, None),
+        ((HCA,), 200, 300, 255, None),
+        ((HCA,), 200, 400, 128, 199),
+        ((CSA, HCA), 200, 300, 128, None),
+        # Whatever is there, as many tokens as the lookahead can be taken back, across windows of either kind.
+        ((CSA,), 1, 8, 7, None),
+        ((CSA,), 1, 8, 3, 4),
+        ((CSA,), 8, 900, 892, None),
+        ((CSA,), 8, 900, 891, 892),
+        ((CSA,), 6, 900, 893, None),
+        ((CSA, HCA), 4, 386, 382, None),
+        ((CSA, HCA), 4, 386, 380, 381),
+        ((HCA,), 4, 386, 382, None),
+        ((HCA,), 1, 386, 383, 384),
         ((CSA, HCA), 0, 130, 129, None),
         # Never possible.
         ((SWA,), 0, 100, -1, 1),
@@ -588,7 +599,8 @@ def assert_truncates(manager, length, target, lowest):
         ((HCA,), 300, 255, 300),
         ((CSA, HCA), 131, 128, None),
         ((CSA, HCA), 131, 129, 131),
-        ((CSA, HCA), 132, 128, 132),
+        ((CSA, HCA), 132, 128, None),
+        ((CSA, HCA), 132, 130, 132),
         ((CSA,), 7, 5, None),
     ],
 )

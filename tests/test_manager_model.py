@@ -4,6 +4,7 @@ The model is a dictionary of requests. Each simulates its ring and its tails row
 is found by looking for the rows that are needed, and every plan is compared with a loop over its tokens.
 """
 
+import contextlib
 import copy
 import dataclasses
 
@@ -26,7 +27,7 @@ from dsv4_jax.host.errors import (
     UnknownRequest,
 )
 from dsv4_jax.layout.formats import HCA_TAILS
-from dsv4_jax.layout.plan import PlanLayout, StepPlan
+from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.spec.kinds import LayerKind
 
 SWA, CSA, HCA = LayerKind.SWA, LayerKind.CSA, LayerKind.HCA
@@ -36,9 +37,11 @@ WINDOW = 128
 class Request:
     """A request as the device would hold it: which token lies in which ring and tail row."""
 
-    def __init__(self, kinds, ring, hca_tail):
-        self.kinds, self.ring_rows, self.hca_tail = kinds, ring, hca_tail
-        self.tokens = []
+    def __init__(self, kinds, lookahead, hca_tail):
+        self.kinds, self.lookahead, self.hca_tail = kinds, lookahead, hca_tail
+        self.ring_rows, depth = WINDOW + lookahead, -(-lookahead // 4) * 4
+        self.overlap_rows, self.current_rows, self.hca_rows = 8 + depth, 4 + depth, 128 + lookahead
+        self.tokens, self.peak = [], 0
         self.ring = {}
         self.overlap, self.current, self.hca = {}, {}, {}
         self.plans = []
@@ -55,18 +58,23 @@ class Request:
     def append(self, token):
         position = self.length
         self.tokens.append(token)
+        self.peak = max(self.peak, self.length)
         self.ring[position % self.ring_rows] = token
-        self.overlap[position % 8] = self.current[position % 4] = self.hca[position % 128] = token
+        self.overlap[position % self.overlap_rows] = self.current[position % self.current_rows] = token
+        self.hca[position % self.hca_rows] = token
 
     def rotate(self):
-        """Clears every tail row that no later entry pools."""
-        for tail, needed in ((self.overlap, self.overlap_positions), (self.current, self.current_positions)):
-            kept = {self.tokens[position] for position in needed(self.length)}
+        """Clears every tail row that no later entry pools, also if the latest `lookahead` tokens are taken back."""
+        for tail, needed in (
+            (self.overlap, self.overlap_positions),
+            (self.current, self.current_positions),
+            (self.hca, self.hca_positions),
+        ):
+            earliest = needed(max(self.length - self.lookahead, 0))
+            kept = {self.tokens[position] for position in (*earliest, *range(earliest.stop, self.length))}
+            kept |= {self.tokens[position] for position in needed(self.length)}
             for row in [row for row, token in tail.items() if token not in kept]:
                 del tail[row]
-        kept = {self.tokens[position] for position in self.hca_positions(self.length)}
-        for row in [row for row, token in self.hca.items() if token not in kept]:
-            del self.hca[row]
 
     @staticmethod
     def overlap_positions(n):
@@ -88,11 +96,12 @@ class Request:
             return False
         needs = [(self.ring, self.ring_rows, range(max(n - WINDOW + 1, 0), n))]
         if CSA in self.kinds:
-            needs += [(self.overlap, 8, self.overlap_positions(n)), (self.current, 4, self.current_positions(n))]
+            needs += [(self.overlap, self.overlap_rows, self.overlap_positions(n))]
+            needs += [(self.current, self.current_rows, self.current_positions(n))]
         if HCA in self.kinds and self.hca_tail == "running" and self.hca_positions(n):
             return False  # the tokens to drop are folded in
         if HCA in self.kinds:
-            needs += [(self.hca, 128, self.hca_positions(n))]
+            needs += [(self.hca, self.hca_rows, self.hca_positions(n))]
         return all(
             rows.get(position % size) == self.tokens[position]
             for rows, size, positions in needs
@@ -101,11 +110,9 @@ class Request:
 
     def bring(self, tokens, name):
         """One step of `tokens` tokens, each unlike any other."""
-        closed = self.length // 4 < (self.length + tokens) // 4
         for index in range(tokens):
             self.append((name, self.length, index))
-        if closed:
-            self.rotate()
+        self.rotate()
 
     def truncate(self, n):
         if n == self.length:
@@ -114,6 +121,11 @@ class Request:
         del self.tokens[n:]
         if n == 0:
             self.ring, self.overlap, self.current, self.hca = {}, {}, {}, {}
+            self.peak = 0
+
+    def must_be_truncated_to(self, n):
+        """Whether truncating is promised: all that is possible, or with a lookahead down to that below the peak."""
+        return self.can_be_truncated_to(n) and (n == 0 or not self.lookahead or n >= self.peak - self.lookahead)
 
 
 @dataclasses.dataclass
@@ -141,14 +153,8 @@ class ManagerMachine(RuleBasedStateMachine):
         hca_tail=st.sampled_from(HCA_TAILS),
     )
     def start(self, kinds, slots, blocks, lookahead, max_context, hca_tail):
-        self.kinds, self.slots, self.blocks, self.max_context, self.lookahead = (
-            kinds,
-            slots,
-            blocks,
-            max_context,
-            lookahead,
-        )
-        self.buckets, self.hca_tail = (8, 50, 400), hca_tail
+        self.kinds, self.slots, self.blocks, self.max_context = kinds, slots, blocks, max_context
+        self.buckets, self.lookahead, self.hca_tail = (8, 50, 400), lookahead, hca_tail
         sizes = {"slots": slots, "blocks": blocks, "max_context": max_context, "lookahead": lookahead}
         self.manager = make_manager(*kinds, hca_tail=hca_tail, token_buckets=self.buckets, **sizes)
         self.requests = {}
@@ -181,7 +187,7 @@ class ManagerMachine(RuleBasedStateMachine):
         assert handle not in self.requests
         assert handle not in self.released
         self.slot[handle] = self.manager.slot(handle)
-        self.requests[handle] = Request(self.kinds, WINDOW + self.lookahead, self.hca_tail)
+        self.requests[handle] = Request(self.kinds, self.lookahead, self.hca_tail)
 
     @rule()
     def admit(self):
@@ -215,15 +221,20 @@ class ManagerMachine(RuleBasedStateMachine):
         target = request.length - data.draw(st.one_of(st.integers(0, 3), st.integers(-1, request.length + 1)))
         if data.draw(st.integers(0, 5)) == 0:
             target = target // 128 * 128
-        if request.can_be_truncated_to(target):
+        if request.must_be_truncated_to(target):
             self.manager.truncate(handle, target)
             request.truncate(target)
             return
+        if request.can_be_truncated_to(target):
+            with contextlib.suppress(CannotTruncate):
+                self.manager.truncate(handle, target)
+                request.truncate(target)
+            return
         error = self.fails({CannotTruncate}, lambda: self.manager.truncate(handle, target))
         if request.length:
-            possible = [request.can_be_truncated_to(n) for n in range(request.length + 1)]
-            assert all(possible[error.lowest :])
-            assert error.lowest == 1 or not possible[error.lowest - 1]
+            lengths = range(request.length + 1)
+            assert all(request.can_be_truncated_to(n) for n in lengths[error.lowest :])
+            assert error.lowest == 1 or not request.must_be_truncated_to(error.lowest - 1)
 
     @rule(data=st.data(), largest=st.sampled_from((1, 5, 131, 420)), as_arrays=st.booleans())
     def prepare_anything(self, data, largest, as_arrays):
@@ -310,7 +321,7 @@ class ManagerMachine(RuleBasedStateMachine):
             needed, blocks = self.requests[handle].blocks_needed, self.manager.blocks(handle)
             changes += [(slot, index, blocks[index]) for index in range(needed(start), needed(start + tokens))]
         bucket = min(bucket for bucket in self.buckets if bucket >= sum(counts))
-        assert plan.layout == PlanLayout(bucket, min(self.slots, bucket))
+        assert (plan.layout.tokens, plan.layout.requests) == (bucket, min(self.slots, bucket))
         assert_fields(plan, by_loop(plan.layout, slots, starts, counts, [start == 0 for start in starts], changes))
 
     @precondition(lambda self: any(not made.ran for made in self.made))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import POOLS, SPEC, Driver, assert_same_bytes, inputs_of, random_tokens, random_weights, write_op_by_op
+from harness import SPEC, Driver, assert_same_bytes, inputs_of, random_tokens, random_weights, write_op_by_op
 
 from dsv4_jax import (
     CacheFormats,
@@ -84,7 +84,7 @@ def run(seed, implementation, hca_tail, modes=()):
             driver.cache, results = run_step(driver.cache, plan, driver.weights, brought, stopped)
         for index, array in enumerate(jax.tree.leaves(results)):
             found[f"read {index} of the step of {sum(counts)} tokens"] = np.asarray(array)
-    return found | {name: np.asarray(getattr(driver.cache, name)) for name in POOLS}
+    return found | {name: np.asarray(array) for name, array in driver.cache.arrays.items()}
 
 
 @functools.cache

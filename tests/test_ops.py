@@ -21,7 +21,6 @@ from dsv4_jax import (
     StepPlan,
     deepseek_v4_pro,
     ops,
-    reference,
 )
 from dsv4_jax.host.planning import build_plan
 from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
@@ -49,17 +48,17 @@ def _on_cpu():
 
 
 @functools.cache
-def jitted(module, name, attributes):
+def jitted(name, attributes):
     """One function an op and its attributes, so that equal shapes are compiled once."""
-    return jax.jit(functools.partial(getattr(module, name), **dict(attributes)))
+    return jax.jit(functools.partial(getattr(ops, name), **dict(attributes)))
 
 
 def native(name, *operands, **attributes):
-    return jitted(ops, name, tuple(attributes.items()))(*operands)
+    return jitted(name, tuple(attributes.items()))(*operands)
 
 
 def by_definition(name, *operands, **attributes):
-    return jitted(reference, name, tuple(attributes.items()))(*operands)
+    return native(name, *operands, implementation="reference", **attributes)
 
 
 def on_gpu(name, *operands, **attributes):
@@ -298,9 +297,9 @@ def update_operands(rng, kind, hca_tail, step, raw, dtype, profile):
         columns = 2 * width if ratio == 4 else width
         angles = rng.normal(size=(layout.closing_size(ratio), 32)).astype(np.float32)
         kv, gate = (rng.normal(size=(layout.tokens, columns)).astype(dtype) for _ in range(2))
-        ape = rng.normal(size=(ratio, columns)).astype(np.float32)
+        position_bias = rng.normal(size=(ratio, columns)).astype(np.float32)
         weight = (1 + 0.2 * rng.normal(size=width)).astype(np.float32)
-        return CompressorInputs(kv, gate, ape, weight, Rotary(np.cos(angles), np.sin(angles)))
+        return CompressorInputs(kv, gate, position_bias, weight, Rotary(np.cos(angles), np.sin(angles)))
 
     attributes = {"window_format": window_format, "entry_format": formats.entry_format, "eps": 1e-6}
     entries = compressed(512, formats.entry_format)
@@ -379,49 +378,66 @@ def test_flush(other, rng, ratio, vector_format):
 
 
 def gather_operands(rng, ratio, vector_format):
+    """Pool, block table, plan and indices of a gather; some requests, blocks and indices are astray."""
     limit = MAX_BLOCKS * 128 // ratio
-    slots = rng.integers(-2, SLOTS + 2, 7).astype(np.int32)
-    counts = rng.integers(0, limit + 20, 7).astype(np.int32)
-    indices = rng.integers(-3, limit + 9, (7, 33)).astype(np.int32)
-    return random_pool(rng, vector_format, 128 // ratio), random_table(rng), slots, counts, indices
+    indices = rng.integers(-3, limit + 9, (LAYOUT.tokens, 9)).astype(np.int32)
+    return random_pool(rng, vector_format, 128 // ratio), random_table(rng), random_plan(rng), indices
+
+
+def tokens_of(plan):
+    """(slot, positions, flat indices) of each request that a plan brings; slot -1 where it is astray."""
+    for request, slot in enumerate(np.asarray(plan.request_slot)):
+        first, end = np.asarray(plan.query_start)[request : request + 2]
+        yield (slot if 0 <= slot < SLOTS else -1), np.asarray(plan.token_position)[first:end], range(first, end)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["to_fp32", "to_bf16"])
 @pytest.mark.parametrize(("ratio", "vector_format"), POOLS)
 def test_gather_entries(other, rng, ratio, vector_format, dtype):
     *operands, indices = gather_operands(rng, ratio, vector_format)
-    _, _, slots, counts = operands
+    _, table, plan = operands
     attributes = {"ratio": ratio, "format": vector_format, "dtype": dtype}
     chosen = native("gather_entries", *operands, indices, 1, **attributes)
     assert_same(chosen, other("gather_entries", *operands, indices, 1, **attributes), "gather_entries")
     everything = native("gather_all_entries", *operands, 1, entries=50, **attributes)
     assert_same(everything, other("gather_all_entries", *operands, 1, entries=50, **attributes), "gather_all_entries")
-    _, rows = chosen
-    outside = (indices < 0) | (indices >= counts[:, None]) | ((slots < 0) | (slots >= SLOTS))[:, None]
-    assert not np.asarray(rows.valid)[outside].any()
-    assert (np.asarray(rows.positions)[outside] == -1).all()
-    assert (np.asarray(rows.values)[outside] == 0).all()
+
+    def exists(slot, entry, visible):
+        block = entry * ratio // 128
+        return slot >= 0 and 0 <= entry < visible and block < MAX_BLOCKS and 0 <= table[slot, block] < BLOCKS
+
+    by_token, by_request = np.zeros(indices.shape, bool), np.zeros((LAYOUT.requests, 50), bool)
+    for request, (slot, positions, tokens) in enumerate(tokens_of(plan)):
+        for token, position in zip(tokens, positions, strict=True):
+            by_token[token] = [exists(slot, entry, (position + 1) // ratio) for entry in indices[token]]
+        if len(positions):
+            by_request[request] = [exists(slot, entry, (positions[-1] + 1) // ratio) for entry in range(50)]
+    for rows, valid, entry in ((chosen[1], by_token, indices), (everything[1], by_request, np.arange(50))):
+        np.testing.assert_array_equal(rows.valid, valid)
+        np.testing.assert_array_equal(rows.positions, np.where(valid, ratio * entry, -1))
+        assert (np.asarray(rows.values)[~valid] == 0).all()
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["to_fp32", "to_bf16"])
 @pytest.mark.parametrize("name", WINDOW_FORMATS)
-def test_gather_window(other, rng, name, dtype):
-    vector_format = WINDOW_FORMATS[name]
+def test_gather_window(other, rng, name, dtype, before):
+    vector_format, plan = WINDOW_FORMATS[name], random_plan(rng)
     window = random_pool(rng, vector_format, RING, SLOTS)
-    slots = rng.integers(-1, SLOTS + 1, 6).astype(np.int32)
-    last = rng.integers(-1, 400, 6).astype(np.int32)
-    ring_rows = np.arange(RING)
-    newest = 300
-    held = newest - (newest - ring_rows) % RING  # what a ring holds after position 300
+    newest = int(rng.integers(0, 600))
+    held = newest - (newest - np.arange(RING)) % RING  # what a ring holds after position `newest`
     positions = np.broadcast_to(np.where(rng.random(RING) < 0.9, held, -1), (LAYERS, SLOTS, RING)).astype(np.int32)
-    operands = (window, positions, slots, last, 2)
-    attributes = {"format": vector_format, "dtype": dtype, "rows": 100}
-    left = native("gather_window", *operands, **attributes)
-    assert_same(left, other("gather_window", *operands, **attributes))
-    _, _, rows = left
-    wanted = last[:, None] - 99 + np.arange(100)
-    present = np.isin(wanted, positions[2, 0]) & (wanted >= 0) & ((slots >= 0) & (slots < SLOTS))[:, None]
-    np.testing.assert_array_equal(np.asarray(rows.valid), present)
+    operands, attributes = (window, positions, plan, 2), {"format": vector_format, "dtype": dtype}
+    left = native("gather_window", *operands, **attributes, rows=100, before=before)
+    assert_same(left, other("gather_window", *operands, **attributes, rows=100, before=before))
+    wanted = np.full((LAYOUT.requests, 100), -1)
+    for request, (slot, brought, _) in enumerate(tokens_of(plan)):
+        if slot >= 0 and len(brought):
+            last = brought[0] - 1 if before else brought[-1]
+            wanted[request] = last - 99 + np.arange(100)
+    present = np.isin(wanted, positions[2, 0]) & (wanted >= 0)
+    np.testing.assert_array_equal(left[2].valid, present)
+    np.testing.assert_array_equal(left[2].positions, np.where(present, wanted, -1))
 
 
 @DTYPES
@@ -526,8 +542,8 @@ MISTAKES = {
     "positions": ("append_window", {"positions": np.zeros((LAYERS, SLOTS, RING), np.float32)}),
     "window": ("append_window", {"window": np.zeros((LAYERS, SLOTS, RING * 576), np.uint8)}),
     "kv": ("append_tail", {"kv": np.zeros((LAYOUT.tokens, 512), np.float32)}),
-    "gate": ("append_tail", {"gate": np.zeros((LAYOUT.tokens, 1024), ml_dtypes.bfloat16)}),
-    "ape": ("append_tail", {"ape": np.zeros((128, 1024), np.float32)}),
+    "gate": ("append_tail", {"gate": np.zeros((LAYOUT.tokens, 1024), np.float16)}),
+    "position_bias": ("append_tail", {"position_bias": np.zeros((128, 1024), np.float32)}),
     "tail": ("append_tail", {"tail": np.zeros((LAYERS, SLOTS, 2, 8, 512), np.float32)}),
     "plan": ("append_tail", {"plan": StepPlan(np.zeros(7, np.int32), LAYOUT)}),
     "entries": ("flush", {"entries": np.zeros((3, 512), np.float32)}),
@@ -551,7 +567,7 @@ def test_a_wrong_operand_is_named_while_tracing(mistake):
             "tail": np.zeros((LAYERS, SLOTS, 2, 12, 512), np.float32),
             "kv": np.zeros((LAYOUT.tokens, 1024), np.float32),
             "gate": np.zeros((LAYOUT.tokens, 1024), np.float32),
-            "ape": np.zeros((4, 1024), np.float32),
+            "position_bias": np.zeros((4, 1024), np.float32),
             "plan": plan,
         },
         "flush": {
@@ -565,7 +581,7 @@ def test_a_wrong_operand_is_named_while_tracing(mistake):
     op, wrong = MISTAKES[mistake]
     function = functools.partial(getattr(ops, op), layer=0, **attributes[op])
     jax.eval_shape(function, **right[op])
-    with pytest.raises(OperandError, match=rf"{op}: {mistake.split()[0]} has"):
+    with pytest.raises(OperandError, match=rf"{op}: {mistake.split()[0]}( has|: )"):
         jax.eval_shape(function, **right[op] | wrong)
 
 

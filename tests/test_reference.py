@@ -1,7 +1,6 @@
 """The operations against golden data and float64 NumPy: entries, keys, tails and windows, however a prompt is cut."""
 
 import functools
-import importlib
 import itertools
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import numpy_reference
 import pytest
 from golden import GOLDEN, META
+from implementations import IMPLEMENTATIONS, ops_of
 
 from dsv4_jax.cache.rotary import closing_rotary
 from dsv4_jax.host.planning import build_plan
@@ -35,9 +35,9 @@ WINDOW_LAYER = 2  # of 3
 FP32 = WINDOW_FORMATS["fp32"]
 
 
-@pytest.fixture(params=["reference", "ops"], ids=["reference", "native"])
+@pytest.fixture(params=IMPLEMENTATIONS)
 def ops(request, device):
-    return importlib.import_module(f"dsv4_jax.{request.param}")
+    return ops_of(request.param)
 
 
 def golden_inputs():
@@ -168,8 +168,7 @@ class Server:
         _, rows = self.ops.gather_all_entries(
             self.state[POOLS[kind]],
             self.state["block_table"],
-            jnp.array([slot], jnp.int32),
-            jnp.array([count], jnp.int32),
+            build_plan(PlanLayout(1, 1), [slot], [length - 1], [1]),
             LAYER[kind],
             ratio=RATIOS[kind],
             format=FORMATS[kind],
@@ -187,8 +186,7 @@ class Server:
         _, _, rows = self.ops.gather_window(
             self.state["window"],
             self.state["window_positions"],
-            jnp.array([slot], jnp.int32),
-            jnp.array([last], jnp.int32),
+            build_plan(PlanLayout(1, 1), [slot], [last], [1]),
             WINDOW_LAYER,
             format=FP32,
             dtype=jnp.float32,

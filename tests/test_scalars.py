@@ -7,7 +7,7 @@ import numpy_reference
 import pytest
 
 from dsv4_jax.arithmetic import scalars
-from dsv4_jax.reference import hadamard_transform
+from dsv4_jax.ops import hadamard_transform
 
 SMALLEST_NORMAL = np.float32(2.0**-126)
 

@@ -66,7 +66,9 @@ def write_rows(
         return lax.bitcast_convert_type(bits, pool.dtype)
     stored = encode(to_float32(rows), vector_format)
     for part, at in zip(stored, _offsets(row, rows_per_page, vector_format), strict=True):
-        pool = pool.at[layer, page[:, None], at[:, None] + jnp.arange(part.shape[1])].set(part, mode="drop")
+        pool = pool.at[layer, page[:, None], at[:, None] + jnp.arange(part.shape[1], dtype=jnp.int32)[None]].set(
+            part, mode="drop"
+        )
     return pool
 
 

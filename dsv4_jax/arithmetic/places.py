@@ -59,7 +59,7 @@ def tokens_at(plan: StepPlan, index: jax.Array, slots: int) -> Tokens:
 
 def all_tokens(plan: StepPlan, slots: int) -> Tokens:
     """The tokens of a step in flat order, [T] each."""
-    return tokens_at(plan, jnp.arange(plan.layout.tokens), slots)
+    return tokens_at(plan, jnp.arange(plan.layout.tokens, dtype=jnp.int32), slots)
 
 
 def all_requests(plan: StepPlan, slots: int) -> Requests:

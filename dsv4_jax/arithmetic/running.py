@@ -29,10 +29,15 @@ def fold_rows(state: jax.Array, kv: jax.Array, score: jax.Array, present: jax.Ar
     present = present[..., None]
     score = jnp.where(present, score, -jnp.inf)
     largest = jnp.maximum(state[:, 0], score.max(axis=1))
-    weight = jnp.exp(score - largest[:, None])
-    keep = jnp.exp(state[:, 0] - largest)
+    weight = softmax_weight(score, largest[:, None])
+    keep = softmax_weight(state[:, 0], largest)
     denominator = state[:, 1] * keep + weight.sum(axis=1)
     return jnp.stack([largest, denominator, state[:, 2] * keep + (weight * jnp.where(present, kv, 0)).sum(axis=1)], 1)
+
+
+def softmax_weight(score: jax.Array, largest: jax.Array) -> jax.Array:
+    """``exp(score - largest)``: 0 for a score of -inf, also where the largest is -inf too."""
+    return jnp.exp(score - jnp.where(largest == -jnp.inf, 0, largest))
 
 
 def append_running(
@@ -50,7 +55,7 @@ def append_running(
     layers, slots = tail.shape[:2]
     request = all_requests(plan, slots)
     window = request.next // RATIO * RATIO
-    position = window[:, None] + jnp.arange(RATIO)
+    position = window[:, None] + jnp.arange(RATIO, dtype=jnp.int32)[None]
     present = (position >= request.start[:, None]) & (position < request.next[:, None])
     index = jnp.asarray(plan.query_start)[:-1, None] + position - request.start[:, None]
     index = jnp.clip(index, 0, kv.shape[0] - 1)
@@ -87,4 +92,5 @@ def window_state(tail: jax.Array, layer: jax.Array | int, slot: jax.Array, resum
     """
     layers, slots = tail.shape[:2]
     layer = jnp.where(in_range(layer, layers), layer, 0)
-    return jnp.where(resumes[:, None, None], tail[layer, jnp.clip(slot, 0, slots - 1)], empty_tail(tail.shape))
+    empty = jnp.array([-jnp.inf, 0, 0], jnp.float32)[None, :, None]
+    return jnp.where(resumes[:, None, None], tail[layer, jnp.clip(slot, 0, slots - 1)], empty)

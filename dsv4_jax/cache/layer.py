@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax import ops, reference
+from dsv4_jax import ops
 from dsv4_jax.cache.errors import StepError, WrongLayerKind
 from dsv4_jax.cache.pools import Cache
 from dsv4_jax.layout.formats import VectorFormat
@@ -27,9 +26,6 @@ from dsv4_jax.spec.rotary import Purpose, Rotary
 if TYPE_CHECKING:
     from dsv4_jax.cache.step import Step
 
-Implementation = Literal["native", "reference"]
-"""Who runs an op: the native FFI handlers (the platform picks CPU or CUDA), or the plain jnp definition."""
-
 APPEND, FLUSH, FLUSH_KEYS = "append", "flush", "flush_keys"
 
 
@@ -38,14 +34,6 @@ def parts_of(kind: LayerKind) -> tuple[str, ...]:
     if kind.compression is None:
         return (APPEND,)
     return (APPEND, FLUSH, FLUSH_KEYS) if kind.compression.indexed else (APPEND, FLUSH)
-
-
-def ops_of(implementation: Implementation) -> ModuleType:
-    """The module that has the ops of an implementation."""
-    modules = {"native": ops, "reference": reference}
-    if implementation not in modules:
-        raise ValueError(f"implementation must be one of {', '.join(modules)}, got {implementation!r}.")
-    return modules[implementation]
 
 
 @jax.tree_util.register_dataclass
@@ -99,7 +87,7 @@ class LayerCache:
                 f"{self._name}: window_before comes after the step's rows were stored, which may have taken the place "
                 "of the rows that it reads; call it before update (or append)."
             )
-        return self._window(jnp.asarray(self.plan.request_start) - 1, self.schema.spec.window - 1, dtype)
+        return self._window(dtype, before=True)
 
     def window(self, *, dtype: Any = jnp.bfloat16) -> tuple[LayerCache, Rows]:
         """The window of each request's last token, itself included; call after ``append`` or ``update``.
@@ -107,7 +95,7 @@ class LayerCache:
         This is all that a step of one token per request needs. Returns the handle and Rows [requests, window].
         """
         self._require_written(APPEND, "window")
-        return self._window(jnp.asarray(self.plan.request_end) - 1, self.schema.spec.window, dtype)
+        return self._window(dtype, before=False)
 
     def stored(self, rows: jax.Array, *, dtype: Any = jnp.bfloat16) -> jax.Array:
         """The step's own window rows as they are (or would be) stored: quantized and back, [tokens, 512].
@@ -116,8 +104,8 @@ class LayerCache:
         prompt was cut into steps.
         """
         format = self.schema.formats.window_format
-        page = self._ops.quantize(rows, format=format)
-        return self._ops.dequantize(page, format=format, rows=rows.shape[0], dtype=dtype)
+        page = ops.quantize(rows, format=format, **self._by)
+        return ops.dequantize(page, format=format, rows=rows.shape[0], dtype=dtype, **self._by)
 
     def append(
         self, rows: jax.Array, compressor: CompressorInputs | None = None, indexer: CompressorInputs | None = None
@@ -135,8 +123,9 @@ class LayerCache:
         """
         self._check_inputs(compressor, indexer)
         format = self.schema.formats.window_format
-        window, positions = self._ops.append_window(
-            self._cache.window, self._cache.window_positions, rows, self.plan, self._window_row, format=format
+        window, positions = self._cache.window, self._cache.window_positions
+        window, positions = ops.append_window(
+            window, positions, rows, self.plan, self._window_row, format=format, **self._by
         )
         handle = self._written(APPEND)._with(window=window, window_positions=positions)
         for name, inputs in self._tails(compressor, indexer).items():
@@ -165,7 +154,7 @@ class LayerCache:
     def normalize(self, raw: RawRows) -> jax.Array:
         """Raw window rows finished (RMSNorm, RoPE), float32 [tokens, 512]: what attention and ``append`` take."""
         self._check_rotary("rows", raw.rotary, "tokens")
-        return self._ops.normalize(raw, eps=self.schema.spec.norm_eps)
+        return ops.normalize(raw, eps=self.schema.spec.norm_eps, **self._by)
 
     def update(
         self,
@@ -194,27 +183,32 @@ class LayerCache:
         cache, formats, eps = self._cache, self.schema.formats, self.schema.spec.norm_eps
         window = Window(cache.window, cache.window_positions)
         if self.kind.compression is None:
-            window = self._ops.update_swa(
-                window, rows, self.plan, self._window_row, format=formats.window_format, eps=eps
+            window = ops.update_swa(
+                window, rows, self.plan, self._window_row, format=formats.window_format, eps=eps, **self._by
             )
             return handle._with(window=window.window, window_positions=window.positions)
 
         where = (cache.block_table, self.plan, self._window_row, self._kind_row)
-        options = {"window_format": formats.window_format, "entry_format": formats.entry_format, "eps": eps}
+        options: dict[str, Any] = {
+            "window_format": formats.window_format,
+            "entry_format": formats.entry_format,
+            "eps": eps,
+        } | self._by
         pool, tail = self._name_of("entries"), self._name_of("tail")
         entries = Compressed(cache.pools[pool], cache.pools[tail])
+        made: Any = (compressor, indexer)  # both there where the kind has them, as checked above
         if self.kind is LayerKind.HCA:
-            window, entries = self._ops.update_hca(window, entries, rows, compressor, *where, **options)
+            window, entries = ops.update_hca(window, entries, rows, made[0], *where, **options)
             arrays = {}
         else:
             key_pool, key_tail = self._name_of("keys"), self._name_of("key_tail")
-            window, entries, keys = self._ops.update_csa(
+            window, entries, keys = ops.update_csa(
                 window,
                 entries,
                 Compressed(cache.pools[key_pool], cache.pools[key_tail]),
                 rows,
-                compressor,
-                indexer,
+                made[0],
+                made[1],
                 *where,
                 key_format=formats.key_format,
                 hadamard=formats.keys_hadamard,
@@ -241,16 +235,16 @@ class LayerCache:
         """
         name, ratio = self._name_of("entries"), self.kind.ratio
         self._require_written(FLUSH, "entries")
-        pool, rows = self._ops.gather_entries(
+        pool, rows = ops.gather_entries(
             self._cache.pools[name],
             self._cache.block_table,
-            jnp.asarray(self.plan.token_slot),
-            self.visible,
+            self.plan,
             indices,
             self._kind_row,
             ratio=ratio,
             format=self.schema.formats.entry_format,
             dtype=dtype,
+            **self._by,
         )
         return self._with(**{name: pool}), rows
 
@@ -272,17 +266,17 @@ class LayerCache:
     def transform_query(self, queries: jax.Array) -> jax.Array:
         """Indexer queries [..., 128] as the stored keys want them: Hadamard-transformed exactly if the keys are."""
         self._name_of("keys")
-        return reference.hadamard_transform(queries) if self.schema.formats.keys_hadamard else queries
+        return ops.hadamard_transform(queries) if self.schema.formats.keys_hadamard else queries
 
     # Which arrays and which of their rows are the layer's.
 
     @property
-    def _ops(self) -> ModuleType:
-        return ops_of(self.step.implementation)
-
-    @property
     def _cache(self) -> Cache:
         return self.step.cache
+
+    @property
+    def _by(self) -> dict[str, Any]:
+        return {"implementation": self.step.implementation}
 
     @property
     def _name(self) -> str:
@@ -380,38 +374,40 @@ class LayerCache:
 
     # One op on one of the layer's arrays.
 
-    def _window(self, last: jax.Array, rows: int, dtype: Any) -> tuple[LayerCache, Rows]:
-        window, positions, read = self._ops.gather_window(
+    def _window(self, dtype: Any, *, before: bool) -> tuple[LayerCache, Rows]:
+        window, positions, read = ops.gather_window(
             self._cache.window,
             self._cache.window_positions,
-            jnp.asarray(self.plan.request_slot),
-            last,
+            self.plan,
             self._window_row,
             format=self.schema.formats.window_format,
             dtype=dtype,
-            rows=rows,
+            rows=self.schema.spec.window - before,
+            before=before,
+            **self._by,
         )
         return self._with(window=window, window_positions=positions), read
 
     def _append_tail(self, name: str, inputs: CompressorInputs) -> LayerCache:
-        tail = self._ops.append_tail(
+        tail = ops.append_tail(
             self._cache.pools[name],
             inputs.kv,
             inputs.gate,
-            inputs.ape,
+            inputs.position_bias,
             self.plan,
             self._kind_row,
             ratio=self.kind.ratio,
+            **self._by,
         )
         return self._with(**{name: tail})
 
     def _compress(self, name: str, inputs: CompressorInputs, *, hadamard: bool) -> tuple[LayerCache, jax.Array]:
         self._check_rotary("compressor", inputs.rotary, ("closing", self.kind.ratio))
-        tail, entries = self._ops.compress(
+        tail, entries = ops.compress(
             self._cache.pools[name],
             inputs.kv,
             inputs.gate,
-            inputs.ape,
+            inputs.position_bias,
             inputs.norm_weight,
             inputs.rotary.cos,
             inputs.rotary.sin,
@@ -420,11 +416,12 @@ class LayerCache:
             ratio=self.kind.ratio,
             eps=self.schema.spec.norm_eps,
             hadamard=hadamard,
+            **self._by,
         )
         return self._with(**{name: tail}), entries
 
     def _flush(self, name: str, rows: jax.Array, format: VectorFormat) -> LayerCache:
-        pool = self._ops.flush(
+        pool = ops.flush(
             self._cache.pools[name],
             rows,
             self._cache.block_table,
@@ -432,21 +429,21 @@ class LayerCache:
             self._kind_row,
             ratio=self.kind.ratio,
             format=format,
+            **self._by,
         )
         return self._with(**{name: pool})
 
     def _all(self, name: str, count: int, format: VectorFormat, dtype: Any) -> tuple[LayerCache, Rows]:
-        end = jnp.asarray(self.plan.request_end)
-        pool, rows = self._ops.gather_all_entries(
+        pool, rows = ops.gather_all_entries(
             self._cache.pools[name],
             self._cache.block_table,
-            jnp.asarray(self.plan.request_slot),
-            jnp.maximum(end, 0) // self.kind.ratio,
+            self.plan,
             self._kind_row,
             ratio=self.kind.ratio,
             format=format,
             entries=count,
             dtype=dtype,
+            **self._by,
         )
         return self._with(**{name: pool}), rows
 

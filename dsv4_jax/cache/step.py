@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from dsv4_jax import ops
 from dsv4_jax.cache import debug as run_time
 from dsv4_jax.cache.errors import StepError, WrongLayerKind
-from dsv4_jax.cache.layer import Implementation, LayerCache, ops_of, parts_of
+from dsv4_jax.cache.layer import LayerCache, parts_of
 from dsv4_jax.cache.pools import Cache, check_one_shard
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.layout.schema import CacheSchema
+from dsv4_jax.ops import Implementation
 from dsv4_jax.spec.kinds import LayerKind
 
 
@@ -144,12 +146,13 @@ def begin(cache: Cache, plan: StepPlan, *, implementation: Implementation = "nat
       ValueError: an array does not have the shape or dtype that ``cache.schema`` says, or there is no such
         implementation.
     """
-    begin_step = ops_of(implementation).begin_step
     check_one_shard(cache)
     _check_plan(cache.schema, plan)
     if debug:
         run_time.check_plan(plan, cache.schema)
-    block_table, window_positions, plan = begin_step(cache.block_table, cache.window_positions, plan)
+    block_table, window_positions, plan = ops.begin_step(
+        cache.block_table, cache.window_positions, plan, implementation=implementation
+    )
     cache = cache.with_arrays({"block_table": block_table, "window_positions": window_positions})
     return Step(cache, plan, implementation, bool(debug))
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax import CacheFormats, LayerKind, ModelSpec, apply_rotary, reference
+from dsv4_jax import CacheFormats, LayerKind, ModelSpec, apply_rotary, ops
 from dsv4_jax.example.attention import Source, index_scores, rms_norm, sink_attention, top_entries
 from dsv4_jax.example.layer import Compressed, IndexQuery, merge_heads, project
 from dsv4_jax.example.weights import CompressorWeights, IndexerWeights, StackWeights
@@ -149,8 +149,9 @@ def _nothing_checked() -> SelectionCheck:
 
 def _as_stored(rows: jax.Array, vector_format: VectorFormat) -> jax.Array:
     """``rows`` [n, width] through the format and back, fp32."""
-    page = reference.quantize(rows, format=vector_format)
-    return reference.dequantize(page, format=vector_format, rows=rows.shape[0], dtype=jnp.float32)
+    page = ops.quantize(rows, format=vector_format, implementation="reference")
+    options = {"rows": rows.shape[0], "dtype": jnp.float32, "implementation": "reference"}
+    return ops.dequantize(page, format=vector_format, **options)
 
 
 def _hadamard(width: int) -> jax.Array:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dsv4_jax.host.arguments import bucket_list, integer, run_array, step_arrays, step_count
 from dsv4_jax.host.blocks import BlockLedger
-from dsv4_jax.host.errors import ContextExceeded, InvalidStep, StalePlan, StepTooLarge
+from dsv4_jax.host.errors import StalePlan, StepTooLarge
 from dsv4_jax.host.journal import Journal, Write
 from dsv4_jax.host.planning import build_plan, build_plans
 from dsv4_jax.host.receipts import Receipts
@@ -249,6 +249,9 @@ class CacheManager:
         Returns:
           The plan, on the host: packed [size], or [steps, size] if ``steps`` is given.
 
+        An exception from outside (KeyboardInterrupt) may come when the plan is made and not yet handed over. ``length``
+        then tells that it was: what it would have brought never runs, so release its requests or truncate them to 0.
+
         Raises:
           InvalidStep: a request twice, a count or ``steps`` below 1, or no integers of matching shape.
           UnknownRequest: a handle that is not admitted.
@@ -259,7 +262,9 @@ class CacheManager:
         handles, counts = step_arrays(tokens)
         table, _ = self._state()
         slots = table.slots(handles)
-        total = self._check_step(handles, slots, counts, step_count(steps))
+        total = table.check_growth(handles, slots, counts, step_count(steps), self._schema.max_context)
+        if total > self._buckets[-1]:
+            raise StepTooLarge(total, self._buckets[-1])
         layout = self._layouts[bisect.bisect_left(self._buckets, total)]
         starts = table.lengths.take(slots)
         ends = starts + (counts if steps is None else counts * steps)
@@ -269,39 +274,14 @@ class CacheManager:
         receipt = self._receipts.issue(serial)
         resets = table.reset_due.take(slots)
         if steps is None:
-            changes = None if changes is None else changes[1:]
-            plan = build_plan(layout, slots, starts, counts, resets, changes, receipt=receipt)
+            of_step = None if changes is None else changes[1:]
+            plan = build_plan(layout, slots, starts, counts, resets, of_step, receipt=receipt)
         else:
             plan = build_plans(layout, steps, slots, starts, counts, resets, changes, receipt=receipt)
         if np.count_nonzero(resets):
             writes = (*writes, (table.reset_due, slots, False))
         self._journal.write((*writes, (table.lengths, slots, ends), table.tick()))
         return plan
-
-    def _check_step(self, handles: NDArray, slots: NDArray, counts: NDArray, steps: int) -> int:
-        """Whether these requests can bring so many tokens, apart from blocks: the tokens of a step, or an error."""
-        if not handles.size:
-            return 0
-        # np.maximum.reduce is what counts.max() comes to, without its overhead; so with the others.
-        if np.maximum.reduce(np.bincount(slots)) > 1:
-            values, times = np.unique(handles, return_counts=True)
-            raise InvalidStep(f"request {values[times > 1][0]} appears more than once; give each its tokens at once")
-        if np.minimum.reduce(counts) < 1:
-            first = int(counts.argmin())
-            raise InvalidStep(
-                f"request {handles[first]} is given {counts[first]} tokens; give at least 1 or leave it out"
-            )
-        starts, limit = self._request_table.lengths.take(slots), self._schema.max_context
-        if int(np.maximum.reduce(starts)) + int(np.maximum.reduce(counts)) * steps > limit:
-            # One by one, compared by division: products could overflow.
-            over = counts > (limit - starts) // min(steps, limit + 1)
-            if over.any():
-                first = int(over.argmax())
-                raise ContextExceeded(handles[first], starts[first], int(counts[first]) * steps, limit)
-        total = int(np.add.reduce(counts))
-        if total > self._buckets[-1]:
-            raise StepTooLarge(total, self._buckets[-1])
-        return total
 
     def _reserve(
         self, slots: NDArray, starts: NDArray, counts: NDArray, ends: NDArray

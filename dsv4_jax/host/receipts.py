@@ -11,6 +11,8 @@ from dsv4_jax.layout.plan import Receipt, StepPlan
 
 _REMEMBERED = 1024
 
+_Outcome = Literal["cancelled", "committed"]
+
 
 class Receipts:
     """Issues receipts and remembers which plans were cancelled or committed.
@@ -22,7 +24,7 @@ class Receipts:
     def __init__(self) -> None:
         self._name = uuid.uuid4().hex
         self._former_names: dict[str, int] = {}  # name -> the last serial issued under it
-        self._settled: dict[int, Literal["cancelled", "committed"]] = {}
+        self._settled: dict[int, _Outcome] = {}
         self._purge_at = _REMEMBERED
 
     def issue(self, serial: int) -> Receipt:
@@ -45,11 +47,11 @@ class Receipts:
             raise StalePlan(f"this plan was {self._settled[receipt.serial]} before")
         return receipt.serial
 
-    def settle(self, serial: int, how: Literal["cancelled", "committed"], oldest: int) -> Write:
+    def settle(self, serial: int, how: _Outcome, oldest: int) -> Write:
         """The write that remembers how a plan was settled; plans before ``oldest`` are stale by themselves."""
         if len(self._settled) >= self._purge_at:
-            settled = {old: was for old, was in self._settled.items() if was == "cancelled" and old >= oldest}
-            self._settled, self._purge_at = settled, max(_REMEMBERED, 2 * len(settled))
+            self._settled = {old: was for old, was in self._settled.items() if was == "cancelled" and old >= oldest}
+            self._purge_at = max(_REMEMBERED, 2 * len(self._settled))
         return self._settled, serial, how
 
     def rename(self, last: int, oldest: int) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsv4_jax.host.arguments import integer
-from dsv4_jax.host.errors import CacheFull, UnknownRequest
+from dsv4_jax.host.errors import CacheFull, ContextExceeded, InvalidStep, UnknownRequest
 from dsv4_jax.host.journal import Write
 
 
@@ -67,6 +67,43 @@ class RequestTable:
         if np.count_nonzero(known) < known.size:
             raise UnknownRequest(handles[~known])
         return slots
+
+    def check_growth(
+        self,
+        handles: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        steps: int,
+        max_context: int,
+    ) -> int:
+        """Whether requests can bring ``counts`` tokens in each of so many steps, blocks aside.
+
+        Returns:
+          The tokens of one step.
+
+        Raises:
+          InvalidStep: a request twice, or a count below 1.
+          ContextExceeded: a request would grow beyond ``max_context``.
+        """
+        if not handles.size:
+            return 0
+        # np.maximum.reduce is what counts.max() comes to, without its overhead; so with the others.
+        if np.maximum.reduce(np.bincount(slots)) > 1:
+            values, times = np.unique(handles, return_counts=True)
+            raise InvalidStep(f"request {values[times > 1][0]} appears more than once; give each its tokens at once")
+        if np.minimum.reduce(counts) < 1:
+            first = int(counts.argmin())
+            raise InvalidStep(
+                f"request {handles[first]} is given {counts[first]} tokens; give at least 1 or leave it out"
+            )
+        starts = self.lengths.take(slots)
+        if int(np.maximum.reduce(starts)) + int(np.maximum.reduce(counts)) * steps > max_context:
+            # One by one, compared by division: products could overflow.
+            over = counts > (max_context - starts) // min(steps, max_context + 1)
+            if over.any():
+                first = int(over.argmax())
+                raise ContextExceeded(handles[first], starts[first], int(counts[first]) * steps, max_context)
+        return int(np.add.reduce(counts))
 
     def oldest_plan(self) -> int:
         """Plans made before this time are stale: each of their slots has changed since."""

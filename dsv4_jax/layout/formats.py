@@ -188,7 +188,7 @@ class CacheFormats:
         number = isinstance(self.global_scale, numbers.Real) and not isinstance(self.global_scale, bool)
         if not number or not smallest <= self.global_scale <= largest:
             raise FormatError(
-                f"global_scale must be a number from 2^-100 to 2^100 ({smallest:.3g} to {largest:.3g}), "
+                f"global_scale must be from 2^-100 to 2^100 ({smallest:.3g} to {largest:.3g}), "
                 f"got {self.global_scale!r}."
             )
         object.__setattr__(self, "global_scale", float(self.global_scale))

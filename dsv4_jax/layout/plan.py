@@ -236,7 +236,7 @@ class StepPlan:
         """The step without some of its requests: their part of the plan becomes padding, all else stays where it is.
 
         For many steps in one dispatch, in which the device finds out that a text has ended. A stopped request writes
-        nothing: no row, no entry, no block-table change, no reset. Give the result to ``begin_step``. A request that is
+        nothing: no row, no entry, no block-table change, no reset. Give the result to ``begin``. A request that is
         stopped in one step must be stopped in all that follow, since its positions would have a gap;
         ``CacheManager.commit`` then tells the host how many steps each one ran.
 
@@ -288,19 +288,20 @@ class StepPlan:
             raise ValueError("pack_tokens works on the plan of one step, this one holds several")
         requests = int(np.count_nonzero(self.request_slot >= 0))
         given: Any = tokens
-        parts = given if getattr(given, "ndim", None) == 1 else [np.asarray(part) for part in given]
-        if isinstance(parts, list) and parts and requests == 1 and all(part.ndim == 0 for part in parts):
-            parts = np.asarray(parts)
-        if not isinstance(parts, list):
-            flat = np.asarray(parts)
-        else:
-            parts = [np.atleast_1d(part) for part in parts]
+        if getattr(tokens, "ndim", None) != 1:
+            given = [np.asarray(part) for part in given]
+            if given and requests == 1 and all(part.ndim == 0 for part in given):
+                given = np.asarray(given)
+        if isinstance(given, list):
+            parts = [np.atleast_1d(part) for part in given]
             if len(parts) != requests:
                 raise ValueError(f"the plan holds {requests} requests, got tokens for {len(parts)}")
             for request, (part, count) in enumerate(zip(parts, np.diff(query_start).tolist(), strict=False)):
                 if part.shape != (count,):
                     raise ValueError(f"request {request} of the plan has {count} tokens, got shape {part.shape}")
             flat = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+        else:
+            flat = np.asarray(given)
         if flat.dtype.kind not in "iu":
             raise ValueError(f"token ids must be integers, got {flat.dtype}")
         if flat.size != query_start[-1]:

@@ -3,6 +3,7 @@
 import jax
 
 from dsv4_jax.native.compatibility import REBUILD, NativeModuleError, check_ffi_api, running_ffi_api_version
+from dsv4_jax.native.digest import check_digest
 
 try:
     import dsv4_jax_native
@@ -17,9 +18,11 @@ def register() -> dict[str, tuple[str, ...]]:
         The registered target names by JAX platform: "cpu", and "CUDA" if the module was built with CUDA.
 
     Raises:
-        NativeModuleError: the installed jaxlib does not accept what the module was built against.
+        NativeModuleError: the installed jaxlib does not accept what the module was built against, or the module is
+            another version's.
     """
     check_ffi_api(dsv4_jax_native.ffi_api_version(), running_ffi_api_version())
+    check_digest(dsv4_jax_native)
     handlers = dsv4_jax_native.registrations()
     for platform, targets in handlers.items():
         for name, handler in targets.items():

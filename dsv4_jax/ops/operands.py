@@ -28,7 +28,7 @@ class RawRows(NamedTuple):
 
     Attributes:
       rows: [tokens, 512] float32 or bfloat16.
-      norm_weight: float32 [512].
+      norm_weight: [512] float32 or bfloat16.
       rotary: of the tokens, from ``token_rotary``; float32 [tokens, 32] each.
     """
 
@@ -43,15 +43,15 @@ class CompressorInputs(NamedTuple):
     Attributes:
       kv: [tokens, columns] float32 or bfloat16. CSA: overlap half, then current half (columns 1024, indexer 256);
         HCA: 512.
-      gate: as kv, without the position bias.
-      ape: float32 [ratio, columns], the position bias that is added to the gate.
-      norm_weight: float32 [width], of the entries' RMSNorm.
+      gate: as kv, without the position bias; kv and gate may differ in dtype.
+      position_bias: [ratio, columns] float32 or bfloat16, added to the gate.
+      norm_weight: [width] float32 or bfloat16, of the entries' RMSNorm.
       rotary: of the closing entries, from ``closing_rotary``.
     """
 
     kv: jax.Array
     gate: jax.Array
-    ape: jax.Array
+    position_bias: jax.Array
     norm_weight: jax.Array
     rotary: Rotary
 

@@ -9,6 +9,7 @@
 
 namespace dsv4::cpu {
 
+// As before the first token of a window.
 inline void clear_state(float* state, int width) {
   std::fill(state, state + width, kEmptyPartial.max);
   std::fill(state + width, state + 2 * width, kEmptyPartial.denominator);

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "cpu/running.h"
-#include "ops/kernels.h"
+#include "ops/signatures.h"
 
 namespace dsv4::cpu {
 namespace {
@@ -11,6 +11,13 @@ namespace {
 void clear_row(const Tail& tail, int64_t layer, int slot, int row) {
   std::fill_n(tail_row(tail, layer, slot, 0, row), tail.width, 0.0f);
   std::fill_n(tail_row(tail, layer, slot, 1, row), tail.width, kClearedScore);
+}
+
+// As `init_cache` leaves it; nothing reads it before the next window's first token.
+void clear_running(const Tail& tail, int64_t layer, int slot) {
+  float* state = running_state(tail, layer, slot);
+  std::fill_n(state, tail.width, kClearedScore);
+  std::fill_n(state + tail.width, 2 * tail.width, 0.0f);
 }
 
 // The last tokens of each request, as far as their window stays open.
@@ -107,7 +114,7 @@ void rotate(const RotateParams& params) {
     const Request request = request_at(params.plan, index, tail.slots);
     if (!request.valid || geometry.earliest_window(request.start) == geometry.earliest_window(request.next)) continue;
     if (tail.running) {
-      if (request.next % geometry.ratio == 0) clear_state(running_state(tail, layer, request.slot), tail.width);
+      if (request.next % geometry.ratio == 0) clear_running(tail, layer, request.slot);
       continue;
     }
     for (int row = 0; row < geometry.rows(); ++row) {

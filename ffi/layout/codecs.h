@@ -7,6 +7,7 @@
 // layouts.
 #pragma once
 
+#include <string_view>
 #include <type_traits>
 
 #include "layout/bits.h"
@@ -264,6 +265,9 @@ using HeadCodecs = CodecList<Fp32<kHeadDim>, Bf16<kHeadDim>, Fp8<kHeadDim>, Fp8D
 using KeyCodecs =
     CodecList<Fp32<kKeyDim>, Bf16<kKeyDim>, Fp8Pow2<kKeyDim>, Nvfp4<kKeyDim>, Nvfp4Static<kKeyDim>, Mxfp4<kKeyDim>>;
 
+// Those of sliding-window rows, which are written too often to be worth 4 bits.
+using WindowCodecs = CodecList<Fp32<kHeadDim>, Bf16<kHeadDim>, Fp8<kHeadDim>, Fp8DsMla<kHeadDim>>;
+
 // Calls `visit(Codec{})` for the codec at that place of the list.
 template <class... Codecs, class Visitor>
 void visit_codec(CodecList<Codecs...>, int index, Visitor&& visit) {
@@ -282,6 +286,8 @@ int find_codec(CodecList<Codecs...>, const char* name, size_t length) {
   ((found = strlen(Codecs::kName) == length && memcmp(Codecs::kName, name, length) == 0 ? place : found, ++place), ...);
   return found;
 }
+
+inline bool is_window_codec(std::string_view name) { return find_codec(WindowCodecs{}, name.data(), name.size()) >= 0; }
 
 // The codec of that name for rows of that width, -1 if there is none.
 inline int find_codec(const char* name, size_t length, int width) {

@@ -45,4 +45,33 @@ DSV4_HOST_DEVICE WindowPlace place_in_window(const Pool& window, const int32_t* 
   return {window.data + page * window.page_bytes, row, static_cast<int>(position)};
 }
 
+// Whose entries a query of a gather reads, and how many of them it sees; slot -1 where it sees nothing.
+struct EntryQuery {
+  int slot;
+  int visible;
+};
+
+// A token sees the entries that are closed once it is there.
+DSV4_HOST_DEVICE EntryQuery entries_of_token(const Plan& plan, int64_t token, int ratio) {
+  return {plan.token_slot()[token], (plan.token_position()[token] + 1) / ratio};
+}
+
+// A request has what its last token sees.
+DSV4_HOST_DEVICE EntryQuery entries_of_request(const Plan& plan, int64_t index, int slots, int ratio) {
+  const Request request = request_at(plan, static_cast<int>(index), slots);
+  return {request.valid ? request.slot : -1, request.next / ratio};
+}
+
+// The slot and the position of the newest of the window rows that a request reads: its last token's, or, before the
+// step's rows are stored, that of the token before its first.
+struct WindowQuery {
+  int slot;
+  int last;
+};
+
+DSV4_HOST_DEVICE WindowQuery window_of_request(const Plan& plan, int64_t index, int slots, bool before) {
+  const Request request = request_at(plan, static_cast<int>(index), slots);
+  return {request.valid ? request.slot : -1, (before ? request.start : request.next) - 1};
+}
+
 }  // namespace dsv4

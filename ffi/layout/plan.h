@@ -18,6 +18,9 @@ struct Plan {
   int tokens;
   int requests;
 
+  // Whether closing fields have a place for every token, place i for token i, -1 unless it closes a window. Else the
+  // closing tokens lie together in order. Says nothing of how many tokens a request brings.
+  DSV4_HOST_DEVICE bool closings_by_token() const { return tokens == requests; }
   DSV4_HOST_DEVICE int table_changes() const { return tokens / kBlockTokens + requests; }
   DSV4_HOST_DEVICE const int32_t* token_slot() const { return packed; }
   DSV4_HOST_DEVICE const int32_t* token_position() const { return token_slot() + tokens; }

@@ -78,32 +78,46 @@ DSV4_HOST_DEVICE float group_weight(float x) {
 #endif
 }
 
+// No score is special. A row that does not exist has the score -inf (kNoScore) and so the weight 0, as has a row that a
+// caller masks with -inf; where every row has it the entry is NaN, as a softmax is. The largest score is subtracted
+// everywhere but where it is -inf itself, which would be no number.
+constexpr float kNoScore = -INFINITY;
+
+DSV4_HOST_DEVICE float finite_or_zero(float max) { return max == kNoScore ? 0.0f : max; }
+
+// Below this, scores in powers of two would overflow to -inf. Floats that far out lie so far apart that their weights
+// are 1 or 0 on any scale; groups of them merge as equals.
+constexpr float kLowestScaledScore = -2e38f;
+
 DSV4_HOST_DEVICE SoftmaxPartial pool_group(const float (&kv)[kGroupRows], const float (&score)[kGroupRows]) {
   float largest = score[0];
   for (int row = 1; row < kGroupRows; ++row) largest = max_ignoring_nan(largest, score[row]);
-  const float max = largest * group_scale();
+  const bool scaled = largest >= kLowestScaledScore || group_scale() == 1.0f;
+  const float scale = scaled ? group_scale() : 0.25f;
+  const float shift = finite_or_zero(largest) * scale;
   float denominator = 0.0f, sum = 0.0f;
   for (int row = 0; row < kGroupRows; ++row) {
-    const float weight = group_weight(multiply_add(score[row], group_scale(), -max));
+    const float weight = group_weight(multiply_add(score[row], scale, -shift));
     denominator += weight;
     sum = multiply_add(weight, kv[row], sum);
   }
-  return {max, denominator, sum};
+  return {scaled || largest == kNoScore ? largest * scale : -kFloatMax, denominator, sum};
 }
 
 DSV4_HOST_DEVICE SoftmaxPartial merge(const SoftmaxPartial& a, const SoftmaxPartial& b) {
-  const float max = max_ignoring_nan(a.max, b.max);
-  const float scale_a = group_weight(a.max - max), scale_b = group_weight(b.max - max);
+  const float max = max_ignoring_nan(a.max, b.max), shift = finite_or_zero(max);
+  const float scale_a = group_weight(a.max - shift), scale_b = group_weight(b.max - shift);
   return {max, multiply_add(a.denominator, scale_a, b.denominator * scale_b),
           multiply_add(a.sum, scale_a, b.sum * scale_b)};
 }
 
-constexpr SoftmaxPartial kEmptyPartial{kClearedScore, 0.0f, 0.0f};
+// The state of a running tail before its window's first row.
+constexpr SoftmaxPartial kEmptyPartial{kNoScore, 0.0f, 0.0f};
 
 // One more row of a running tail. The heavier side weighs 1, so that a row costs one exponential.
 DSV4_HOST_DEVICE SoftmaxPartial fold(const SoftmaxPartial& open, float kv, float score) {
   const bool heavier = score > open.max;
-  const float lighter = exp_nonpositive(heavier ? open.max - score : score - open.max);
+  const float lighter = exp_nonpositive(heavier ? open.max - score : score - finite_or_zero(open.max));
   const float keep = heavier ? lighter : 1.0f, weight = heavier ? 1.0f : lighter;
   return {heavier ? score : open.max, multiply_add(open.denominator, keep, weight),
           multiply_add(open.sum, keep, weight * kv)};

@@ -5,6 +5,7 @@
 
 #include "layout/geometry.h"
 #include "layout/plan.h"
+#include "layout/transfer.h"
 
 namespace dsv4 {
 
@@ -119,22 +120,36 @@ struct RotateParams {
   const int32_t* layer;
 };
 
+// One of the cache's per-slot arrays, and what happens to its slots, in order.
+struct TransferParams {
+  uint8_t* data;  // [layers, slots, slot_bytes]
+  int64_t layers;
+  int64_t slots;
+  int64_t slot_bytes;
+  SlotArray role;
+  const int32_t* operations;  // [count, 5]
+  int count;
+  const int32_t* blocks;  // [block_count]
+  int64_t block_count;
+};
+
+// Chosen entries of every token, or the first entries of every request.
 struct GatherEntriesParams {
   Pool pool;
   BlockTable table;
-  const int32_t* slots;    // [queries]
-  const int32_t* counts;   // [queries]
-  const int32_t* indices;  // [queries, count], or null: entries 0 .. count-1
+  Plan plan;
+  const int32_t* indices;  // [tokens, count], or null: entries 0 .. count-1 by request
   int ratio;
   Rows rows;
   const int32_t* layer;
 };
 
+// The window rows of every request up to its last token, or up to the token before its first.
 struct GatherWindowParams {
   Pool window;
   const int32_t* positions;  // [layers, slots, ring]
-  const int32_t* slots;      // [queries]
-  const int32_t* last;       // [queries]
+  Plan plan;
+  bool before;
   Rows rows;
   const int32_t* layer;
 };

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.layout.plan import StepPlan
-from dsv4_jax.native.call import (
+from dsv4_jax.native.call import call
+from dsv4_jax.native.signatures import signature
+from dsv4_jax.ops.append import reference
+from dsv4_jax.ops.checks import (
     FLOATING,
-    call,
+    Implementation,
     check,
+    check_implementation,
     check_plan,
-    check_pool,
-    check_projections,
+    check_ratio,
     check_tail,
+    check_window,
     format_attributes,
-    layer_operand,
     plan_attributes,
+    take_layer,
+    take_projections,
+    untransformed,
 )
 from dsv4_jax.spec.kinds import HEAD_DIM
+
+_APPEND_WINDOW = signature(
+    "append_window",
+    "window positions rows plan layer",
+    "window positions",
+    "tokens requests codec global_scale",
+)
+_APPEND_TAIL = signature("append_tail", "tail kv gate position_bias plan layer", "tail", "tokens requests ratio")
 
 
 def append_window(
@@ -30,6 +43,7 @@ def append_window(
     layer: int | jax.Array,
     *,
     format: VectorFormat,
+    implementation: Implementation = "native",
 ) -> tuple[jax.Array, jax.Array]:
     """Stores the step's sliding-window rows, each in ring row ``position % ring``.
 
@@ -42,17 +56,25 @@ def append_window(
       plan: the step; padding tokens (-1) write nothing.
       layer: index of the layer.
       format: how rows are stored.
+      implementation: who runs it.
 
     Returns:
       window and positions, updated in place.
+
+    Raises:
+      OperandError: an operand does not fit.
     """
     op = "append_window"
-    check(op, "positions", positions, (*window.shape[:2], None), jnp.int32)
-    check_pool(op, "window", window, positions.shape[2], format)
+    check_implementation(implementation)
+    check_window(op, window, positions, format)
     check(op, "rows", rows, (plan.layout.tokens, HEAD_DIM), *FLOATING)
     check_plan(op, plan)
-    operands = (window, positions, rows, plan.packed, layer_operand(layer))
-    window, positions = call(op, operands, in_place=2, **plan_attributes(plan), **format_attributes(format))
+    given = untransformed(op, (window, positions, rows, plan, take_layer(layer)))
+    if implementation == "reference":
+        return reference.append_window(*given, format=format)
+    window, positions, rows, plan, layer = given
+    operands = {"window": window, "positions": positions, "rows": rows, "plan": plan.packed, "layer": layer}
+    window, positions = call(_APPEND_WINDOW, operands, **plan_attributes(plan), **format_attributes(format))
     return window, positions
 
 
@@ -60,11 +82,12 @@ def append_tail(
     tail: jax.Array,
     kv: jax.Array,
     gate: jax.Array,
-    ape: jax.Array,
+    position_bias: jax.Array,
     plan: StepPlan,
     layer: int | jax.Array,
     *,
     ratio: int,
+    implementation: Implementation = "native",
 ) -> jax.Array:
     """Keeps the compressor inputs of the step that a later entry will pool.
 
@@ -75,19 +98,30 @@ def append_tail(
         HCA, a running tail, float32 [layers, slots, 3 (max, denominator, sum), 512].
       kv: [tokens, columns] float32 or bfloat16; columns = 2 * width for CSA (overlap half, current half), width for
         HCA.
-      gate: as kv; the stored score is ``gate + ape[position % ratio]``.
-      ape: float32 [ratio, columns].
+      gate: [tokens, columns] float32 or bfloat16; the stored score is ``gate + position_bias[position % ratio]``.
+      position_bias: [ratio, columns] float32 or bfloat16.
       plan: the step; padding tokens (-1) write nothing.
       layer: index of the layer among those of its kind.
       ratio: 4 (CSA) or 128 (HCA).
+      implementation: who runs it.
 
     Returns:
       tail, updated in place.
+
+    Raises:
+      OperandError: an operand does not fit.
     """
     op = "append_tail"
+    check_implementation(implementation)
+    ratio = check_ratio(op, ratio)
     check_tail(op, "tail", tail, ratio)
-    check_projections(op, tail, kv, gate, ape, plan, ratio)
+    kv, gate, position_bias = take_projections(op, tail, kv, gate, position_bias, plan, ratio)
     check_plan(op, plan)
-    operands = (tail, kv, gate, ape, plan.packed, layer_operand(layer))
-    (tail,) = call(op, operands, in_place=1, ratio=ratio, **plan_attributes(plan))
+    given = untransformed(op, (tail, kv, gate, position_bias, plan, take_layer(layer)))
+    if implementation == "reference":
+        return reference.append_tail(*given, ratio=ratio)
+    tail, kv, gate, position_bias, plan, layer = given
+    operands = {"tail": tail, "kv": kv, "gate": gate, "position_bias": position_bias}
+    operands |= {"plan": plan.packed, "layer": layer}
+    (tail,) = call(_APPEND_TAIL, operands, ratio=ratio, **plan_attributes(plan))
     return tail

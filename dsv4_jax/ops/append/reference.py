@@ -1,4 +1,4 @@
-"""append_window and append_tail: a step's rows into the sliding window, its projections into a compressor's tail."""
+"""append_window and append_tail in jnp; ``append/api.py`` says what they do."""
 
 from __future__ import annotations
 
@@ -24,19 +24,7 @@ def append_window(
     *,
     format: VectorFormat,
 ) -> tuple[jax.Array, jax.Array]:
-    """Store a step's rows in the ring: row = position % ring, and only rows that the same step does not overwrite.
-
-    Args:
-      window: [layers, slots, *page(ring)].
-      positions: int32 [layers, slots, ring], the position each ring row holds, -1 for none.
-      rows: fp32 or bf16 [T, 512], normalized and rotated; rows of padding are ignored.
-      plan: the step.
-      layer: int32 scalar, index along the window's first axis; out of range writes nothing.
-      format: how window rows are stored.
-
-    Returns:
-      window, positions.
-    """
+    """A step's rows in the ring: row = position % ring, and only rows that the same step does not overwrite."""
     layers, slots, ring = positions.shape
     token = all_tokens(plan, slots)
     survives = token.valid & (token.position >= token.next - ring) & in_range(layer, layers)
@@ -50,31 +38,16 @@ def append_tail(
     tail: jax.Array,
     kv: jax.Array,
     gate: jax.Array,
-    ape: jax.Array,
+    position_bias: jax.Array,
     plan: StepPlan,
     layer: jax.Array | int,
     *,
     ratio: int,
 ) -> jax.Array:
-    """Keep what later entries pool from a step's projections: kv, and score = gate + ape[position % ratio].
-
-    Only halves still needed after the step are written (`TailGeometry.overlap_survives`, `current_survives`).
-
-    Args:
-      tail: fp32 [layers, slots, 2 (kv, score), rows, d], or running [layers, slots, 3, d] (`running.append_running`).
-      kv: fp32 or bf16 [T, 2d] for CSA, [T, d] for HCA.
-      gate: like kv.
-      ape: fp32 [ratio, columns of kv].
-      plan: the step.
-      layer: int32 scalar, index along the tail's first axis; out of range writes nothing.
-      ratio: tokens per entry, 4 (CSA) or 128 (HCA).
-
-    Returns:
-      The tail.
-    """
+    """What later entries pool of a step's projections: kv, and score = gate + position_bias[position % ratio]."""
     layers, slots, *_, width = tail.shape
     token = all_tokens(plan, slots)
-    kv, score = to_float32(kv), to_float32(gate) + jnp.asarray(ape)[token.position % ratio]
+    kv, score = to_float32(kv), to_float32(gate) + to_float32(position_bias)[token.position % ratio]
     if is_running(tail.shape):
         return append_running(tail, kv, score, plan, layer)
     geometry = TailGeometry.of_rows(ratio, tail.shape[3])
@@ -86,5 +59,5 @@ def append_tail(
         slot = jnp.where(keep, token.slot, slots)[:, None]
         row = row_of(token.position)[:, None]
         values = jnp.stack([kv[:, columns], score[:, columns]], axis=1)
-        tail = tail.at[layer, slot, jnp.arange(2), row].set(values, mode="drop")
+        tail = tail.at[layer, slot, jnp.arange(2)[None], row].set(values, mode="drop")
     return tail

@@ -1,4 +1,4 @@
-"""begin_step: what a step changes before any layer runs."""
+"""begin_step in jnp; ``begin/api.py`` says what it does."""
 
 from __future__ import annotations
 
@@ -12,19 +12,7 @@ from dsv4_jax.layout.plan import StepPlan
 def begin_step(
     block_table: jax.Array, window_positions: jax.Array, plan: StepPlan
 ) -> tuple[jax.Array, jax.Array, StepPlan]:
-    """Make the slots of new requests as new, then apply the step's block-table changes.
-
-    As new: no blocks, no window position recorded. Entries, keys, window rows and tails are left as they are, since
-    nothing leads to them any more.
-
-    Args:
-      block_table: int32 [slots, max_blocks].
-      window_positions: int32 [layers, slots, ring].
-      plan: the step; slots and table places out of range change nothing.
-
-    Returns:
-      The same two arrays, and the plan.
-    """
+    """The slots of new requests as new, then the step's block-table changes; and the plan."""
     slots, max_blocks = block_table.shape
     slot = jnp.asarray(plan.request_slot)
     reset = jnp.where((jnp.asarray(plan.request_reset) != 0) & in_range(slot, slots), slot, slots)

@@ -1,4 +1,4 @@
-"""compress: pool every window that a step closes, normalize, rotate, and optionally Hadamard-transform the entries."""
+"""compress in jnp, and what finishes an entry; ``compress/api.py`` says what it does."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 from dsv4_jax.arithmetic.pages import in_range
 from dsv4_jax.arithmetic.places import Tokens, tokens_at
-from dsv4_jax.arithmetic.running import fold_rows, window_state
+from dsv4_jax.arithmetic.running import fold_rows, softmax_weight, window_state
 from dsv4_jax.arithmetic.scalars import to_float32
 from dsv4_jax.layout.geometry import TailGeometry
 from dsv4_jax.layout.plan import StepPlan
-from dsv4_jax.layout.schema import EMPTY_SCORE, is_running
+from dsv4_jax.layout.schema import is_running
 from dsv4_jax.spec.rotary import Rotary, apply_rotary
 
 
@@ -19,7 +19,7 @@ def compress(
     tail: jax.Array,
     kv: jax.Array,
     gate: jax.Array,
-    ape: jax.Array,
+    position_bias: jax.Array,
     norm_weight: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
@@ -28,42 +28,20 @@ def compress(
     *,
     ratio: int,
     eps: float,
-    hadamard: bool = False,
+    hadamard: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """The entries (or indexer keys) that a step closes; writes nothing.
-
-    Entry i pools, per channel by a softmax over their scores, the current halves of tokens ratio * i to
-    ratio * (i + 1) - 1 and, for CSA, the overlap halves of the `ratio` tokens before those (entry 0 has none: kv 0,
-    score -1e9). Rows from before the step come from the tail, the step's own from kv and gate. Then RMSNorm, then RoPE
-    at position ratio * i, all in fp32. arXiv 2606.19348, sections on CSA and HCA.
-
-    Args:
-      tail: fp32 [layers, slots, 2 (kv, score), rows, d], or running [layers, slots, 3 (max, denominator, sum), d].
-      kv: fp32 or bf16 [T, 2d] for CSA, [T, d] for HCA.
-      gate: like kv.
-      ape: fp32 [ratio, columns of kv].
-      norm_weight: fp32 [d].
-      cos: fp32 [C, 32], of position ratio * i for every closing entry (`rotary.closing_rotary`).
-      sin: like cos.
-      plan: the step; C is the length of plan.closing(ratio).
-      layer: int32 scalar, index along the tail's first axis; out of range gives zeros.
-      ratio: tokens per entry, 4 (CSA) or 128 (HCA).
-      eps: added to RMSNorm's mean of squares.
-      hadamard: apply `hadamard_transform` last.
-
-    Returns:
-      tail, as it came; entries fp32 [C, d], row c closed by token plan.closing(ratio)[c], zeros for -1.
-    """
+    """The entries that a step closes, [closing, width], zeros where nothing closes; the tail as it came."""
     layers, slots = tail.shape[:2]
     index = jnp.asarray(plan.closing(ratio))
     closing = tokens_at(plan, index, slots)
     valid = closing.valid & in_range(layer, layers)
-    kv, gate, ape = to_float32(kv), to_float32(gate), jnp.asarray(ape)
+    kv, gate, position_bias = to_float32(kv), to_float32(gate), to_float32(position_bias)
     if is_running(tail.shape):
-        entries = _pool_running(tail, kv, gate, ape, index, closing, layer)
+        entries = _pool_running(tail, kv, gate, position_bias, index, closing, layer)
     else:
-        entries = _softmax_pool(*_window_rows(tail, kv, gate, ape, index, closing, layer, ratio))
-    entries = rms_norm(entries, norm_weight, eps)
+        entries = _softmax_pool(*_window_rows(tail, kv, gate, position_bias, index, closing, layer, ratio))
+    entries = jnp.where(valid[:, None], entries, 0)
+    entries = rms_norm(entries, to_float32(norm_weight), eps)
     entries = apply_rotary(entries, Rotary(cos, sin))
     if hadamard:
         entries = hadamard_transform(entries)
@@ -92,7 +70,7 @@ def _tokens_up_to(closing: Tokens, index: jax.Array, rows: int, tokens: int) -> 
     """The `rows` tokens up to each closing one, oldest first, [C, rows] each: position, whether this step of `tokens`
     tokens brought it, and at which flat index.
     """
-    back = jnp.arange(rows)[::-1]
+    back = jnp.arange(rows, dtype=jnp.int32)[None, ::-1]
     position = closing.position[:, None] - back
     return position, position >= closing.start[:, None], jnp.clip(index[:, None] - back, 0, tokens - 1)
 
@@ -101,13 +79,16 @@ def _window_rows(
     tail: jax.Array,
     kv: jax.Array,
     gate: jax.Array,
-    ape: jax.Array,
+    position_bias: jax.Array,
     index: jax.Array,
     closing: Tokens,
     layer: jax.Array | int,
     ratio: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """The rows that every closing window pools, oldest first: kv and score, fp32 [C, rows, d] each."""
+    """The rows that every closing window pools, oldest first: kv and score, fp32 [C, rows, d] each.
+
+    Entry 0 of CSA has no window before it: rows of positions below 0 read as kv 0 and score -inf, of weight 0.
+    """
     layers, slots, _, _, width = tail.shape
     geometry = TailGeometry.of_rows(ratio, tail.shape[3])
     rows = geometry.compression.pooled_rows
@@ -118,7 +99,7 @@ def _window_rows(
         return jnp.where(is_overlap, projection[..., :width], projection[..., -width:])
 
     step_kv = halves(kv[in_step])
-    step_score = halves(gate[in_step] + ape[position % ratio])
+    step_score = halves(gate[in_step] + position_bias[position % ratio])
 
     tail_row = jnp.where(is_overlap[..., 0], geometry.overlap_row(position), geometry.current_row(position))
     layer = jnp.where(in_range(layer, layers), layer, 0)
@@ -127,32 +108,41 @@ def _window_rows(
 
     from_step, exists = from_step[..., None], (position >= 0)[..., None]
     row_kv = jnp.where(exists, jnp.where(from_step, step_kv, tail_kv), 0.0)
-    row_score = jnp.where(exists, jnp.where(from_step, step_score, tail_score), EMPTY_SCORE)
+    row_score = jnp.where(exists, jnp.where(from_step, step_score, tail_score), -jnp.inf)
     return row_kv, row_score
 
 
 def _softmax_pool(kv: jax.Array, score: jax.Array) -> jax.Array:
-    """[C, rows, d] -> [C, d], a softmax over the rows for every channel."""
-    weight = jnp.exp(score - jnp.max(score, axis=1, keepdims=True))
-    return jnp.sum(weight * kv, axis=1) / jnp.sum(weight, axis=1)
+    """[C, rows, d] -> [C, d], a softmax over the rows for every channel; NaN where every score is -inf."""
+    weight = softmax_weight(score, jnp.max(score, axis=1, keepdims=True))
+    return _divide(jnp.sum(weight * kv, axis=1), jnp.sum(weight, axis=1))
+
+
+def _divide(total: jax.Array, denominator: jax.Array) -> jax.Array:
+    """The quotient, NaN for a denominator of 0, which is no arithmetic mistake and must not look like one."""
+    empty = denominator == 0
+    return jnp.where(empty, jnp.nan, total / jnp.where(empty, 1, denominator))
 
 
 def _pool_running(
     tail: jax.Array,
     kv: jax.Array,
     gate: jax.Array,
-    ape: jax.Array,
+    position_bias: jax.Array,
     index: jax.Array,
     closing: Tokens,
     layer: jax.Array | int,
 ) -> jax.Array:
     """[C, d]: the window's state from a running tail, and the step's own rows."""
-    _, from_step, in_step = _tokens_up_to(closing, index, ape.shape[0], kv.shape[0])
+    _, from_step, in_step = _tokens_up_to(closing, index, position_bias.shape[0], kv.shape[0])
     state = window_state(tail, layer, closing.slot, ~from_step[:, 0])
-    _, denominator, total = jnp.moveaxis(fold_rows(state, kv[in_step], gate[in_step] + ape, from_step), 1, 0)
-    return total / denominator
+    _, denominator, total = jnp.moveaxis(
+        fold_rows(state, kv[in_step], gate[in_step] + position_bias[None], from_step), 1, 0
+    )
+    return _divide(total, denominator)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """``x / rms(x) * weight`` over the last axis."""
-    return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    scale = jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + jnp.float32(eps))
+    return x / scale * weight[None]

@@ -7,8 +7,24 @@ import jax.numpy as jnp
 
 from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.layout.plan import StepPlan
-from dsv4_jax.native.call import call, check, check_plan, check_pool, format_attributes, layer_operand, plan_attributes
+from dsv4_jax.native.call import call
+from dsv4_jax.native.signatures import signature
+from dsv4_jax.ops.checks import (
+    Implementation,
+    check,
+    check_implementation,
+    check_plan,
+    check_pool,
+    check_ratio,
+    format_attributes,
+    plan_attributes,
+    take_layer,
+    untransformed,
+)
+from dsv4_jax.ops.flush import reference
 from dsv4_jax.spec.kinds import BLOCK_TOKENS
+
+_FLUSH = signature("flush", "pool entries block_table plan layer", "pool", "tokens requests ratio codec global_scale")
 
 
 def flush(
@@ -20,6 +36,7 @@ def flush(
     *,
     ratio: int,
     format: VectorFormat,
+    implementation: Implementation = "native",
 ) -> jax.Array:
     """Stores the entries (or indexer keys) that a step closes.
 
@@ -33,15 +50,25 @@ def flush(
       layer: index of the layer among those of its kind.
       ratio: 4 (CSA) or 128 (HCA).
       format: how rows are stored.
+      implementation: who runs it.
 
     Returns:
       pool, updated in place.
+
+    Raises:
+      OperandError: an operand does not fit.
     """
     op = "flush"
+    check_implementation(implementation)
+    ratio = check_ratio(op, ratio)
     check_pool(op, "pool", pool, BLOCK_TOKENS // ratio, format)
     check(op, "entries", entries, (plan.layout.closing_size(ratio), format.width), jnp.float32)
     check(op, "block_table", block_table, (None, None), jnp.int32)
     check_plan(op, plan)
-    operands = (pool, entries, block_table, plan.packed, layer_operand(layer))
-    (pool,) = call(op, operands, in_place=1, ratio=ratio, **plan_attributes(plan), **format_attributes(format))
+    given = untransformed(op, (pool, entries, block_table, plan, take_layer(layer)))
+    if implementation == "reference":
+        return reference.flush(*given, ratio=ratio, format=format)
+    pool, entries, block_table, plan, layer = given
+    operands = {"pool": pool, "entries": entries, "block_table": block_table, "plan": plan.packed, "layer": layer}
+    (pool,) = call(_FLUSH, operands, ratio=ratio, **plan_attributes(plan), **format_attributes(format))
     return pool

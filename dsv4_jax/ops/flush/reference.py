@@ -1,4 +1,4 @@
-"""flush: store finished entries (or indexer keys) in their blocks."""
+"""flush in jnp; ``flush/api.py`` says what it does."""
 
 from __future__ import annotations
 
@@ -37,20 +37,7 @@ def flush(
     ratio: int,
     format: VectorFormat,
 ) -> jax.Array:
-    """Store the entries that a step closed: entry e in block block_table[slot, e // n], row e % n, n entries a block.
-
-    Args:
-      pool: [layers, blocks, *page(128 / ratio)].
-      entries: fp32 [C, width], from `compress`.
-      block_table: int32 [slots, max_blocks]; a missing (negative) or unknown block is not written.
-      plan: the step; C is the length of plan.closing(ratio), rows of padding are ignored.
-      layer: int32 scalar, index along the pool's first axis; out of range writes nothing.
-      ratio: tokens per entry, 4 (CSA) or 128 (HCA).
-      format: how entries are stored.
-
-    Returns:
-      The pool.
-    """
+    """Entry e in block block_table[slot, e // n], row e % n, n entries a block."""
     rows_per_page = entries_per_block(ratio)
     closing = tokens_at(plan, jnp.asarray(plan.closing(ratio)), block_table.shape[0])
     entry = closing.position // ratio

@@ -1,4 +1,7 @@
-"""gather_entries, gather_all_entries, gather_window: stored rows, dequantized and dense."""
+"""gather_entries, gather_all_entries, gather_window: stored rows, dequantized and dense.
+
+Each takes the whole plan of the step: slices of it would reach a kernel as copies.
+"""
 
 from __future__ import annotations
 
@@ -8,126 +11,200 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.layout.formats import VectorFormat
-from dsv4_jax.native.call import (
-    FLOATING,
+from dsv4_jax.layout.plan import StepPlan
+from dsv4_jax.native.call import call
+from dsv4_jax.native.signatures import signature
+from dsv4_jax.ops.checks import (
+    Implementation,
     OperandError,
-    call,
     check,
+    check_count,
+    check_dtype,
+    check_implementation,
+    check_plan,
     check_pool,
+    check_ratio,
+    check_window,
     format_attributes,
-    layer_operand,
-    struct,
+    plan_attributes,
+    take_layer,
+    untransformed,
 )
+from dsv4_jax.ops.gather import reference
 from dsv4_jax.ops.operands import Rows
 from dsv4_jax.spec.kinds import BLOCK_TOKENS
+
+_ROWS = "values row_positions valid"
+_GATHER_ENTRIES = signature(
+    "gather_entries",
+    "pool block_table plan indices layer",
+    f"pool {_ROWS}",
+    "tokens requests ratio codec global_scale",
+)
+_GATHER_ALL_ENTRIES = signature(
+    "gather_all_entries",
+    "pool block_table plan layer",
+    f"pool {_ROWS}",
+    "tokens requests ratio codec global_scale",
+)
+_GATHER_WINDOW = signature(
+    "gather_window",
+    "window positions plan layer",
+    f"window positions {_ROWS}",
+    "tokens requests before codec global_scale",
+)
 
 
 def gather_entries(
     pool: jax.Array,
     block_table: jax.Array,
-    slots: jax.Array,
-    counts: jax.Array,
+    plan: StepPlan,
     indices: jax.Array,
     layer: int | jax.Array,
     *,
     ratio: int,
     format: VectorFormat,
     dtype: Any = jnp.bfloat16,
+    implementation: Implementation = "native",
 ) -> tuple[jax.Array, Rows]:
-    """Reads chosen entries of each query's slot.
+    """Reads chosen entries (or indexer keys) of each token's request.
 
     Args:
       pool: [layers, blocks, *page(128 / ratio)] of `format`.
       block_table: int32 [slots, max_blocks].
-      slots: int32 [queries]; below 0 or out of range: every row of that query is invalid.
-      counts: int32 [queries], how many entries of its slot a query may see.
-      indices: int32 [queries, count]; an index below 0 or not below ``counts`` gives zeros and is invalid.
-      layer: index of the layer among those of its kind.
+      plan: the step; a token at position p sees the entries below ``(p + 1) // ratio``, padding sees none.
+      indices: int32 [tokens, count]; an index below 0, not yet visible to the token, or without a block gives zeros
+        and is invalid.
+      layer: index of the layer among those of its kind; out of range: no row is valid.
       ratio: 4 (CSA) or 128 (HCA).
       format: how rows are stored.
       dtype: of the values, bfloat16 or float32.
+      implementation: who runs it.
 
     Returns:
-      pool, unchanged (reads thread the pool), and Rows [queries, count]; positions are ``ratio * entry``.
+      pool, unchanged (reads thread the pool), and Rows [tokens, count]; positions are ``ratio * entry``.
+
+    Raises:
+      OperandError: an operand does not fit, or `dtype` is another.
     """
     op = "gather_entries"
-    check(op, "indices", indices, (jnp.shape(slots)[0], None), jnp.int32)
-    operands = (pool, block_table, slots, counts, indices, layer_operand(layer))
-    return _gather(op, operands, indices.shape[1], ratio, format, dtype)
+    check(op, "indices", indices, (plan.layout.tokens, None), jnp.int32)
+    ratio, dtype = _check_pool(op, pool, block_table, plan, ratio, format, dtype, implementation)
+    given = untransformed(op, (pool, block_table, plan, indices, take_layer(layer)))
+    if implementation == "reference":
+        return reference.gather_entries(*given, ratio=ratio, format=format, dtype=dtype)
+    pool, block_table, plan, indices, layer = given
+    operands = {"pool": pool, "block_table": block_table, "plan": plan.packed, "indices": indices, "layer": layer}
+    made = _rows(jnp.shape(indices), format, dtype)
+    attributes = plan_attributes(plan) | format_attributes(format)
+    pool, *rows = call(_GATHER_ENTRIES, operands, results=made, ratio=ratio, **attributes)
+    return pool, Rows(*rows)
 
 
 def gather_all_entries(
     pool: jax.Array,
     block_table: jax.Array,
-    slots: jax.Array,
-    counts: jax.Array,
+    plan: StepPlan,
     layer: int | jax.Array,
     *,
     ratio: int,
     format: VectorFormat,
     entries: int,
     dtype: Any = jnp.bfloat16,
+    implementation: Implementation = "native",
 ) -> tuple[jax.Array, Rows]:
-    """Reads entries 0 .. entries - 1 of each query's slot; see ``gather_entries``."""
+    """Reads entries 0 .. entries - 1 of each request, Rows [requests, entries].
+
+    Valid are those that the request's last token of the step sees; the other arguments are ``gather_entries``'s.
+    """
     op = "gather_all_entries"
-    return _gather(op, (pool, block_table, slots, counts, layer_operand(layer)), entries, ratio, format, dtype)
-
-
-def _gather(
-    op: str, operands: tuple[jax.Array, ...], count: int, ratio: int, format: VectorFormat, dtype: Any
-) -> tuple[jax.Array, Rows]:
-    pool, block_table, slots, counts = operands[:4]
-    check_pool(op, "pool", pool, BLOCK_TOKENS // ratio, format)
-    check(op, "block_table", block_table, (None, None), jnp.int32)
-    check(op, "slots", slots, (None,), jnp.int32)
-    check(op, "counts", counts, slots.shape, jnp.int32)
-    results = _row_structs(op, slots.shape[0], count, format.width, dtype)
-    pool, *rows = call(op, operands, in_place=1, results=results, ratio=ratio, **format_attributes(format))
+    ratio, dtype = _check_pool(op, pool, block_table, plan, ratio, format, dtype, implementation)
+    entries = check_count(op, "entries", entries)
+    given = untransformed(op, (pool, block_table, plan, take_layer(layer)))
+    if implementation == "reference":
+        return reference.gather_all_entries(*given, ratio=ratio, format=format, dtype=dtype, entries=entries)
+    pool, block_table, plan, layer = given
+    operands = {"pool": pool, "block_table": block_table, "plan": plan.packed, "layer": layer}
+    made = _rows((plan.layout.requests, entries), format, dtype)
+    attributes = plan_attributes(plan) | format_attributes(format)
+    pool, *rows = call(_GATHER_ALL_ENTRIES, operands, results=made, ratio=ratio, **attributes)
     return pool, Rows(*rows)
 
 
 def gather_window(
     window: jax.Array,
     positions: jax.Array,
-    slots: jax.Array,
-    last: jax.Array,
+    plan: StepPlan,
     layer: int | jax.Array,
     *,
     format: VectorFormat,
-    dtype: Any = jnp.bfloat16,
     rows: int = 128,
+    before: bool = False,
+    dtype: Any = jnp.bfloat16,
+    implementation: Implementation = "native",
 ) -> tuple[jax.Array, jax.Array, Rows]:
-    """Reads the `rows` window rows that end at a position, oldest first.
+    """Reads the `rows` newest window rows of each request, oldest first.
 
     Args:
       window: [layers, slots, *page(ring)] of `format`.
       positions: int32 [layers, slots, ring], the position each ring row holds.
-      slots: int32 [queries]; below 0 or out of range: every row of that query is invalid.
-      last: int32 [queries]; row j of a query holds position ``last - rows + 1 + j``, invalid where that is below 0 or
-        not what the ring holds.
-      layer: index of the layer.
+      plan: the step. Row j of a request holds position ``last - rows + 1 + j``, invalid where that is below 0 or not
+        what the ring holds.
+      layer: index of the layer; out of range: no row is valid.
       format: how rows are stored.
-      dtype: of the values, bfloat16 or float32.
       rows: how many, at most the ring's.
+      before: whether `last` is the position before the request's first token of the step, instead of that of its last
+        token.
+      dtype: of the values, bfloat16 or float32.
+      implementation: who runs it.
 
     Returns:
-      window and positions, unchanged (reads thread the pool), and Rows [queries, rows].
+      window and positions, unchanged (reads thread the pool), and Rows [requests, rows].
+
+    Raises:
+      OperandError: an operand does not fit, or `dtype` is another.
     """
     op = "gather_window"
-    check(op, "positions", positions, (*window.shape[:2], None), jnp.int32)
-    check_pool(op, "window", window, positions.shape[2], format)
-    check(op, "slots", slots, (None,), jnp.int32)
-    check(op, "last", last, slots.shape, jnp.int32)
-    if rows > positions.shape[2]:
-        raise OperandError(f"{op}: {rows} rows asked of a ring of {positions.shape[2]}.")
-    operands = (window, positions, slots, last, layer_operand(layer))
-    results = _row_structs(op, slots.shape[0], rows, format.width, dtype)
-    window, positions, *out = call(op, operands, in_place=2, results=results, **format_attributes(format))
-    return window, positions, Rows(*out)
+    check_implementation(implementation)
+    check_window(op, window, positions, format)
+    check_plan(op, plan)
+    rows, dtype = check_count(op, "rows", rows), check_dtype(op, dtype)
+    ring = jnp.shape(positions)[2]
+    if rows > ring:
+        raise OperandError(f"{op}: {rows} rows asked of a ring of {ring}.")
+    given = untransformed(op, (window, positions, plan, take_layer(layer)))
+    if implementation == "reference":
+        return reference.gather_window(*given, format=format, dtype=dtype, rows=rows, before=bool(before))
+    window, positions, plan, layer = given
+    operands = {"window": window, "positions": positions, "plan": plan.packed, "layer": layer}
+    made = _rows((plan.layout.requests, rows), format, dtype)
+    attributes = plan_attributes(plan) | format_attributes(format)
+    window, positions, *read = call(_GATHER_WINDOW, operands, results=made, before=bool(before), **attributes)
+    return window, positions, Rows(*read)
 
 
-def _row_structs(op: str, queries: int, count: int, width: int, dtype: Any) -> list[jax.ShapeDtypeStruct]:
-    if jnp.dtype(dtype) not in [jnp.dtype(allowed) for allowed in FLOATING]:
-        raise OperandError(f"{op}: dtype is {jnp.dtype(dtype).name}, expected float32 or bfloat16.")
-    shape = (queries, count)
-    return [struct((*shape, width), dtype), struct(shape, jnp.int32), struct(shape, jnp.bool_)]
+def _check_pool(
+    op: str,
+    pool: Any,
+    block_table: Any,
+    plan: StepPlan,
+    ratio: Any,
+    format: VectorFormat,
+    dtype: Any,
+    implementation: Any,
+) -> tuple[int, Any]:
+    """Checks what both gathers of entries take; the ratio and the dtype as they are used."""
+    check_implementation(implementation)
+    ratio = check_ratio(op, ratio)
+    check_pool(op, "pool", pool, BLOCK_TOKENS // ratio, format)
+    check(op, "block_table", block_table, (None, None), jnp.int32)
+    check_plan(op, plan)
+    return ratio, check_dtype(op, dtype)
+
+
+def _rows(shape: tuple[int, ...], format: VectorFormat, dtype: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
+    return {
+        "values": ((*shape, format.width), dtype),
+        "row_positions": (shape, jnp.int32),
+        "valid": (shape, jnp.bool_),
+    }

@@ -5,10 +5,31 @@ from __future__ import annotations
 import jax
 
 from dsv4_jax.layout.plan import StepPlan
-from dsv4_jax.native.call import call, check_plan, check_tail, layer_operand, plan_attributes
+from dsv4_jax.native.call import call
+from dsv4_jax.native.signatures import signature
+from dsv4_jax.ops.checks import (
+    Implementation,
+    check_implementation,
+    check_plan,
+    check_ratio,
+    check_tail,
+    plan_attributes,
+    take_layer,
+    untransformed,
+)
+from dsv4_jax.ops.rotate import reference
+
+_ROTATE = signature("rotate", "tail plan layer", "tail", "tokens requests ratio")
 
 
-def rotate(tail: jax.Array, plan: StepPlan, layer: int | jax.Array, *, ratio: int) -> jax.Array:
+def rotate(
+    tail: jax.Array,
+    plan: StepPlan,
+    layer: int | jax.Array,
+    *,
+    ratio: int,
+    implementation: Implementation = "native",
+) -> jax.Array:
     """Turns the tail over for every request whose step closed a window.
 
     The overlap rows of the window just closed become the previous window where they lie (the tail keeps two windows of
@@ -20,12 +41,22 @@ def rotate(tail: jax.Array, plan: StepPlan, layer: int | jax.Array, *, ratio: in
       plan: the step; padding requests (-1) change nothing.
       layer: index of the layer among those of its kind.
       ratio: 4 (CSA) or 128 (HCA).
+      implementation: who runs it.
 
     Returns:
       tail, updated in place.
+
+    Raises:
+      OperandError: an operand does not fit.
     """
     op = "rotate"
+    check_implementation(implementation)
+    ratio = check_ratio(op, ratio)
     check_tail(op, "tail", tail, ratio)
     check_plan(op, plan)
-    (tail,) = call(op, (tail, plan.packed, layer_operand(layer)), in_place=1, ratio=ratio, **plan_attributes(plan))
+    tail, plan, layer = untransformed(op, (tail, plan, take_layer(layer)))
+    if implementation == "reference":
+        return reference.rotate(tail, plan, layer, ratio=ratio)
+    operands = {"tail": tail, "plan": plan.packed, "layer": layer}
+    (tail,) = call(_ROTATE, operands, ratio=ratio, **plan_attributes(plan))
     return tail

@@ -1,4 +1,4 @@
-"""rotate: after windows have closed, clear the tail rows that no later entry pools."""
+"""rotate in jnp; ``rotate/api.py`` says what it does."""
 
 from __future__ import annotations
 
@@ -14,20 +14,9 @@ from dsv4_jax.layout.schema import EMPTY_SCORE, is_running
 
 
 def rotate(tail: jax.Array, plan: StepPlan, layer: jax.Array | int, *, ratio: int) -> jax.Array:
-    """Clear (kv 0, score -1e9) what is no longer needed, for requests whose step closed a window (with a depth: whose
-    earliest position, that they can go back to, left a window).
+    """Kv 0 and score -1e9 in rows that are no longer needed, for requests whose step closed a window.
 
-    CSA's open window thereby becomes its previous one: its overlap halves stay, its current halves and the overlap
-    halves before them go. HCA's window goes entirely.
-
-    Args:
-      tail: fp32 [layers, slots, 2 (kv, score), rows, d], or running [layers, slots, 3, d] (`running.rotate_running`).
-      plan: the step.
-      layer: int32 scalar, index along the tail's first axis; out of range changes nothing.
-      ratio: tokens per entry, 4 (CSA) or 128 (HCA).
-
-    Returns:
-      The tail.
+    With a depth: whose earliest position, that they can go back to, left a window.
     """
     layers, slots = tail.shape[:2]
     request = all_requests(plan, slots)
@@ -39,6 +28,6 @@ def rotate(tail: jax.Array, plan: StepPlan, layer: jax.Array | int, *, ratio: in
     closed = here & (geometry.earliest_window(request.start) != geometry.earliest_window(request.next))
     clear = closed[:, None] & ~geometry.rows_in_use(request.next)
     slot = jnp.where(clear, request.slot[:, None], slots)
-    row = jnp.arange(geometry.rows)
+    row = jnp.arange(geometry.rows, dtype=jnp.int32)[None]
     tail = tail.at[layer, slot, 0, row].set(0.0, mode="drop")
     return tail.at[layer, slot, 1, row].set(EMPTY_SCORE, mode="drop")

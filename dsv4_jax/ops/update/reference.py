@@ -1,9 +1,10 @@
-"""update_swa, update_csa, update_hca and normalize: the separate ops, one after the other."""
+"""update_swa, update_csa, update_hca and normalize in jnp: the separate ops, one after the other."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
-import jax.numpy as jnp
 
 from dsv4_jax.arithmetic.scalars import to_float32
 from dsv4_jax.layout.formats import VectorFormat
@@ -17,7 +18,7 @@ from dsv4_jax.spec.rotary import apply_rotary
 
 def normalize(raw: RawRows, *, eps: float) -> jax.Array:
     """RMSNorm and RoPE of raw window rows: float32 [tokens, 512]."""
-    return apply_rotary(rms_norm(to_float32(jnp.asarray(raw.rows)), raw.norm_weight, eps), raw.rotary)
+    return apply_rotary(rms_norm(to_float32(raw.rows), to_float32(raw.norm_weight), eps), raw.rotary)
 
 
 def update_swa(
@@ -47,12 +48,13 @@ def _compress(
     eps: float,
     hadamard: bool,
 ) -> Compressed:
-    projections = (inputs.kv, inputs.gate, inputs.ape)
+    projections = (inputs.kv, inputs.gate, inputs.position_bias)
     tail, entries = compress(
         compressed.tail,
         *projections,
         inputs.norm_weight,
-        *inputs.rotary,
+        inputs.rotary.cos,
+        inputs.rotary.sin,
         plan,
         kind_layer,
         ratio=ratio,
@@ -78,7 +80,7 @@ def update_hca(
     eps: float,
 ) -> tuple[Window, Compressed]:
     """All writes of an HCA layer and step."""
-    common = {"ratio": 128, "format": entry_format, "eps": eps, "hadamard": False}
+    common: dict[str, Any] = {"ratio": 128, "format": entry_format, "eps": eps, "hadamard": False}
     entries = _compress(entries, compressor, block_table, plan, kind_layer, **common)
     return update_swa(window, rows, plan, layer, format=window_format, eps=eps), entries
 
@@ -99,10 +101,10 @@ def update_csa(
     entry_format: VectorFormat,
     key_format: VectorFormat,
     eps: float,
-    hadamard: bool = False,
+    hadamard: bool,
 ) -> tuple[Window, Compressed, Compressed]:
     """All writes of a CSA layer and step."""
-    common = {"ratio": 4, "eps": eps}
+    common: dict[str, Any] = {"ratio": 4, "eps": eps}
     entries = _compress(
         entries, compressor, block_table, plan, kind_layer, format=entry_format, hadamard=False, **common
     )

@@ -6,8 +6,8 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
-from dsv4_jax.cache.layer import Implementation
 from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS
+from dsv4_jax.ops import Implementation
 from dsv4_jax.spec.kinds import LayerKind
 from dsv4_jax.tools.bench import decode, formats, reads
 from dsv4_jax.tools.bench.measure import Outcome

@@ -8,15 +8,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.cache.layer import Implementation
+from dsv4_jax import ops
 from dsv4_jax.cache.step import Step
 from dsv4_jax.layout.schema import CacheSchema
+from dsv4_jax.ops import Implementation
 from dsv4_jax.spec.kinds import HEAD_DIM, LayerKind
 from dsv4_jax.tools.bench import traffic
 from dsv4_jax.tools.bench.traffic import StepShape
 from dsv4_jax.tools.bench.workload import (
     FORMATS,
-    MODULES,
     Scale,
     Workload,
     model_of,
@@ -136,7 +136,8 @@ def separate_op(op: str, kind: LayerKind, batch: int, scale: Scale, implementati
     schema = schema_of(model_of(kind, scale.layers), scale.plans * max(scale.batches), scale.context)
     shapes = decode_shapes(kind, "mixed" if op.startswith("append") else "all", batch, scale)
     plans = [plan_of(*pair) for pair in zip(shapes, slot_sets(schema.slots, batch, scale.plans), strict=True)]
-    module, ratio, eps = MODULES[implementation], kind.ratio, schema.spec.norm_eps
+    ratio, eps = kind.ratio, schema.spec.norm_eps
+    by: dict[str, Any] = {"implementation": implementation}
     names = {LayerKind.CSA: ("csa_entries", "csa_tail"), LayerKind.HCA: ("hca_entries", "hca_tail")}
     pool_name, tail_name = names[kind]
     entry, window = FORMATS.entry_format, FORMATS.window_format
@@ -145,17 +146,19 @@ def separate_op(op: str, kind: LayerKind, batch: int, scale: Scale, implementati
         (raw, inputs), entries = operands
         pool, tail, result = cache.arrays[pool_name], cache.arrays[tail_name], None
         if op == "append_window":
-            made = module.append_window(cache.window, cache.window_positions, raw.rows, plan, layer, format=window)
+            made = ops.append_window(cache.window, cache.window_positions, raw.rows, plan, layer, format=window, **by)
             return dataclasses.replace(cache, window=made[0], window_positions=made[1]), None
         if op == "append_tail":
-            tail = module.append_tail(tail, *inputs[:3], plan, layer, ratio=ratio)
+            tail = ops.append_tail(tail, inputs.kv, inputs.gate, inputs.position_bias, plan, layer, ratio=ratio, **by)
         elif op == "compress":
-            tail, made = module.compress(tail, *inputs[:4], *inputs.rotary, plan, layer, ratio=ratio, eps=eps)
-            result = None if implementation == "native" else made
+            brought = (inputs.kv, inputs.gate, inputs.position_bias, inputs.norm_weight)
+            angles = (inputs.rotary.cos, inputs.rotary.sin)
+            tail, closed = ops.compress(tail, *brought, *angles, plan, layer, ratio=ratio, eps=eps, **by)
+            result = None if implementation == "native" else closed
         elif op == "rotate":
-            tail = module.rotate(tail, plan, layer, ratio=ratio)
+            tail = ops.rotate(tail, plan, layer, ratio=ratio, **by)
         elif op == "flush":
-            pool = module.flush(pool, entries, cache.block_table, plan, layer, ratio=ratio, format=entry)
+            pool = ops.flush(pool, entries, cache.block_table, plan, layer, ratio=ratio, format=entry, **by)
         return cache.with_arrays({pool_name: pool, tail_name: tail}), result
 
     counted = {

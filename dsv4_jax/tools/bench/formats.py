@@ -7,12 +7,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.cache.layer import Implementation
+from dsv4_jax import ops
 from dsv4_jax.layout.formats import VectorFormat
+from dsv4_jax.ops import Implementation
 from dsv4_jax.spec.kinds import BLOCK_TOKENS, HEAD_DIM
 from dsv4_jax.tools.bench import reads, traffic
 from dsv4_jax.tools.bench.traffic import StepShape
-from dsv4_jax.tools.bench.workload import MODULES, Scale, Workload, block_table, noise, plan_of
+from dsv4_jax.tools.bench.workload import Scale, Workload, block_table, noise, plan_of
 
 RATIO = 4
 
@@ -22,10 +23,12 @@ def flush(component: str, format: VectorFormat, scale: Scale, implementation: Im
     calls = max(scale.calls // 4, 1)
     sets, blocks = 2 * calls, -(-scale.prefill // BLOCK_TOKENS)
     shape = StepShape(np.zeros(1, np.int64), np.array([scale.prefill]))
-    op, table = MODULES[implementation].flush, jnp.asarray(block_table(sets, blocks))
+    table = jnp.asarray(block_table(sets, blocks))
 
     def call(pool: Any, plan: Any, operands: Any, layer: Any) -> tuple[Any, None]:
-        return op(pool, *operands, plan, layer, ratio=RATIO, format=format), None
+        options: dict[str, Any] = {"ratio": RATIO, "format": format, "implementation": implementation}
+        entries, table = operands
+        return ops.flush(pool, entries, table, plan, layer, **options), None
 
     plans = [plan_of(shape, np.array([slot])) for slot in range(sets)]
     closing = plans[0].layout.closing_size(RATIO)
@@ -51,20 +54,21 @@ def gather(component: str, format: VectorFormat, scale: Scale, implementation: I
 
 def quantize(component: str, format: VectorFormat, scale: Scale, implementation: Implementation) -> Workload:
     """Float32 rows to a page."""
-    op, rows = MODULES[implementation].quantize, _rows(format, scale)
+    rows = _rows(format, scale)
 
     def call(state: None, gate: None, values: Any, layer: Any) -> tuple[None, Any]:
-        return state, op(values, format=format)
+        return state, ops.quantize(values, format=format, implementation=implementation)
 
     return _pages(("quantize", component), call, (rows, format.width), jnp.float32, rows, format, 4, scale)
 
 
 def dequantize(component: str, format: VectorFormat, scale: Scale, implementation: Implementation) -> Workload:
     """A page to bfloat16 rows."""
-    op, rows = MODULES[implementation].dequantize, _rows(format, scale)
+    rows = _rows(format, scale)
 
     def call(state: None, gate: None, page: Any, layer: Any) -> tuple[None, Any]:
-        return state, op(page, format=format, rows=rows, dtype=jnp.bfloat16)
+        options = {"rows": rows, "dtype": jnp.bfloat16, "implementation": implementation}
+        return state, ops.dequantize(page, format=format, **options)
 
     return _pages(("dequantize", component), call, format.page_shape(rows), format.dtype, rows, format, 2, scale)
 

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.cache.layer import Implementation
+from dsv4_jax import ops
 from dsv4_jax.layout.formats import VectorFormat
+from dsv4_jax.ops import Implementation
 from dsv4_jax.ops.operands import Rows
 from dsv4_jax.spec.kinds import BLOCK_TOKENS
 from dsv4_jax.tools.bench import traffic
-from dsv4_jax.tools.bench.workload import FORMATS, MODULES, Scale, Workload, block_table, noise, slot_sets
+from dsv4_jax.tools.bench.traffic import StepShape
+from dsv4_jax.tools.bench.workload import FORMATS, Scale, Workload, block_table, noise, plan_of, slot_sets
 
 BF16 = 2
 
@@ -21,6 +23,11 @@ BF16 = 2
 def _result(rows: Rows, implementation: Implementation) -> jax.Array | None:
     """What keeps a read alive: the pool that it is threaded through if it is native, else its values."""
     return None if implementation == "native" else rows.values
+
+
+def _one_token_each(requests: int, context: int) -> StepShape:
+    """A decode step of requests of that many tokens."""
+    return StepShape(np.full(requests, context - 1), np.ones(requests, np.int64))
 
 
 def entries(queries: int, scale: Scale, implementation: Implementation) -> Workload:
@@ -40,15 +47,19 @@ def chosen_entries(
 ) -> Workload:
     """``gather_entries`` of CSA entries at random places of contexts of that many tokens, from two layers."""
     rng, visible, blocks = np.random.default_rng(queries), context // 4, context // BLOCK_TOKENS
-    gather = MODULES[implementation].gather_entries
     table = jnp.asarray(block_table(slots, blocks))
-    counts = jnp.full(queries, visible, jnp.int32)
+    shape = _one_token_each(queries, context)
     choices = slot_sets(slots, queries, slots // queries)
 
-    def call(pool: Any, slots: Any, operands: Any, layer: Any) -> tuple[Any, jax.Array | None]:
-        counts, indices, table = operands
-        options = {"ratio": 4, "format": format, "dtype": jnp.bfloat16}
-        pool, rows = gather(pool, table, slots, counts, indices, layer, **options)
+    def call(pool: Any, plan: Any, operands: Any, layer: Any) -> tuple[Any, jax.Array | None]:
+        indices, table = operands
+        options: dict[str, Any] = {
+            "ratio": 4,
+            "format": format,
+            "dtype": jnp.bfloat16,
+            "implementation": implementation,
+        }
+        pool, rows = ops.gather_entries(pool, table, plan, indices, layer, **options)
         return pool, _result(rows, implementation)
 
     indices = [rng.integers(0, visible, (queries, scale.chosen)).astype(np.int32) for _ in range(sets)]
@@ -56,8 +67,8 @@ def chosen_entries(
         key=("csa_entries", format, slots, blocks),
         state=lambda: noise((2, slots * blocks, *format.page_shape(BLOCK_TOKENS // 4)), format.dtype),
         call=call,
-        gates=[jnp.asarray(choices[i % len(choices)], jnp.int32) for i in range(sets)],
-        operands=[(counts, jnp.asarray(chosen), table) for chosen in indices],
+        gates=[plan_of(shape, choices[i % len(choices)]) for i in range(sets)],
+        operands=[(jnp.asarray(chosen), table) for chosen in indices],
         layers=2,
         calls=sets,
         bytes_moved=traffic.gather(queries * scale.chosen, format, BF16, index_bytes=4),
@@ -72,22 +83,25 @@ def all_entries(queries: int, scale: Scale, implementation: Implementation) -> W
 def first_rows(format: VectorFormat, ratio: int, queries: int, count: int, implementation: Implementation) -> Workload:
     """``gather_all_entries``, from two layers and four sets of slots."""
     sets = 4
-    gather = MODULES[implementation].gather_all_entries
     slots, blocks = sets * queries, -(-count * ratio // BLOCK_TOKENS)
-    table, counts = jnp.asarray(block_table(slots, blocks)), jnp.full(queries, count, jnp.int32)
+    table, shape = jnp.asarray(block_table(slots, blocks)), _one_token_each(queries, count * ratio)
 
-    def call(pool: Any, slots: Any, operands: Any, layer: Any) -> tuple[Any, jax.Array | None]:
-        counts, table = operands
-        options = {"ratio": ratio, "format": format, "entries": count, "dtype": jnp.bfloat16}
-        pool, rows = gather(pool, table, slots, counts, layer, **options)
+    def call(pool: Any, plan: Any, table: Any, layer: Any) -> tuple[Any, jax.Array | None]:
+        options: dict[str, Any] = {
+            "ratio": ratio,
+            "format": format,
+            "dtype": jnp.bfloat16,
+            "implementation": implementation,
+        }
+        pool, rows = ops.gather_all_entries(pool, table, plan, layer, entries=count, **options)
         return pool, _result(rows, implementation)
 
     return Workload(
         key=("entries", ratio, format, slots, blocks),
         state=lambda: noise((2, slots * blocks, *format.page_shape(BLOCK_TOKENS // ratio)), format.dtype),
         call=call,
-        gates=[jnp.asarray(chosen, jnp.int32) for chosen in slot_sets(slots, queries, sets)],
-        operands=[(counts, table)] * sets,
+        gates=[plan_of(shape, chosen) for chosen in slot_sets(slots, queries, sets)],
+        operands=[table] * sets,
         layers=2,
         calls=sets,
         bytes_moved=traffic.gather(queries * count, format, BF16),
@@ -98,24 +112,25 @@ def window(batch: int, scale: Scale, implementation: Implementation) -> Workload
     """The last 128 rows of each request."""
     rows, format = 128, FORMATS.window_format
     slots, last = scale.plans * max(scale.batches), scale.context - 1
-    gather = MODULES[implementation].gather_window
-    ends = jnp.full(batch, last, jnp.int32)
+    shape = _one_token_each(batch, scale.context)
 
     def make() -> tuple[Any, Any]:
         recorded = last - (last - jnp.arange(rows, dtype=jnp.int32)) % rows
         positions = jnp.broadcast_to(recorded, (scale.layers, slots, rows)) + 0
         return noise((scale.layers, slots, *format.page_shape(rows)), format.dtype), positions
 
-    def call(state: Any, slots: Any, ends: Any, layer: Any) -> tuple[Any, jax.Array | None]:
-        *state, read = gather(*state, slots, ends, layer, format=format, dtype=jnp.bfloat16, rows=rows)
+    def call(state: Any, plan: Any, operands: None, layer: Any) -> tuple[Any, jax.Array | None]:
+        options: dict[str, Any] = {"format": format, "dtype": jnp.bfloat16, "implementation": implementation}
+        window, positions = state
+        *state, read = ops.gather_window(window, positions, plan, layer, rows=rows, **options)
         return tuple(state), _result(read, implementation)
 
     return Workload(
         key=("window", format, slots),
         state=make,
         call=call,
-        gates=[jnp.asarray(chosen, jnp.int32) for chosen in slot_sets(slots, batch, scale.plans)],
-        operands=[ends] * scale.plans,
+        gates=[plan_of(shape, chosen) for chosen in slot_sets(slots, batch, scale.plans)],
+        operands=[None] * scale.plans,
         layers=scale.layers,
         calls=scale.calls,
         bytes_moved=traffic.gather(batch * rows, format, BF16, index_bytes=traffic.POSITION),

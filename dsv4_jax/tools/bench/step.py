@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.cache.layer import Implementation
 from dsv4_jax.cache.pools import Cache, init_cache
 from dsv4_jax.cache.rotary import closing_rotary, token_rotary
 from dsv4_jax.cache.step import begin
@@ -23,6 +22,7 @@ from dsv4_jax.host.manager import CacheManager
 from dsv4_jax.host.planning import build_plan
 from dsv4_jax.layout.plan import PlanLayout, StepPlan
 from dsv4_jax.layout.schema import CacheSchema
+from dsv4_jax.ops import Implementation
 from dsv4_jax.ops.operands import RawRows
 from dsv4_jax.spec.kinds import HEAD_DIM, KEY_DIM, LayerKind
 from dsv4_jax.spec.model import ModelSpec

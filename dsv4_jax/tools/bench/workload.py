@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax import ops, reference
 from dsv4_jax.cache.pools import Cache
 from dsv4_jax.cache.rotary import closing_rotary, token_rotary
 from dsv4_jax.host.manager import CacheManager
@@ -27,7 +25,6 @@ from dsv4_jax.spec.presets import deepseek_v4_pro
 from dsv4_jax.tools.bench.traffic import StepShape
 
 FORMATS = CacheFormats(entries="fp8", window="fp8", keys="nvfp4")
-MODULES: dict[str, ModuleType] = {"native": ops, "reference": reference}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@
 #include "cuda/close/running.cuh"
 #include "cuda/close/window.cuh"
 #include "cuda/core/launch.cuh"
-#include "ops/kernels.h"
+#include "ops/signatures.h"
 
 namespace dsv4::cuda {
 namespace {

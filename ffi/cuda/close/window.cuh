@@ -174,7 +174,7 @@ __device__ __forceinline__ Partials<4> pool_rows(const Tail& tail, const Project
 #pragma unroll
     for (int i = 0; i < kRatio; ++i) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) kv[i][c] = 0.0f, score[i][c] = kClearedScore;
+      for (int c = 0; c < 4; ++c) kv[i][c] = 0.0f, score[i][c] = kNoScore;
     }
   }
   return pool_group(kv, score);

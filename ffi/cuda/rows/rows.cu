@@ -3,7 +3,7 @@
 #include "cuda/core/launch.cuh"
 #include "cuda/core/warp_rows.cuh"
 #include "layout/places.h"
-#include "ops/kernels.h"
+#include "ops/signatures.h"
 
 namespace dsv4::cuda {
 namespace {

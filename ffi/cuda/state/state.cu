@@ -3,7 +3,7 @@
 #include "cuda/close/running.cuh"
 #include "cuda/close/window.cuh"
 #include "cuda/core/launch.cuh"
-#include "ops/kernels.h"
+#include "ops/signatures.h"
 
 namespace dsv4::cuda {
 namespace {
@@ -104,7 +104,10 @@ __global__ void rotate_kernel(RotateParams params) {
   const int channel = 4 * threadIdx.x;
   if (tail.running) {
     if (request.next % geometry.ratio == 0) {
-      store_state(running_state(tail, layer, request.slot) + channel, empty_partials<4>());
+      Partials<4> cleared;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) cleared.set(i, {kClearedScore, 0.0f, 0.0f});
+      store_state(running_state(tail, layer, request.slot) + channel, cleared);
     }
     return;
   }

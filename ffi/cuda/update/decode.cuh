@@ -180,7 +180,7 @@ __device__ __forceinline__ void compress_csa_token(const UpdateParams& params, c
     window.kv[kGroupRows - 1][c] = kv[1][c], window.score[kGroupRows - 1][c] = score[1][c];
 #pragma unroll
     for (int i = 0; i < kCsaRatio; ++i) {
-      if (entry == 0) window.kv[i][c] = 0.0f, window.score[i][c] = kClearedScore;
+      if (entry == 0) window.kv[i][c] = 0.0f, window.score[i][c] = kNoScore;
     }
   }
   // All that follows once for each codec: a warp jumps while it waits for the rows, not between the steps.

@@ -8,7 +8,7 @@
 #include "cuda/update/update.cuh"
 
 #include "cuda/update/decode.cuh"
-#include "ops/kernels.h"
+#include "ops/signatures.h"
 
 namespace dsv4::cuda {
 namespace {

@@ -1,10 +1,10 @@
-// Pooling, normalizing and rotating closed windows on the host, and an update as the ops it stands for.
+// Finished rows on the host: compress pools, normalizes and rotates closed windows, normalize does so with window rows.
 
 #include <algorithm>
 #include <vector>
 
 #include "cpu/running.h"
-#include "ops/kernels.h"
+#include "ops/signatures.h"
 
 namespace dsv4::cpu {
 namespace {
@@ -26,7 +26,7 @@ void read_row(const Compressor& compressor, int64_t layer, const Token& closing,
       score[channel] = tail_row(tail, layer, closing.slot, 1, from.tail_row)[channel];
     } else {
       kv[channel] = 0.0f;
-      score[channel] = kClearedScore;
+      score[channel] = kNoScore;
     }
   }
 }
@@ -142,32 +142,6 @@ void normalize(const NormalizeParams& params) {
     normalize_row(x, kHeadDim, params.norm.weight, params.norm.eps);
     apply_rope(x, kHeadDim, params.norm.cos + row * (kRopeDim / 2), params.norm.sin + row * (kRopeDim / 2));
   }
-}
-
-void update(const UpdateParams& params) {
-  const Plan& plan = params.window.plan;
-  const auto store_closed = [&](const Compression& part) {
-    const Compressor& compressor = part.compressor;
-    if (compressor.tail.data == nullptr) return;
-    const int ratio = compressor.tail.geometry.ratio;
-    const int closing = closing_capacity(plan.tokens, plan.requests, ratio);
-    std::vector<float> entries(static_cast<size_t>(closing) * compressor.tail.width);
-    compress({compressor, entries.data(), closing, plan, params.kind_layer});
-    flush({part.pool, entries.data(), closing, params.table, ratio, plan, params.kind_layer});
-    append_tail({compressor.tail, compressor.projections, plan, params.kind_layer});
-  };
-  store_closed(params.entries);
-  store_closed(params.keys);
-
-  AppendWindowParams window = params.window;
-  std::vector<float> finished;
-  if (params.norm.weight != nullptr) {
-    finished.resize(static_cast<size_t>(plan.tokens) * kHeadDim);
-    normalize({window.rows, window.element, params.norm, finished.data(), plan.tokens});
-    window.rows = finished.data();
-    window.element = Element::kFloat32;
-  }
-  append_window(window);
 }
 
 }  // namespace dsv4::cpu

@@ -1,0 +1,130 @@
+"""``Transfers``: what is to happen to slots between steps, in order: resets, blocks installed, state copied.
+
+``TransferList`` writes it down on the host, ``apply_transfers`` runs it on the device, where ``ffi/layout/transfer.h``
+reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import operator
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FIELDS = ("kind", "slot", "source", "offset", "count")
+"""The numbers of an operation, in order. ``source`` is a copy's source slot, or the first place of installed blocks;
+``offset`` and ``count`` say where these lie among all block ids."""
+
+_SMALLEST = 8
+_LARGEST = 2**31 - 1
+
+
+class TransferKind(enum.IntEnum):
+    """What an operation does."""
+
+    NONE = 0
+    RESET = 1
+    INSTALL = 2
+    COPY = 3
+
+
+class SlotArray(enum.StrEnum):
+    """What one of the cache's per-slot arrays is, and so which operations concern it.
+
+    TABLE, the block table: resets and installed blocks. POSITIONS, the positions of window rows: resets and copies.
+    STATE, all else that a slot has: copies.
+    """
+
+    TABLE = "table"
+    POSITIONS = "positions"
+    STATE = "state"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Transfers:
+    """Operations on slots, in order. A pytree; made by ``TransferList.pack``, run by ``apply_transfers``.
+
+    Both arrays are padded to powers of two, so that a program that takes them is compiled for few shapes.
+
+    Attributes:
+      operations: int32 [n, 5], ``FIELDS`` of each; kind NONE is padding.
+      blocks: int32 [k], the block ids that operations install, one after the other.
+    """
+
+    operations: Any
+    blocks: Any
+
+
+class TransferList:
+    """Operations on the slots of a cache, in the order in which they will happen.
+
+    Slots, places and block ids are those of ``CacheManager``. Nothing is known of the cache here: what is out of its
+    range does nothing on the device.
+    """
+
+    def __init__(self) -> None:
+        self._operations: list[tuple[int, int, int, int, int]] = []
+        self._blocks: list[NDArray[np.int32]] = []
+        self._installed = 0
+
+    def __len__(self) -> int:
+        return len(self._operations)
+
+    def reset(self, slot: int) -> None:
+        """Makes a slot as new: no blocks in its table row, no window position. Its rows and tails are then not read.
+
+        Raises:
+          TypeError, ValueError: not an integer, or not from 0 to 2**31 - 1; so for all methods.
+        """
+        self._operations.append((TransferKind.RESET, _index("slot", slot), 0, 0, 0))
+
+    def install(self, slot: int, blocks: ArrayLike, *, first: int = 0) -> None:
+        """Puts blocks into a slot's row of the block table, as its entries from place ``first`` on.
+
+        Args:
+          slot: whose row.
+          blocks: integers [count], block ids; any count.
+          first: the place of the first, so the block of tokens 128 first … 128 first + 127.
+        """
+        slot, first, ids = _index("slot", slot), _index("first", first), np.asarray(blocks)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise TypeError(f"blocks must be integers [count], got {ids.dtype} {list(ids.shape)}")
+        if ids.size and not (ids.min() >= 0 and ids.max() <= _LARGEST):
+            raise ValueError(f"block ids are from 0 to {_LARGEST}, got {ids.min()} to {ids.max()}")
+        self._operations.append((TransferKind.INSTALL, slot, first, self._installed, ids.size))
+        self._blocks.append(ids.astype(np.int32))
+        self._installed += ids.size
+
+    def copy(self, source: int, target: int) -> None:
+        """Copies what a slot holds of its own, window rows with their positions and all tails; not its table row."""
+        self._operations.append((TransferKind.COPY, _index("target", target), _index("source", source), 0, 0))
+
+    def pack(self) -> Transfers:
+        """The operations so far, as NumPy arrays for ``apply_transfers``."""
+        operations = np.zeros((_padded(len(self._operations)), len(FIELDS)), np.int32)
+        if self._operations:
+            operations[: len(self._operations)] = self._operations
+        blocks = np.full(_padded(self._installed), -1, np.int32)
+        blocks[: self._installed] = np.concatenate([*self._blocks, blocks[:0]])
+        return Transfers(operations, blocks)
+
+
+def _padded(count: int) -> int:
+    return max(_SMALLEST, 1 << (count - 1).bit_length()) if count else _SMALLEST
+
+
+def _index(name: str, value: Any) -> int:
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        index = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
+    if not 0 <= index <= _LARGEST:
+        raise ValueError(f"{name} must be from 0 to {_LARGEST}, got {index}")
+    return index

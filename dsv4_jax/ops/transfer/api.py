@@ -1,0 +1,48 @@
+"""transfer: operations on the slots of one of the cache's arrays, between steps."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.layout.transfers import FIELDS, SlotArray, Transfers
+from dsv4_jax.native.call import call
+from dsv4_jax.native.signatures import signature
+from dsv4_jax.ops.checks import Implementation, OperandError, check, check_implementation, untransformed
+from dsv4_jax.ops.transfer import reference
+
+_TRANSFER = signature("transfer", "array operations blocks", "array", "role")
+
+
+def transfer(
+    array: jax.Array, transfers: Transfers, *, role: SlotArray, implementation: Implementation = "native"
+) -> jax.Array:
+    """Runs the operations that concern an array of that role, one after the other.
+
+    Args:
+      array: [layers, slots, ...]; int32 [slots, max_blocks] for role TABLE, int32 [layers, slots, ring] for POSITIONS.
+      transfers: the operations; slots and places below 0 or out of range change nothing.
+      role: what the array is.
+      implementation: who runs it.
+
+    Returns:
+      array, updated in place.
+
+    Raises:
+      OperandError: an operand does not fit.
+    """
+    op, role = "transfer", SlotArray(role)
+    check_implementation(implementation)
+    if role == SlotArray.STATE:
+        if jnp.ndim(array) < 2:
+            raise OperandError(f"{op}: array has shape {list(jnp.shape(array))}, expected [layers, slots, ...].")
+    else:
+        check(op, "array", array, (None,) * (2 if role == SlotArray.TABLE else 3), jnp.int32)
+    check(op, "operations", transfers.operations, (None, len(FIELDS)), jnp.int32)
+    check(op, "blocks", transfers.blocks, (None,), jnp.int32)
+    array, transfers = untransformed(op, (array, transfers))
+    if implementation == "reference":
+        return reference.transfer(array, transfers, role=role)
+    operands = {"array": array, "operations": transfers.operations, "blocks": transfers.blocks}
+    (array,) = call(_TRANSFER, operands, role=role.value)
+    return array

@@ -1,0 +1,53 @@
+"""transfer: operations on the slots of one array, one after the other."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.arithmetic.pages import in_range
+from dsv4_jax.layout.transfers import SlotArray, TransferKind, Transfers
+
+
+def transfer(array: jax.Array, transfers: Transfers, *, role: SlotArray) -> jax.Array:
+    """Run the operations that concern an array, in order.
+
+    Args:
+      array: [layers, slots, ...]; the block table is [slots, max_blocks].
+      transfers: the operations; slots and places out of range change nothing.
+      role: what the array is.
+
+    Returns:
+      The array.
+    """
+    by_layer = array[None] if role == SlotArray.TABLE else _bits(array)
+    slots, blocks = by_layer.shape[1], jnp.asarray(transfers.blocks)
+
+    def one(array: jax.Array, operation: jax.Array) -> tuple[jax.Array, None]:
+        kind, slot, source, offset, count = operation
+        runs = in_range(slot, slots)
+        target = jnp.where(runs, slot, 0)
+        old = array[:, target]
+        new = old
+        if role != SlotArray.STATE:
+            new = jnp.where(kind == TransferKind.RESET, jnp.full_like(old, -1), new)
+        if role == SlotArray.TABLE:
+            place = jnp.arange(array.shape[2], dtype=jnp.int32) - source
+            # Compared by subtraction: source + count and offset + count could overflow.
+            given = (place >= 0) & (place < count) & (offset >= 0) & (place < blocks.size - offset)
+            installed = blocks[jnp.where(given, offset + place, 0)]
+            new = jnp.where((kind == TransferKind.INSTALL) & given[None], installed[None], new)
+        else:
+            copies = (kind == TransferKind.COPY) & in_range(source, slots)
+            new = jnp.where(copies, array[:, jnp.where(copies, source, 0)], new)
+        return array.at[:, target].set(jnp.where(runs, new, old)), None
+
+    done, _ = jax.lax.scan(one, by_layer, jnp.asarray(transfers.operations))
+    if role == SlotArray.TABLE:
+        return done[0]
+    return jax.lax.bitcast_convert_type(done, array.dtype)
+
+
+def _bits(array: jax.Array) -> jax.Array:
+    """The same bytes as integers, since moving a float may change a NaN's."""
+    return jax.lax.bitcast_convert_type(array, jnp.dtype(f"int{8 * array.dtype.itemsize}"))

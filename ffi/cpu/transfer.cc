@@ -1,0 +1,34 @@
+// Operations on slots on the host.
+
+#include <algorithm>
+#include <cstring>
+
+#include "ops/signatures.h"
+
+namespace dsv4::cpu {
+
+void transfer(const TransferParams& params) {
+  for (int index = 0; index < params.count; ++index) {
+    const Transfer transfer = transfer_at(params.operations, index, params.role, params.slots);
+    for (int64_t layer = 0; layer < params.layers && transfer.kind != TransferKind::kNone; ++layer) {
+      uint8_t* slot = params.data + (layer * params.slots + transfer.slot) * params.slot_bytes;
+      if (transfer.kind == TransferKind::kCopy) {
+        const uint8_t* source = params.data + (layer * params.slots + transfer.source) * params.slot_bytes;
+        std::memcpy(slot, source, params.slot_bytes);
+        continue;
+      }
+      int32_t* values = reinterpret_cast<int32_t*>(slot);  // the block table and positions are int32
+      const int64_t size = params.slot_bytes / static_cast<int64_t>(sizeof(int32_t));
+      if (transfer.kind == TransferKind::kReset) {
+        std::fill_n(values, size, -1);
+        continue;
+      }
+      for (int64_t place = std::max<int64_t>(transfer.source, 0); place < size; ++place) {
+        const int64_t from = installed_at(transfer, place, params.block_count);
+        if (from >= 0) values[place] = params.blocks[from];
+      }
+    }
+  }
+}
+
+}  // namespace dsv4::cpu

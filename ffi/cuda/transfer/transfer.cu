@@ -1,0 +1,68 @@
+// Operations on slots on the GPU.
+//
+// A thread has one unit of 16, 4 or 1 bytes of every slot's part of a layer and walks over all operations by itself. An
+// operation moves a unit of one slot to the same unit of another, so what a thread reads only it has written: the
+// operations happen in order without any thread waiting for another.
+
+#include "cuda/core/launch.cuh"
+#include "ops/signatures.h"
+
+namespace dsv4::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+// blockIdx.x counts the units of a slot, blockIdx.y the layers.
+template <class Unit>
+__global__ void __launch_bounds__(kThreads) copies_kernel(TransferParams params) {
+  const int64_t units = params.slot_bytes / static_cast<int64_t>(sizeof(Unit));
+  const int64_t unit = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (unit >= units) return;
+  Unit* data = reinterpret_cast<Unit*>(params.data) + int64_t{blockIdx.y} * params.slots * units + unit;
+  for (int index = 0; index < params.count; ++index) {
+    const Transfer transfer = transfer_at(params.operations, index, params.role, params.slots);
+    if (transfer.kind == TransferKind::kCopy) data[transfer.slot * units] = data[transfer.source * units];
+  }
+}
+
+// The same for int32 arrays, whose resets write -1: the block table and positions.
+__global__ void __launch_bounds__(kThreads) indices_kernel(TransferParams params) {
+  const int64_t units = params.slot_bytes / static_cast<int64_t>(sizeof(int32_t));
+  const int64_t unit = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (unit >= units) return;
+  int32_t* data = reinterpret_cast<int32_t*>(params.data) + int64_t{blockIdx.y} * params.slots * units + unit;
+  for (int index = 0; index < params.count; ++index) {
+    const Transfer transfer = transfer_at(params.operations, index, params.role, params.slots);
+    int32_t* target = data + transfer.slot * units;
+    if (transfer.kind == TransferKind::kReset) {
+      *target = -1;
+    } else if (transfer.kind == TransferKind::kCopy) {
+      *target = data[transfer.source * units];
+    } else if (transfer.kind == TransferKind::kInstall) {
+      const int64_t from = installed_at(transfer, unit, params.block_count);
+      if (from >= 0) *target = params.blocks[from];
+    }
+  }
+}
+
+dim3 grid_of(const TransferParams& params, int64_t unit_bytes) {
+  return {blocks_for(params.slot_bytes / unit_bytes, kThreads), static_cast<unsigned>(params.layers)};
+}
+
+}  // namespace
+
+const char* transfer(CUstream_st* stream, const TransferParams& params) {
+  if (params.count == 0 || params.slot_bytes == 0 || params.layers == 0 || params.slots == 0) return nullptr;
+  if (params.role != SlotArray::kState) {
+    indices_kernel<<<grid_of(params, sizeof(int32_t)), kThreads, 0, stream>>>(params);
+  } else if (params.slot_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(params.data) % 16 == 0) {
+    copies_kernel<uint4><<<grid_of(params, 16), kThreads, 0, stream>>>(params);
+  } else if (params.slot_bytes % 4 == 0 && reinterpret_cast<uintptr_t>(params.data) % 4 == 0) {
+    copies_kernel<uint32_t><<<grid_of(params, 4), kThreads, 0, stream>>>(params);
+  } else {
+    copies_kernel<uint8_t><<<grid_of(params, 1), kThreads, 0, stream>>>(params);
+  }
+  return launch_error();
+}
+
+}  // namespace dsv4::cuda

@@ -1,0 +1,34 @@
+// The FFI handler of transfer: operations on the slots of one array.
+
+#include "handlers/call.h"
+
+namespace dsv4 {
+
+TransferParams check_transfer(Call& call) {
+  TransferParams params{};
+  const auto role = call.attribute<std::string_view>("role");
+  call.that(role == "table" || role == "positions" || role == "state", "role", "must be table, positions or state");
+  if (role == "table") {
+    params.role = SlotArray::kTable;
+    params.layers = 1;
+    call.indices("array", {kAny, kAny});
+  } else {
+    params.role = role == "positions" ? SlotArray::kPositions : SlotArray::kState;
+    params.layers = call.size("array", 0);
+    if (role == "positions") call.indices("array", {kAny, kAny, kAny});
+    call.that(call.rank("array") >= 2, "array", "needs the axes [layers, slots, ...]");
+  }
+  params.slots = call.size("array", role == "table" ? 0 : 1);
+  const int64_t parts = params.layers * params.slots;
+  params.slot_bytes = parts == 0 ? 0 : call.bytes("array") / parts;
+  params.data = call.data<uint8_t>("array");
+  params.operations = call.indices("operations", {kAny, kTransferFields});
+  params.count = static_cast<int>(call.size("operations", 0));
+  params.blocks = call.indices("blocks", {kAny});
+  params.block_count = call.size("blocks", 0);
+  return params;
+}
+
+}  // namespace dsv4
+
+DSV4_HANDLERS(transfer, transfer);

@@ -1,0 +1,58 @@
+// Operations on slots, as dsv4_jax/layout/transfers.py writes them.
+#pragma once
+
+#include <cstdint>
+
+#include "layout/bits.h"
+
+namespace dsv4 {
+
+enum class TransferKind : int32_t { kNone = 0, kReset = 1, kInstall = 2, kCopy = 3 };
+
+// What one of the cache's per-slot arrays is, and so which operations concern it.
+enum class SlotArray {
+  kTable,      // the block table: resets, installed blocks
+  kPositions,  // the positions of window rows: resets, copies
+  kState,      // all else: copies
+};
+
+constexpr int kTransferFields = 5;
+
+struct Transfer {
+  TransferKind kind;
+  int64_t slot;
+  int64_t source;  // the slot to copy from, or the first place of installed blocks
+  int64_t offset;  // of these among all block ids
+  int64_t count;
+};
+
+// Operation `index` as an array of this role with so many slots is concerned, kNone if it is not.
+DSV4_HOST_DEVICE Transfer transfer_at(const int32_t* operations, int index, SlotArray role, int64_t slots) {
+  const int32_t* fields = operations + static_cast<int64_t>(index) * kTransferFields;
+  Transfer transfer{static_cast<TransferKind>(fields[0]), fields[1], fields[2], fields[3], fields[4]};
+  bool concerns = transfer.slot >= 0 && transfer.slot < slots;
+  switch (transfer.kind) {
+    case TransferKind::kReset:
+      concerns = concerns && role != SlotArray::kState;
+      break;
+    case TransferKind::kInstall:
+      concerns = concerns && role == SlotArray::kTable && transfer.offset >= 0;
+      break;
+    case TransferKind::kCopy:
+      concerns = concerns && role != SlotArray::kTable && transfer.source >= 0 && transfer.source < slots &&
+                 transfer.source != transfer.slot;
+      break;
+    default:
+      concerns = false;
+  }
+  if (!concerns) transfer.kind = TransferKind::kNone;
+  return transfer;
+}
+
+// The index among all `available` block ids of what an installation puts into `place`, or -1.
+DSV4_HOST_DEVICE int64_t installed_at(const Transfer& transfer, int64_t place, int64_t available) {
+  const int64_t nth = place - transfer.source;
+  return nth >= 0 && nth < transfer.count && nth < available - transfer.offset ? transfer.offset + nth : -1;
+}
+
+}  // namespace dsv4
