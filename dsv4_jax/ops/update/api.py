@@ -212,7 +212,7 @@ def _window_operands(
     """The operands that every kind of layer has; an empty norm stands for rows that are finished."""
     check_window(op, *window, format)
     check_plan(op, plan)
-    norm = dict.fromkeys(("row_norm_weight", "row_cos", "row_sin"), jnp.zeros(0, jnp.float32))
+    norm: dict[str, Any] = dict.fromkeys(("row_norm_weight", "row_cos", "row_sin"), jnp.zeros(0, jnp.float32))
     if isinstance(rows, RawRows):
         rows, weight, (cos, sin) = rows
         weight = take_finish(op, weight, cos, sin, HEAD_DIM, jnp.shape(rows)[0])
