@@ -18,7 +18,7 @@ jax_version=${JAX_VERSION:-$(sed -n 's/^jaxlib==//p' <<<"$build_requires")}
 echo "== install: jax $jax_version"
 {
   grep -v '^jaxlib==' <<<"$build_requires"
-  read_pyproject "p['project']['dependencies'] + p['project']['optional-dependencies']['test']"
+  read_pyproject "p['project']['dependencies'] + [r for extra in ('test', 'types') for r in p['project']['optional-dependencies'][extra]]"
   printf '%s\n' cmake ninja "jax==$jax_version"
 } | python -m pip install --quiet -r /dev/stdin
 
@@ -43,6 +43,10 @@ echo "== style"
 ruff check .
 ruff format --check .
 find ffi \( -name '*.h' -o -name '*.cc' -o -name '*.cu*' \) -print0 | xargs -0 clang-format --dry-run -Werror
+
+echo "== types"
+mypy
+pyright
 
 echo "== tests"
 export XLA_PYTHON_CLIENT_PREALLOCATE=false

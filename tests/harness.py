@@ -133,13 +133,15 @@ def _rotate(handle: LayerCache) -> LayerCache:
     return dataclasses.replace(handle, step=dataclasses.replace(step, cache=cache))
 
 
+def write_op_by_op(handle: LayerCache, rows, compressor, indexer) -> LayerCache:
+    """All writes of a layer by separate ops: compress, flush, append, rotate."""
+    return _rotate(_store_closed(handle, compressor, indexer).append(rows, compressor, indexer))
+
+
 def update_op_by_op(cache: Cache, plan: StepPlan, weights, brought, *, implementation="native") -> Cache:
     """The same step by separate ops: compress, flush, append, rotate."""
 
-    def write(handle, rows, compressor, indexer):
-        return _rotate(_store_closed(handle, compressor, indexer).append(rows, compressor, indexer))
-
-    return _each_layer(cache, plan, weights, brought, implementation, write)
+    return _each_layer(cache, plan, weights, brought, implementation, write_op_by_op)
 
 
 def update_append_first(cache: Cache, plan: StepPlan, weights, brought, *, implementation="native") -> Cache:
@@ -164,6 +166,12 @@ def tail_rows_in_use(length: int, ratio: int, lookahead: int = 0) -> list[int]:
     return overlap + [8 + depth + position % (4 + depth) for position in open_window]
 
 
+@functools.cache
+def _jitted(step, implementation: str):
+    """A step's jitted function: one, whichever driver runs it, so that equal shapes are compiled once."""
+    return jax.jit(functools.partial(step, implementation=implementation), donate_argnums=0)
+
+
 class Driver:
     """A cache, its manager, and sequences that are fed to it by request."""
 
@@ -184,7 +192,7 @@ class Driver:
         self.manager = CacheManager(self.schema, token_buckets=buckets)
         self.cache = init_cache(self.schema)
         self.weights = weights
-        self._step = jax.jit(functools.partial(step, implementation=implementation), donate_argnums=0)
+        self._step = _jitted(step, implementation)
         self.sequences: dict[int, list[Arrays]] = {}
 
     def admit(self, sequence: list[Arrays]) -> int:

@@ -132,8 +132,10 @@ def test_quantized_keys_change_few_choices(name, share, error, hadamard):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _print_tables():
+def _print_tables(request):
     yield
+    if request.config.getoption("capture") != "no":
+        return
     rows = [
         (f"{component} {name}{', Hadamard' * hadamard}", only(component, name, hadamard))
         for component, table in COMPONENTS.items()

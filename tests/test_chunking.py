@@ -19,22 +19,20 @@ from harness import (
 )
 
 from dsv4_jax import PROFILES, CacheFormats
-from dsv4_jax.layout.formats import HCA_TAILS
+from dsv4_jax.layout.formats import ENTRY_FORMATS, HCA_TAILS, KEY_FORMATS, WINDOW_FORMATS
 
 TOKENS = 300  # more than two rings and two HCA windows
 FORMATS = {
-    "exact": PROFILES["exact"],
-    "default": CacheFormats(),
-    "compact": PROFILES["compact"],
-    "flashmla": PROFILES["flashmla"],
-    "running": CacheFormats(hca_tail="running"),
+    "exact": (PROFILES["exact"], np.float32),
+    "bf16": (PROFILES["bf16"], ml_dtypes.bfloat16),
+    "default": (CacheFormats(), ml_dtypes.bfloat16),
+    "flashmla": (PROFILES["flashmla"], np.float32),
+    "compact": (PROFILES["compact"], np.float32),
+    "nvfp4": (CacheFormats("nvfp4", "fp8", "nvfp4_static", hca_tail="running"), ml_dtypes.bfloat16),
+    "running": (CacheFormats(hca_tail="running"), np.float32),
 }
+"""Formats, and the dtype of what the tokens bring."""
 TAILS = pytest.mark.parametrize("hca_tail", HCA_TAILS)
-
-
-@pytest.fixture(params=[np.float32, ml_dtypes.bfloat16], ids=["fp32", "bf16"])
-def dtype(request):
-    return request.param
 
 
 def _feed(driver: Driver, request: int, chunks: list[int]) -> None:
@@ -49,11 +47,21 @@ def _one_shot(weights, formats, sequence, lookahead=0) -> dict[str, np.ndarray]:
     return driver.stored(request)
 
 
+def test_every_format_is_among_those_that_chunkings_are_compared_in():
+    for table, name in (
+        (ENTRY_FORMATS, "entry_format"),
+        (WINDOW_FORMATS, "window_format"),
+        (KEY_FORMATS, "key_format"),
+    ):
+        assert {getattr(formats, name).name for formats, _ in FORMATS.values()} == set(table)
+
+
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_chunking_stores_the_same_bytes(device, rng, dtype, name):
+def test_every_chunking_stores_the_same_bytes(device, rng, name):
+    formats, dtype = FORMATS[name]
     weights, sequence = random_weights(rng), random_tokens(rng, TOKENS, dtype)
-    expected = _one_shot(weights, FORMATS[name], sequence)
-    driver = Driver(weights, FORMATS[name])
+    expected = _one_shot(weights, formats, sequence)
+    driver = Driver(weights, formats)
     for what, chunks in (
         ("chunks around the ring", [127, 2, 128, 43]),
         ("random chunks", random_chunks(rng, TOKENS, 90)),
@@ -106,7 +114,7 @@ def test_a_step_with_as_many_requests_as_tokens_may_still_bring_several_of_one(d
         assert_same_bytes(expected[index], driver.stored(request), f"request {index}")
 
 
-@TAILS
+@pytest.mark.parametrize(("dtype", "hca_tail"), [(np.float32, "rows"), (ml_dtypes.bfloat16, "running")])
 def test_a_step_of_thousands_of_tokens_stores_what_separate_ops_do(device, rng, dtype, hca_tail):
     """So many windows that a thread block closes several, some of them begun by earlier steps."""
     weights, formats = random_weights(rng), CacheFormats(hca_tail=hca_tail)

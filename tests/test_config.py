@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dsv4_jax.spec.config_json import model_spec
 from dsv4_jax.spec.kinds import LayerKind
 from dsv4_jax.spec.model import ConfigError, LayerSpec, RopeSpec
 from dsv4_jax.spec.presets import deepseek_v4_flash, deepseek_v4_pro, tiny_spec
+from dsv4_jax.spec.rotary import inverse_frequencies
 
 SWA, CSA, HCA = LayerKind.SWA, LayerKind.CSA, LayerKind.HCA
 MAIN_ROPE = RopeSpec(10_000.0)
@@ -160,6 +163,18 @@ def test_deepseek_form(config):
     assert model_spec(without_mtp) == deepseek_v4_flash()
 
 
+@pytest.mark.parametrize(
+    ("config", "count"), [(deepseek_flash, "num_nextn_predict_layers"), (deepseek_inference, "n_mtp_layers")]
+)
+@pytest.mark.parametrize("counted", [0, 1, 3])
+@pytest.mark.parametrize("listed", [1, 3])
+def test_mtp_layers_are_what_is_listed_beyond_the_layers(config, count, counted, listed):
+    released = config() | {count: counted, "compress_ratios": [*FLASH_RATIOS, *[0] * listed]}
+    assert model_spec(released) == deepseek_v4_flash()
+    expected = (*deepseek_v4_flash().layers, *[LayerSpec(SWA, MAIN_ROPE)] * listed)
+    assert model_spec(released, include_mtp=True).layers == expected
+
+
 @pytest.mark.parametrize("config", [hugging_face, hugging_face_flat])
 def test_hugging_face_form(config):
     expected = dataclasses.replace(
@@ -169,6 +184,51 @@ def test_hugging_face_form(config):
         layers=(LayerSpec(SWA, MAIN_ROPE), LayerSpec(CSA, COMPRESS_ROPE), LayerSpec(HCA, COMPRESS_ROPE)),
     )
     assert model_spec(config()) == expected
+
+
+HUGGING_FACE = json.loads((Path(__file__).parent / "data" / "hugging_face_configs.json").read_text())
+REFUSED = {
+    "flat rope_parameters, other rope_theta": "rope_parameters.rope_theta says 50000",
+    "flat, truncate false": "truncate",
+    "flat, truncate false, saved": "truncate",
+    "flat, no original length": "lacks original_max_position_embeddings",
+    "nested, compress without theta": "rope_parameters.compress lacks rope_theta",
+    "nested, compress alone": "compress alone",
+    "nested, main alone": "main alone",
+    "nested, no type": "no type",
+    "nested and flat": "contradicts itself",
+    "no type": "no type",
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case["name"]) for case in HUGGING_FACE])
+def test_what_hugging_face_reads_is_read_to_the_same_values(case):
+    """Or refused: where Hugging Face refuses it, and where it passes over something that the config says."""
+    values = case["values"]
+    if values is None or case["name"] in REFUSED:
+        with pytest.raises(ConfigError, match=REFUSED.get(case["name"], "must be a section")):
+            model_spec(case["config"])
+        return
+    spec = model_spec(case["config"])
+    assert [TYPE_OF_RATIO[layer.kind.ratio] for layer in spec.layers] == values["layer_types"]
+    for name, theirs in {
+        "hidden_size": "hidden_size",
+        "num_heads": "num_attention_heads",
+        "head_dim": "head_dim",
+        "rope_dim": "qk_rope_head_dim",
+        "index_num_heads": "index_n_heads",
+        "index_head_dim": "index_head_dim",
+        "index_topk": "index_topk",
+        "window": "sliding_window",
+        "norm_eps": "rms_norm_eps",
+        "max_position": "max_position_embeddings",
+    }.items():
+        assert getattr(spec, name) == values[theirs], name
+    for layer in spec.layers:
+        rope = values["ropes"]["main" if layer.kind is SWA else "compress"]
+        assert (layer.rope.theta, layer.rope.attention_factor) == (rope["theta"], rope["attention_factor"])
+        frequencies = np.array([float.fromhex(value) for value in rope["frequencies"]], np.float32)
+        np.testing.assert_array_max_ulp(inverse_frequencies(layer.rope), frequencies, maxulp=2)
 
 
 def test_both_forms_of_one_random_model_are_the_same_spec(rng):
@@ -256,16 +316,21 @@ def test_mtp_layer_must_be_described_to_be_included():
     [
         ({"layer_types": [TYPE_OF_RATIO[4]] * 43}, [r"compress_ratios\[0\]", r"layer_types\[0\]", "SWA", "CSA"]),
         ({"compress_ratios": FLASH_RATIOS[:-1]}, ["compress_ratios lists 42", "num_hidden_layers says 43"]),
-        ({"compress_ratios": [*FLASH_RATIOS, 0, 0]}, ["compress_ratios lists 45", "num_hidden_layers says 43"]),
-        ({"num_nextn_predict_layers": 0}, ["compress_ratios lists 44", "num_nextn_predict_layers 0"]),
-        ({"num_hidden_layers": 44.5}, ["num_hidden_layers=44.5"]),
+        ({"num_key_value_heads": 2}, ["num_key_value_heads says 2", "every DeepSeek-V4 model says 1"]),
         ({"dim": 4097}, ["hidden_size says 4096", "dim says 4097"]),
         ({"window_size": 64}, ["sliding_window says 128", "window_size says 64"]),
         (
             {"partial_rotary_factor": 0.25},
             ["qk_rope_head_dim says 64", "partial_rotary_factor of head_dim 512 says 128"],
         ),
-        ({"rope_parameters": {"main": {"rope_theta": 5e5}}}, ["rope_theta says 10000", "main.rope_theta says 500000"]),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}},
+            ["rope_theta says 10000", "rope_parameters.rope_theta says 500000"],
+        ),
+        (
+            {"rope_parameters": {"main": {"rope_theta": 1e4}, "compress": YARN | {"rope_theta": 1.6e5}}},
+            ["rope_parameters.compress says.*attention_factor=1.27", "rope_scaling says.*attention_factor=1.0"],
+        ),
         ({"rope_parameters": YARN | {"factor": 8}}, ["rope_parameters says.*factor=8", "rope_scaling says.*factor=16"]),
         ({"original_seq_len": 0}, ["rope_scaling says.*factor=16", "original_seq_len.*factor=1"]),
         ({"compress_rates": {"compressed_sparse_attention": 8}}, ["8 tokens into one CSA entry", "built for 4"]),
@@ -312,7 +377,21 @@ def test_only_the_widths_the_kernels_are_built_for(name, built):
         ({"rope_scaling": YARN | {"type": "linear"}}, "rope type 'linear'"),
         ({"rope_scaling": YARN | {"factor": None}}, "rope_scaling asks for YaRN and lacks factor"),
         ({"rope_scaling": YARN | {"factor": 0.5}}, "factor >= 1"),
-        ({"rope_scaling": YARN | {"attention_factor": 1.2}}, "attention_factor"),
+        ({"rope_scaling": YARN | {"truncate": False}}, "rope_scaling asks for truncate: false"),
+        ({"rope_scaling": YARN | {"attention_factor": 0}}, "attention_factor > 0"),
+        ({"rope_scaling": YARN | {"attention_factor": "1"}}, "attention_factor > 0"),
+        ({"rope_scaling": YARN | {"attention_factor": None, "mscale": "1"}}, "rope_scaling has mscale '1'"),
+        ({"rope_scaling": {"factor": 16, "beta_fast": 32}}, "rope_scaling has beta_fast, factor and no type"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; it must be a section"),
+        ({"rope_scaling": [1]}, r"rope_scaling is \[1\]; it must be a section"),
+        ({"rope_scaling": 3}, "rope_scaling is 3; it must be a section"),
+        ({"rope_scaling": True}, "rope_scaling is True; it must be a section"),
+        ({"rope_parameters": False}, "rope_parameters is False; it must be a section"),
+        ({"rope_parameters": {"main": 1e4, "compress": YARN}}, "rope_parameters.main is 10000.0; it must be a section"),
+        ({"rope_parameters": {"compress": YARN}}, "rope_parameters has a part compress alone"),
+        ({"compress_rates": 4}, "compress_rates is 4; it must be a section"),
+        ({"num_hidden_layers": 44.5}, "num_hidden_layers must be a positive integer, got 44.5"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be a positive integer, got True"),
         ({"rope_theta": "10000"}, "theta > 1"),
         ({"num_attention_heads": 0}, "num_heads must be a positive integer, got 0"),
         ({"index_topk": -1}, "index_topk must be a positive integer"),

@@ -191,7 +191,7 @@ def test_requests_are_kept_apart(seed):
 def test_greedy_tokens_are_the_likeliest(seed):
     for one in exact_server(seed).serve(make_requests(seed, greedy=True)):
         prompt = len(one.request.prompt)
-        logits = {record.first + record.count - 1: np.asarray(record.logits)[record.row] for record in one.steps}
+        logits = {record.first + record.tokens - 1: np.asarray(record.logits)[record.row] for record in one.steps}
         assert len(one.tokens) == one.total
         for position in range(prompt, one.total):
             assert one.tokens[position] == logits[position - 1].argmax()

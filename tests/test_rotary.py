@@ -1,5 +1,7 @@
 """Rotary embedding: frequencies to the bit, fp32 angles up to a million, rotation against float64 and golden data."""
 
+import dataclasses
+import decimal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from dsv4_jax.cache.rotary import closing_positions, closing_rotary, token_rotary
-from dsv4_jax.spec.model import RopeSpec
+from dsv4_jax.spec.model import ConfigError, RopeSpec
 from dsv4_jax.spec.rotary import Rotary, apply_rotary, inverse_frequencies, rotary
 
 MAIN_ROPE = RopeSpec(10_000.0)
@@ -40,6 +42,60 @@ def test_frequencies_equal_the_golden_ones_to_the_bit(golden, rope, name):
     frequencies = inverse_frequencies(rope)
     assert frequencies.dtype == np.float32
     np.testing.assert_array_equal(frequencies.view(np.int32), expected.view(np.int32))
+
+
+def exact_frequency(theta, pair):
+    """1 / theta ** (pair / 32) with the power rounded once to fp32, from 60 digits, and its inverse once more."""
+    with decimal.localcontext(prec=60):
+        power = decimal.Decimal(theta) ** (decimal.Decimal(pair) / 32)
+        near = np.float32(float(power))
+        # float() rounds once, fp32 once more: take the nearest of the fp32 neighbours by the exact difference.
+        around = (np.nextafter(near, np.float32(0)), near, np.nextafter(near, np.float32(np.inf)))
+        nearest = min(around, key=lambda value: abs(decimal.Decimal(float(value)) - power))
+    return np.float32(1) / nearest
+
+
+def test_frequencies_have_correctly_rounded_powers(rng):
+    for theta in [1e4, 1.6e5, 5e4, 3.2e5, *(float(theta) for theta in rng.integers(1000, 10**7, 50))]:
+        expected = [exact_frequency(theta, pair) for pair in range(32)]
+        np.testing.assert_array_equal(inverse_frequencies(RopeSpec(theta)), np.array(expected, np.float32))
+
+
+def test_frequencies_beside_those_of_torch():
+    """Equal to the bit for the published thetas; else within the two units that torch's processors differ by."""
+    with np.load(Path(__file__).parent / "data" / "torch_frequencies.npz") as data:
+        thetas, *torch = (data[name] for name in ("thetas", "default", "avx2", "avx512"))
+    assert not np.array_equal(torch[0], torch[2]), "one torch only: then every theta could be held to the bit"
+    for theta, *of_processors in zip(thetas, *torch, strict=True):
+        for frequencies in of_processors:
+            ulps = 0 if theta in (10_000, 160_000) else 2
+            np.testing.assert_array_max_ulp(inverse_frequencies(RopeSpec(float(theta))), frequencies, maxulp=ulps)
+
+
+def test_attention_factor_scales_cos_and_sin(rng, device):
+    positions = rng.integers(0, 2**20, 50).astype(np.int32)
+    factor = 0.1 * np.log(16) + 1
+    plain, scaled = (rotary(positions, dataclasses.replace(COMPRESS_ROPE, attention_factor=f)) for f in (1.0, factor))
+    for got, unscaled in zip(scaled, plain, strict=True):
+        np.testing.assert_array_equal(got, np.asarray(unscaled) * np.float32(factor))
+    x = rng.standard_normal((50, 512)).astype(np.float32)
+    expected = rotate_float64(x, positions, inverse_frequencies(COMPRESS_ROPE))
+    expected[:, -64:] *= factor
+    np.testing.assert_allclose(apply_rotary(jnp.asarray(x), scaled), expected, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("factor", [0, -1.0, float("nan"), "1", None])
+def test_attention_factor_must_be_positive(factor):
+    with pytest.raises(ConfigError, match="attention_factor > 0"):
+        RopeSpec(10_000.0, attention_factor=factor)
+
+
+@pytest.mark.parametrize(
+    "positions", [np.arange(4.0, dtype=np.float32), np.int32(3), np.zeros((2, 2), np.int32), np.ones(3, bool)]
+)
+def test_positions_are_a_row_of_integers(positions):
+    with pytest.raises(ValueError, match=r"rotary needs integer positions \[n\], got"):
+        rotary(positions, MAIN_ROPE)
 
 
 def test_yarn_keeps_fast_pairs_and_slows_slow_ones():

@@ -189,11 +189,16 @@ class LayerCache:
             return handle._with(window=window.window, window_positions=window.positions)
 
         where = (cache.block_table, self.plan, self._window_row, self._kind_row)
-        options = {"window_format": formats.window_format, "entry_format": formats.entry_format, "eps": eps} | self._by
+        options: dict[str, Any] = {
+            "window_format": formats.window_format,
+            "entry_format": formats.entry_format,
+            "eps": eps,
+        } | self._by
         pool, tail = self._name_of("entries"), self._name_of("tail")
         entries = Compressed(cache.pools[pool], cache.pools[tail])
+        made: Any = (compressor, indexer)  # both there where the kind has them, as checked above
         if self.kind is LayerKind.HCA:
-            window, entries = ops.update_hca(window, entries, rows, compressor, *where, **options)
+            window, entries = ops.update_hca(window, entries, rows, made[0], *where, **options)
             arrays = {}
         else:
             key_pool, key_tail = self._name_of("keys"), self._name_of("key_tail")
@@ -202,8 +207,8 @@ class LayerCache:
                 entries,
                 Compressed(cache.pools[key_pool], cache.pools[key_tail]),
                 rows,
-                compressor,
-                indexer,
+                made[0],
+                made[1],
                 *where,
                 key_format=formats.key_format,
                 hadamard=formats.keys_hadamard,
@@ -304,11 +309,11 @@ class LayerCache:
         if again:
             raise StepError(
                 f"{self._name}: {', '.join(again)} a second time in one step, asked by "
-                f"{'update' if len(parts) == len(parts_of(self.kind)) and len(parts) > 1 else parts[0]}; a layer is "
+                f"{'update' if len(parts) > 1 else again[0]}; a layer is "
                 "written once, by update or by append, flush and flush_keys."
             )
         step = self.step
-        if step.written is not None:
+        if step.written is not None and self.layer is not None:
             step = dataclasses.replace(step, written=step.written | {(self.layer, part) for part in parts})
         return dataclasses.replace(self, step=step, written=self.written | set(parts))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.tree_util import GetAttrKey
 
@@ -69,7 +71,7 @@ class Cache:
         """
         if unknown := arrays.keys() - {*_SHARED, *self.pools}:
             raise KeyError(f"a cache has the arrays {', '.join(self.schema.arrays)}; got {', '.join(sorted(unknown))}")
-        shared = {name: array for name, array in arrays.items() if name in _SHARED}
+        shared: dict[str, Any] = {name: array for name, array in arrays.items() if name in _SHARED}
         pools = {name: array for name, array in arrays.items() if name not in _SHARED}
         return dataclasses.replace(self, **shared, pools=self.pools | pools)
 
@@ -83,8 +85,10 @@ class Cache:
         Args:
           axis: the mesh axis (or axes) along which the shards lie.
         """
-        specs = {name: PartitionSpec(axis) if name == "block_table" else PartitionSpec(None, axis) for name in _SHARED}
-        pools = dict.fromkeys(self.pools, PartitionSpec(None, axis))
+        specs: dict[str, Any] = {
+            name: PartitionSpec(axis) if name == "block_table" else PartitionSpec(None, axis) for name in _SHARED
+        }
+        pools: dict[str, Any] = dict.fromkeys(self.pools, PartitionSpec(None, axis))
         return Cache(**specs, pools=pools, schema=self.schema, shards=self.shards, partitioned=_is_partitioned(self))
 
 
@@ -121,7 +125,7 @@ def check_one_shard(cache: Cache) -> None:
 def init_cache(
     schema: CacheSchema,
     *,
-    device: jax.Device | Sharding | None = None,
+    device: jax.Device | Sharding | None = None,  # pyright: ignore[reportInvalidTypeForm]
     mesh: Mesh | None = None,
     axis: str | tuple[str, ...] | None = None,
 ) -> Cache:
@@ -166,10 +170,10 @@ def _create_shards(schema: CacheSchema, mesh: Mesh, axis: str | tuple[str, ...])
     if unknown := [name for name in names if name not in mesh.shape]:
         raise ValueError(f"the mesh has the axes {', '.join(mesh.shape)}; got {', '.join(unknown)}.")
     shards = math.prod(mesh.shape[name] for name in names)
-    specs = Cache(**dict.fromkeys(_SHARED), pools=dict.fromkeys(schema.pools), schema=schema, shards=shards)
+    like = jax.eval_shape(functools.partial(_empty, schema, shards))
     shardings = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
-        specs.partition_specs(axis),
+        like.partition_specs(axis),
         is_leaf=lambda spec: isinstance(spec, PartitionSpec),
     )
     return jax.jit(_empty, static_argnums=(0, 1), out_shardings=shardings)(schema, shards)
@@ -193,7 +197,7 @@ def _empty(schema: CacheSchema, shards: int = 1) -> Cache:
             arrays[name] = jnp.broadcast_to(empty_tail(shape), shape)
         else:
             arrays[name] = jnp.full(shape, values.get(name, 0), array.dtype)
-    shared = {name: arrays.pop(name) for name in _SHARED}
+    shared: dict[str, Any] = {name: arrays.pop(name) for name in _SHARED}
     return Cache(**shared, pools=arrays, schema=schema, shards=shards)
 
 
@@ -209,7 +213,7 @@ _Static = tuple[CacheSchema, int, bool]
 
 def _is_partitioned(cache: Cache) -> bool:
     for array in (cache.window, *list(cache.pools.values())[:1]):
-        sharding = None if isinstance(array, jax.core.Tracer) else getattr(array, "sharding", None)
+        sharding = None if isinstance(array, Tracer) else getattr(array, "sharding", None)
         if sharding is None:
             return cache.partitioned
         if not sharding.is_fully_replicated:

@@ -13,7 +13,7 @@ from dsv4_jax.spec.rotary import Rotary, rotary
 
 
 def token_rotary(plan: StepPlan, rope: RopeSpec) -> Rotary:
-    """The cos and sin of a step's tokens: fp32 [T, dim / 2] each, cos 1 and sin 0 for padding."""
+    """The cos and sin of a step's tokens: fp32 [T, dim / 2] each, angle 0 for padding."""
     return dataclasses.replace(rotary(plan.token_position, rope), purpose="tokens")
 
 
@@ -33,5 +33,5 @@ def closing_positions(plan: StepPlan, ratio: int) -> jax.Array:
 
 
 def closing_rotary(plan: StepPlan, ratio: int, rope: RopeSpec) -> Rotary:
-    """The cos and sin of the entries that a step closes: fp32 [C, dim / 2] each, cos 1 and sin 0 for padding."""
+    """The cos and sin of the entries that a step closes: fp32 [C, dim / 2] each, angle 0 for padding."""
     return dataclasses.replace(rotary(closing_positions(plan, ratio), rope), purpose=("closing", ratio))

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from dsv4_jax import ops
 from dsv4_jax.cache import debug as run_time
@@ -66,7 +67,7 @@ class Step:
           StepError: ``layer`` is traced and the step is not from ``scanning``, or no kind is given.
           TypeError: ``layer`` is no integer.
         """
-        if isinstance(layer, jax.core.Tracer):
+        if isinstance(layer, Tracer):
             return self._traced_layer(layer, kind)
         if isinstance(layer, bool):
             raise TypeError(f"a layer is an integer, got {layer!r}.")

@@ -185,9 +185,11 @@ def _blocks_view(
     cache: Cache, layer: int, component: Component, pool: jax.Array, vector_format: VectorFormat
 ) -> PoolView:
     schema = cache.schema
+    row = schema.rows(layer).compressed
+    assert row is not None, "a layer without blocks has no view of them; callers look at its kind first"
     return _view(
         pool,
-        schema.rows(layer).compressed,
+        row,
         vector_format,
         component=component,
         rows_per_page=schema.layer(layer).block_rows,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from dsv4_jax import CacheFormats, LayerKind, ModelSpec, apply_rotary, ops
 from dsv4_jax.example.attention import Source, index_scores, rms_norm, sink_attention, top_entries
 from dsv4_jax.example.layer import Compressed, IndexQuery, merge_heads, project
-from dsv4_jax.example.weights import CompressorWeights, LayerWeights, StackWeights
+from dsv4_jax.example.weights import CompressorWeights, IndexerWeights, StackWeights
 from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.spec.model import RopeSpec
 from dsv4_jax.spec.rotary import rotary
@@ -67,13 +67,14 @@ def full_context(
             made = project(layer_weights, spec, hidden, angles)
             age = positions[:, None] - positions
             sources = [Source(_as_stored(made.rows, formats.window_format), (age >= 0) & (age < spec.window))]
-            if layer.kind is not LayerKind.SWA:
+            if layer_weights.compressor is not None and made.compressor is not None:
                 entries = compressed_entries(layer_weights.compressor, made.compressor, layer.kind, layer.rope, spec)
                 visible = (positions + 1) // layer.kind.ratio
                 mask = jnp.arange(entries.shape[0]) < visible[:, None]
-                if layer.kind is LayerKind.CSA:
+                indexer, keys, query = layer_weights.indexer, made.index_keys, made.index_query
+                if indexer is not None and keys is not None and query is not None:
                     choice = selected[spec.kind_index(index)]
-                    scores = _scores(layer_weights, made.index_keys, made.index_query, layer.rope, spec, formats)
+                    scores = _scores(indexer, keys, query, layer.rope, spec, formats)
                     checks.append(_check(scores, visible, choice, spec.index_topk, positions < length))
                     mask = mask & (choice[:, :, None] == jnp.arange(entries.shape[0])).any(axis=1)
                 sources.append(Source(_as_stored(entries, formats.entry_format), mask))
@@ -103,7 +104,7 @@ def compressed_entries(
 
 
 def _scores(
-    weights: LayerWeights,
+    weights: IndexerWeights,
     made: Compressed,
     query: IndexQuery,
     rope: RopeSpec,
@@ -111,7 +112,7 @@ def _scores(
     formats: CacheFormats,
 ) -> jax.Array:
     """fp32 [n, n // 4]: the indexer's scores."""
-    keys = compressed_entries(weights.indexer.keys, made, LayerKind.CSA, rope, spec)
+    keys = compressed_entries(weights.keys, made, LayerKind.CSA, rope, spec)
     queries = query.queries
     if formats.keys_hadamard:
         transform = _hadamard(keys.shape[-1])

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax import CompressorInputs, LayerKind, ModelSpec, Rotary, StepPlan, apply_rotary, closing_rotary
+from dsv4_jax import CompressorInputs, ModelSpec, Rotary, StepPlan, apply_rotary, closing_rotary
 from dsv4_jax.example.attention import rms_norm
 from dsv4_jax.example.weights import CompressorWeights, IndexerWeights, LayerWeights
 from dsv4_jax.spec.model import LayerSpec
@@ -62,14 +62,17 @@ def compressor_inputs(
     weights: LayerWeights, made: Projections, plan: StepPlan, layer: LayerSpec
 ) -> tuple[CompressorInputs | None, CompressorInputs | None]:
     """What ``LayerCache.update`` takes besides rows: the compressor's inputs and the indexer's, None without one."""
-    if layer.kind is LayerKind.SWA:
+    if weights.compressor is None or made.compressor is None:
         return None, None
     angles = closing_rotary(plan, layer.kind.ratio, layer.rope)
-    main = CompressorInputs(*made.compressor, weights.compressor.ape, weights.compressor.norm, angles)
-    if layer.kind is LayerKind.HCA:
+    main = _inputs(made.compressor, weights.compressor, angles)
+    if weights.indexer is None or made.index_keys is None:
         return main, None
-    keys = weights.indexer.keys
-    return main, CompressorInputs(*made.index_keys, keys.ape, keys.norm, angles)
+    return main, _inputs(made.index_keys, weights.indexer.keys, angles)
+
+
+def _inputs(made: Compressed, weights: CompressorWeights, angles: Rotary) -> CompressorInputs:
+    return CompressorInputs(made.kv, made.gate, weights.ape, weights.norm, angles)
 
 
 def merge_heads(weights: LayerWeights, attended: jax.Array, rotary: Rotary) -> jax.Array:

@@ -39,7 +39,7 @@ class StepRecord(NamedTuple):
     """What a step returned for one request: parts of the step's arrays, still on the device."""
 
     first: int  # position of the request's first token of the step
-    count: int  # how many tokens it brought
+    tokens: int  # how many it brought
     logits: jax.Array  # fp32 [R, 256], the request's in row ``row``
     row: int
     selected: jax.Array  # int32 [CSA layers, T, K], the request's from column ``column``
@@ -242,5 +242,6 @@ class _PhaseClock:
         self._since += seconds
 
     def count(self, tokens: int) -> None:
-        self._statistics[self._phase].steps += 1
-        self._statistics[self._phase].tokens += tokens
+        if self._phase is not None:
+            self._statistics[self._phase].steps += 1
+            self._statistics[self._phase].tokens += tokens

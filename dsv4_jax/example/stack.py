@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dsv4_jax import Cache, LayerCache, LayerKind, ModelSpec, StepPlan, begin, token_rotary
 from dsv4_jax.example.attention import Source, index_scores, rms_norm, sink_attention, top_entries
-from dsv4_jax.example.layer import Projections, compressor_inputs, merge_heads, project
+from dsv4_jax.example.layer import IndexQuery, Projections, compressor_inputs, merge_heads, project
 from dsv4_jax.example.weights import LayerWeights, StackWeights
 from dsv4_jax.spec.model import LayerSpec
 
@@ -77,8 +77,8 @@ def _remember(
     own = handle.stored(made.rows, dtype=jnp.float32)
     sources = [_window_source(plan, spec.window, before, own)]
     selection = None
-    if handle.kind is LayerKind.CSA:
-        handle, selection = _select(handle, plan, spec, made)
+    if made.index_query is not None:
+        handle, selection = _select(handle, plan, spec, made.index_query)
         handle, chosen = handle.entries(selection, dtype=jnp.float32)
         sources.append(Source(chosen.values, chosen.valid))
     elif handle.kind is LayerKind.HCA:
@@ -102,12 +102,12 @@ def _window_source(plan: StepPlan, window: int, before, own: jax.Array) -> Sourc
     return Source(jnp.concatenate([_flat(before.values), own]), mine & row_valid & (age >= 0) & (age < window))
 
 
-def _select(handle: LayerCache, plan: StepPlan, spec: ModelSpec, made: Projections) -> tuple[LayerCache, jax.Array]:
+def _select(handle: LayerCache, plan: StepPlan, spec: ModelSpec, query: IndexQuery) -> tuple[LayerCache, jax.Array]:
     """The indexer's choice for each token, int32 [T, K]."""
     count = handle.schema.max_context // handle.kind.ratio
     handle, keys = handle.all_keys(count, dtype=jnp.float32)
-    queries = handle.transform_query(made.index_query.queries)
-    scores = index_scores(queries, made.index_query.head_weights, _flat(keys.values))
+    queries = handle.transform_query(query.queries)
+    scores = index_scores(queries, query.head_weights, _flat(keys.values))
     own = scores.reshape(scores.shape[0], -1, count)[jnp.arange(scores.shape[0]), plan.token_request]
     return handle, top_entries(own, handle.visible, spec.index_topk)
 

@@ -13,7 +13,7 @@ from dsv4_jax.example.serve import Request
 
 def load_text(path: Path | None = None) -> NDArray[np.uint8]:
     """The bytes of a file, or of the text that comes with the package. Raises ValueError if there are none."""
-    data = path.read_bytes() if path else resources.files(__package__).joinpath("default_text.txt").read_bytes()
+    data = path.read_bytes() if path else resources.files("dsv4_jax.example").joinpath("default_text.txt").read_bytes()
     if not data:
         raise ValueError(f"{path} is empty; give a file with some text in it")
     return np.frombuffer(data, np.uint8)

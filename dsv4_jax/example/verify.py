@@ -121,7 +121,7 @@ def verify(
         logits, checks = _full_context(
             weights, tokens, np.int32(one.total), _selections(one, max_context), spec=spec, formats=formats
         )
-        last = np.array([record.first + record.count - 1 for record in one.steps])
+        last = np.array([record.first + record.tokens - 1 for record in one.steps])
         cached = np.stack([np.asarray(record.logits)[record.row] for record in one.steps])
         expected = np.asarray(logits)[last]
         # Not max(): a NaN must stay, whatever is compared with it.
@@ -142,6 +142,6 @@ def _selections(one: Served, max_context: int) -> np.ndarray:
     layers, _, width = one.steps[0].selected.shape
     selected = np.full((layers, max_context, width), -1, np.int32)
     for record in one.steps:
-        columns = slice(record.column, record.column + record.count)
-        selected[:, record.first : record.first + record.count] = np.asarray(record.selected)[:, columns]
+        columns = slice(record.column, record.column + record.tokens)
+        selected[:, record.first : record.first + record.tokens] = np.asarray(record.selected)[:, columns]
     return selected

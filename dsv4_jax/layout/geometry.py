@@ -102,7 +102,7 @@ class TailGeometry:
         def latest(ring: int) -> jax.Array:
             """The latest position before ``following`` in every row of a ring, below 0 for none."""
             last = following - 1
-            return last - (last - jnp.arange(ring, dtype=following.dtype)) % max(ring, 1)
+            return last - (last - jnp.arange(ring, dtype=following.dtype)[None, :]) % max(ring, 1)
 
         overlap, current = latest(self.overlap_ring), latest(self.current_ring)
         overlap = (overlap >= 0) & self.overlap_survives(overlap, following)

@@ -258,8 +258,8 @@ class StepPlan:
         plan = StepPlan(packed, self.layout)
         # Padding indexes from the end; whatever it finds there, it stays padding.
         token = stopped[plan.token_request]
-        change = (plan.table_slot[:, None] == jnp.where(stopped, plan.request_slot, -1)).any(axis=1)
-        masks = dict.fromkeys(("token_slot", "token_position", "token_request"), token)
+        change = (plan.table_slot[:, None] == jnp.where(stopped, plan.request_slot, -1)[None, :]).any(axis=1)
+        masks: dict[str, Any] = dict.fromkeys(("token_slot", "token_position", "token_request"), token)
         masks |= dict.fromkeys(("request_slot", "request_reset"), stopped)
         masks |= dict.fromkeys(("table_slot", "table_index", "table_block"), change)
         masks |= {f"closing_{ratio}": token[plan.closing(ratio)] for ratio in RATIOS}

@@ -9,9 +9,11 @@ both times. Nothing is guessed about the layers: Hugging Face's default ``layer_
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,14 @@ def model_spec(config: Mapping[str, Any] | str | os.PathLike[str], *, include_mt
     """Read a model's geometry from its config, in DeepSeek's or in Hugging Face's form.
 
     The geometry that every DeepSeek-V4 model shares may be left out: head_dim 512, rope dim 64, index head dim 128,
-    sliding window 128, norm epsilon 1e-6, 1,048,576 positions, rope theta 1e4 and 1.6e5, one MTP layer. What differs
-    between models may not: the layers, the hidden size, the numbers of heads, the indexer's top-k, and whether CSA and
-    HCA layers use YaRN (``rope_scaling``, or ``null`` for none).
+    sliding window 128, norm epsilon 1e-6, 1,048,576 positions, rope theta 1e4 and 1.6e5, one key/value head. What
+    differs between models may not: the layers, the hidden size, the numbers of heads, the indexer's top-k, and whether
+    CSA and HCA layers use YaRN (``rope_scaling``, or ``null`` for none).
 
     Args:
       config: the parsed config, or the path of a config.json or of a folder that holds one.
-      include_mtp: whether the MTP layers, which ``compress_ratios`` lists last, get a cache too.
+      include_mtp: whether the MTP layers get a cache too: all layers that are listed beyond ``num_hidden_layers``.
+        ``num_nextn_predict_layers`` does not count them: published configs list three and say 1.
 
     Raises:
       ConfigError: something is missing, unknown, or stated twice and differently; the message names each statement.
@@ -50,6 +53,7 @@ def model_spec(config: Mapping[str, Any] | str | os.PathLike[str], *, include_mt
     kinds = _read_kinds(config, include_mtp=include_mtp)
     readers = {kind: _read_main_rope if kind is LayerKind.SWA else _read_compress_rope for kind in LayerKind}
     ropes = {kind: readers[kind](config) for kind in dict.fromkeys(kinds)}
+    _agreed({"num_key_value_heads": _read(config, "num_key_value_heads", default=1), "every DeepSeek-V4 model": 1})
     indexer_default = _REQUIRED if LayerKind.CSA in kinds else 0
     head_dim = _read(config, "head_dim", default=HEAD_DIM)
     return ModelSpec(
@@ -84,10 +88,18 @@ def _load(path: Path) -> Mapping[str, Any]:
 
 
 def _find(config: Mapping[str, Any], path: str) -> Any:
-    value: Any = config
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
+    """The value at a dotted path; None where it, or a section on the way to it, is missing or null."""
+    parent, _, name = path.rpartition(".")
+    section = _section(config, parent) if parent else config
+    return None if section is None else section.get(name)
+
+
+def _section(config: Mapping[str, Any], path: str) -> Mapping[str, Any] | None:
+    """The section at a dotted path; None where it is missing or null."""
+    section = _find(config, path)
+    if section is None or isinstance(section, Mapping):
+        return section
+    raise ConfigError(f"{path} is {section!r}; it must be a section of names and values, or null.")
 
 
 def _agreed(statements: Mapping[str, Any]) -> Any:
@@ -130,11 +142,8 @@ def _read_kinds(config: Mapping[str, Any], *, include_mtp: bool) -> list[LayerKi
                 f"the kernels are built for {kind.ratio}."
             )
     layers = _read(config, "num_hidden_layers", "n_layers")
-    mtp_layers = _read(config, "num_nextn_predict_layers", "n_mtp_layers", default=1)
-    if not (is_count(layers) and (is_count(mtp_layers) or mtp_layers == 0)):
-        raise ConfigError(
-            f"num_hidden_layers={layers!r} with num_nextn_predict_layers={mtp_layers!r} counts no layers."
-        )
+    if not is_count(layers):
+        raise ConfigError(f"num_hidden_layers must be a positive integer, got {layers!r}.")
     described = {}
     for path, known in (("compress_ratios", KIND_OF_RATIO), ("layer_types", _KIND_OF_TYPE)):
         values = _find(config, path)
@@ -142,11 +151,8 @@ def _read_kinds(config: Mapping[str, Any], *, include_mtp: bool) -> list[LayerKi
             continue
         if not isinstance(values, list | tuple):
             raise ConfigError(f"{path} must be a list, got {values!r}.")
-        if len(values) not in (layers, layers + mtp_layers):
-            raise ConfigError(
-                f"{path} lists {len(values)} layers, num_hidden_layers says {layers} and num_nextn_predict_layers "
-                f"{mtp_layers} more, which may be listed or not."
-            )
+        if len(values) < layers:
+            raise ConfigError(f"{path} lists {len(values)} layers, num_hidden_layers says {layers}.")
         for layer, value in enumerate(values):
             if not isinstance(value, int | str) or value is True or value is False or value not in known:
                 raise ConfigError(
@@ -170,55 +176,124 @@ def _read_kinds(config: Mapping[str, Any], *, include_mtp: bool) -> list[LayerKi
 
 def _read_main_rope(config: Mapping[str, Any]) -> RopeSpec:
     """The rotary embedding of SWA-only layers."""
-    paths = ("rope_theta", "rope_parameters.rope_theta", "rope_parameters.main.rope_theta")
-    theta = _read(config, *paths, default=10_000.0)
-    return _agreed(_stated_ropes(config, theta, "rope_parameters.main") or {"default": RopeSpec(theta)})
+    top_theta = _read(config, "rope_theta", default=10_000.0)
+    stated = {}
+    for path, flat, nested in _rope_sections(config):
+        if nested:
+            # A top-level theta beside this one is a leftover of the config that was saved.
+            theta = _read(nested["main"], "rope_theta", default=top_theta)
+            stated[f"{path}.main"] = _stated_rope(nested["main"], theta, f"{path}.main", without_factor=None)
+        else:
+            # Hugging Face passes a flat section's theta over, so it may not say anything else.
+            said = "rope_theta" if config.get("rope_theta") is not None else "rope_theta's default"
+            _agreed({said: top_theta, f"{path}.rope_theta": _read(flat, "rope_theta", default=top_theta)})
+            stated[path] = RopeSpec(top_theta)
+    return _agreed(stated) if stated else RopeSpec(top_theta)
 
 
 def _read_compress_rope(config: Mapping[str, Any]) -> RopeSpec:
     """The rotary embedding of CSA and HCA layers."""
-    theta = _read(config, "compress_rope_theta", "rope_parameters.compress.rope_theta", default=160_000.0)
-    stated = _stated_ropes(config, theta, "rope_parameters.compress", "rope_parameters", "rope_scaling")
+    top_theta = _read(config, "compress_rope_theta", default=160_000.0)
+    stated = {}
+    for path, flat, nested in _rope_sections(config):
+        if nested:
+            if (theta := nested["compress"].get("rope_theta")) is None:
+                # Hugging Face takes the SWA-only layers' theta here, which nobody who leaves it out can mean.
+                raise ConfigError(f"{path}.compress lacks rope_theta.")
+            stated[f"{path}.compress"] = _stated_rope(
+                nested["compress"], theta, f"{path}.compress", without_factor=None
+            )
+        else:
+            stated[path] = _stated_rope(flat, top_theta, path, without_factor=1.0)
     length = _find(config, "original_seq_len")
     if length is not None:
         # DeepSeek's inference code spells YaRN flat, and turns it off with a length of 0.
-        path, flat = "original_seq_len with rope_factor", RopeSpec(theta)
+        path, rope = "original_seq_len with rope_factor", RopeSpec(top_theta)
         if length:
-            factor = _read(config, "rope_factor")
-            flat = _yarn({**config, "factor": factor, "original_max_position_embeddings": length}, theta, path)
-        stated[path] = flat
+            yarn = {"factor": _read(config, "rope_factor"), "original_max_position_embeddings": length}
+            rope = _yarn({**config, **yarn}, top_theta, path, without_factor=1.0)
+        stated[path] = rope
     if not stated and "rope_scaling" not in config:
         raise ConfigError(
             "The config lacks rope_scaling (or rope_parameters.compress), which says how CSA and HCA layers stretch "
             "their rotary embedding; rope_scaling: null says that they do not."
         )
-    return _agreed(stated) if stated else RopeSpec(theta)
+    return _agreed(stated) if stated else RopeSpec(top_theta)
 
 
-def _stated_ropes(config: Mapping[str, Any], theta: float, *paths: str) -> dict[str, RopeSpec]:
-    """What each of these sections of the config says, by its path."""
-    stated = {}
-    for path in paths:
-        section = _find(config, path)
-        if not isinstance(section, Mapping) or {"main", "compress"} & section.keys():
+def _rope_sections(
+    config: Mapping[str, Any],
+) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Mapping[str, Any]]]]:
+    """The path of every section about rotary embeddings, the section, and its two parts, none if it is flat."""
+    for path in ("rope_parameters", "rope_scaling"):
+        section = _section(config, path)
+        if section is None:
             continue
-        kind = _read(section, "rope_type", "type", default="default")
-        if kind not in ("default", "yarn"):
-            raise ConfigError(f"{path} asks for rope type {kind!r}; known are 'default' (plain) and 'yarn'.")
-        stated[path] = _yarn(section, theta, path) if kind == "yarn" else RopeSpec(theta)
-    return stated
+        parts = {label: _section(config, f"{path}.{label}") for label in ("main", "compress")}
+        nested = {label: part for label, part in parts.items() if part is not None}
+        if len(nested) == 1:
+            # Hugging Face passes a single one over and reads no YaRN.
+            raise ConfigError(f"{path} has a part {', '.join(nested)} alone; it needs {' and '.join(parts)}.")
+        yield path, section, nested
 
 
-def _yarn(section: Mapping[str, Any], theta: float, path: str) -> RopeSpec:
-    if section.get("attention_factor") not in (None, 1) or section.get("truncate") is False:
-        raise ConfigError(f"{path} asks for an attention_factor other than 1 or for truncate=false; V4 has neither.")
+def _stated_rope(section: Mapping[str, Any], theta: float, path: str, *, without_factor: float | None) -> RopeSpec:
+    """What a section of the config says; ``without_factor`` as for ``_yarn``."""
+    kind = _read(section, "rope_type", "type", default=None)
+    if kind is None and (settings := sorted(_YARN_SETTINGS & section.keys())):
+        raise ConfigError(f"{path} has {', '.join(settings)} and no type; add type: yarn, or null for no stretching.")
+    if kind not in (None, "default", "yarn"):
+        raise ConfigError(f"{path} asks for rope type {kind!r}; known are 'default' (plain) and 'yarn'.")
+    return _yarn(section, theta, path, without_factor=without_factor) if kind == "yarn" else RopeSpec(theta)
+
+
+_YARN_SETTINGS = {
+    "factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+}
+
+
+def _yarn(section: Mapping[str, Any], theta: float, path: str, *, without_factor: float | None) -> RopeSpec:
+    """YaRN as a section describes it.
+
+    ``without_factor`` is the attention factor of a section that does not name one: 1 in DeepSeek's forms, and None,
+    YaRN's own, where Hugging Face's form has the two parts. A factor of ``null`` is YaRN's own everywhere.
+    """
+    if section.get("truncate") is False:
+        raise ConfigError(f"{path} asks for truncate: false; neither DeepSeek's nor Hugging Face's V4 knows it.")
     missing = [name for name in ("factor", "original_max_position_embeddings") if section.get(name) is None]
     if missing:
         raise ConfigError(f"{path} asks for YaRN and lacks {' and '.join(missing)}.")
-    return RopeSpec(
+    attention_factor = section.get("attention_factor", without_factor)
+    rope = RopeSpec(
         theta,
         factor=section["factor"],
         original_max_position=section["original_max_position_embeddings"],
         beta_fast=_read(section, "beta_fast", default=32),
         beta_slow=_read(section, "beta_slow", default=1),
     )
+    if attention_factor is None:
+        attention_factor = _yarn_attention_factor(section, path)
+    return dataclasses.replace(rope, attention_factor=attention_factor)
+
+
+def _yarn_attention_factor(section: Mapping[str, Any], path: str) -> float:
+    """YaRN's own attention factor (arXiv 2309.00071, equation 22): 0.1 ln(factor) + 1, or a ratio of two such."""
+    logarithm = 0.1 * math.log(section["factor"])
+    scale, scale_all = _scale(section, "mscale", path), _scale(section, "mscale_all_dim", path)
+    if not (scale and scale_all):
+        return logarithm + 1.0
+    return (scale * logarithm + 1.0) / (scale_all * logarithm + 1.0)
+
+
+def _scale(section: Mapping[str, Any], name: str, path: str) -> float:
+    scale = _read(section, name, default=0.0)
+    if not is_number(scale):
+        raise ConfigError(f"{path} has {name} {scale!r}; it must be a number.")
+    return scale

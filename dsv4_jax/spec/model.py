@@ -20,7 +20,7 @@ class ConfigError(Picklable, ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class RopeSpec:
-    """Rotary position embedding of a layer: plain, or stretched by YaRN with attention factor 1.
+    """Rotary position embedding of a layer: plain, or stretched by YaRN.
 
     Attributes:
       theta: base of the frequencies.
@@ -29,6 +29,8 @@ class RopeSpec:
       beta_fast: channels that turn more often than this over the original context keep their frequency.
       beta_slow: channels that turn less often than this are slowed down by ``factor``.
       dim: rotated channels, the trailing ones of a head; two for every frequency.
+      attention_factor: cos and sin are multiplied by it. 1 in every published model; YaRN's own is
+        0.1 ln(factor) + 1, which Hugging Face computes for a config that names no other in its nested form.
 
     Raises:
       ConfigError: a value is out of range.
@@ -40,6 +42,7 @@ class RopeSpec:
     beta_fast: float = 32
     beta_slow: float = 1
     dim: int = ROPE_DIM
+    attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
         in_range = {
@@ -50,6 +53,7 @@ class RopeSpec:
             and is_number(self.beta_slow)
             and self.beta_fast >= self.beta_slow > 0,
             "an even dim >= 2": is_count(self.dim) and self.dim % 2 == 0,
+            "attention_factor > 0": is_number(self.attention_factor) and self.attention_factor > 0,
         }
         for expected, holds in in_range.items():
             if not holds:

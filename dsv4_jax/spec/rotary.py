@@ -31,8 +31,8 @@ class Rotary:
     In a decode step the tokens' and the closing entries' have equal shapes; ``purpose`` tells them apart while tracing.
 
     Attributes:
-      cos: fp32 [n, dim / 2], cosine of the angle of every position and pair of channels.
-      sin: fp32 [n, dim / 2], the sine.
+      cos: fp32 [n, dim / 2], cosine of the angle of every position and pair of channels, times the attention factor.
+      sin: fp32 [n, dim / 2], the sine, times the attention factor.
       purpose: "tokens" (``token_rotary``), ("closing", ratio) (``closing_rotary``), or None: of any positions, which
         rotates with ``apply_rotary`` and is refused in ``RawRows`` and ``CompressorInputs``.
       rope: the embedding they were made with; None for cos and sin that were made elsewhere.
@@ -48,7 +48,11 @@ class Rotary:
 
 
 def inverse_frequencies(rope: RopeSpec) -> np.ndarray:
-    """Radians per token of every pair of channels, to the bit as torch computes them.
+    """Radians per token of every pair of channels.
+
+    fp32 arithmetic in torch's order of operations, with correctly rounded powers. torch's own powers are a unit in the
+    last place off for some theta, not the same ones on every processor, and then its frequencies are off by one unit
+    or two. For the thetas of the published models, 1e4 and 1.6e5, all agree to the bit.
 
     Plain: ``theta ** (-2 i / dim)``. YaRN (arXiv 2309.00071, section 3.2, "NTK-by-parts", bounds rounded outward):
     pairs that turn more than ``beta_fast`` times over the original context keep that, pairs that turn less
@@ -60,7 +64,7 @@ def inverse_frequencies(rope: RopeSpec) -> np.ndarray:
     one = np.float32(1)
     pairs = np.arange(rope.dim // 2, dtype=np.float32)
     exponents = 2 * pairs / np.float32(rope.dim)
-    # A correctly rounded fp32 power, as torch has it; NumPy's own fp32 power is off by an ulp here and there.
+    # Rounded once, from float64: NumPy's own fp32 power is off by an ulp here and there.
     periods = np.power(np.float64(rope.theta), exponents.astype(np.float64)).astype(np.float32)
     kept = one / periods
     if rope.factor == 1:
@@ -80,18 +84,24 @@ def _pair_turning(rope: RopeSpec, turns: float) -> float:
 
 
 def rotary(positions: jax.Array, rope: RopeSpec) -> Rotary:
-    """The cos and sin of positions.
+    """The cos and sin of positions, times the attention factor of the rotary embedding.
 
     Args:
-      positions: int32 [n]; a negative one is padding and gets cos 1, sin 0, which rotates nothing.
+      positions: integers [n]; a negative one is padding and gets what position 0 gets, angle 0.
       rope: the layer's rotary embedding.
 
     Returns:
       ``Rotary`` of two fp32 [n, dim / 2].
+
+    Raises:
+      ValueError: ``positions`` are no integers [n].
     """
-    positions = jnp.maximum(jnp.asarray(positions), 0)
-    angles = positions.astype(jnp.float32)[:, None] * inverse_frequencies(rope)[None]
-    return Rotary(jnp.cos(angles), jnp.sin(angles), rope=rope)
+    positions = jnp.asarray(positions)
+    if positions.ndim != 1 or not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(f"rotary needs integer positions [n], got {positions.dtype} {positions.shape}.")
+    angles = jnp.maximum(positions, 0).astype(jnp.float32)[:, None] * inverse_frequencies(rope)[None, :]
+    factor = np.float32(rope.attention_factor)
+    return Rotary(jnp.cos(angles) * factor, jnp.sin(angles) * factor, rope=rope)
 
 
 def apply_rotary(x: jax.Array, rotary: Rotary, *, inverse: bool = False) -> jax.Array:
@@ -100,7 +110,8 @@ def apply_rotary(x: jax.Array, rotary: Rotary, *, inverse: bool = False) -> jax.
     Args:
       x: [n, ..., width], any float type; row i belongs to position i of ``rotary``, whatever axes follow (heads).
       rotary: cos and sin [n, pairs] with 2 * pairs <= width.
-      inverse: rotate back.
+      inverse: rotate by the opposite angle. That is back only where the attention factor is 1; another factor
+        multiplies once more, as it does in Hugging Face's code.
 
     Returns:
       x's shape and dtype; computed in fp32, the leading ``width - 2 * pairs`` channels as they were.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -90,12 +92,18 @@ def compress(
     check_plan(op, plan)
     if hadamard and width != KEY_DIM:
         raise OperandError(f"{op}: the Hadamard transform is for indexer keys of width {KEY_DIM}, not {width}.")
-    given = untransformed(op, (tail, kv, gate, position_bias, norm_weight, cos, sin, plan, take_layer(layer)))
-    attributes = {"ratio": ratio, "eps": float(eps), "hadamard": bool(hadamard)}
+    given: Any = untransformed(op, (tail, kv, gate, position_bias, norm_weight, cos, sin, plan, take_layer(layer)))
+    attributes: dict[str, Any] = {"ratio": ratio, "eps": float(eps), "hadamard": bool(hadamard)}
     if implementation == "reference":
         return reference.compress(*given, **attributes)
     tail, kv, gate, position_bias, norm_weight, cos, sin, plan, layer = given
-    operands = {"tail": tail, "kv": kv, "gate": gate, "position_bias": position_bias, "norm_weight": norm_weight}
+    operands: dict[str, Any] = {
+        "tail": tail,
+        "kv": kv,
+        "gate": gate,
+        "position_bias": position_bias,
+        "norm_weight": norm_weight,
+    }
     operands |= {"cos": cos, "sin": sin, "plan": plan.packed, "layer": layer}
     made = {"entries": ((closing, width), jnp.float32)}
     tail, entries = call(_COMPRESS, operands, results=made, **attributes, **plan_attributes(plan))

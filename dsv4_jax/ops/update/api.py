@@ -117,14 +117,14 @@ def update_hca(
     """All writes of an HCA layer and step; see ``update_csa``."""
     op = "update_hca"
     check_implementation(implementation)
-    given = (window, entries, rows, compressor, block_table, plan, take_layer(layer), take_layer(kind_layer))
+    given: Any = (window, entries, rows, compressor, block_table, plan, take_layer(layer), take_layer(kind_layer))
     given = untransformed(op, given)
     window, entries, rows, compressor, block_table, plan, layer, kind_layer = given
     operands = _window_operands(op, window, rows, plan, layer, window_format)
     operands |= _shared_operands(op, block_table, kind_layer)
     operands |= _compressor_operands(op, "entries", entries, compressor, plan, LayerKind.HCA.ratio, entry_format)
     if implementation == "reference":
-        formats = {"window_format": window_format, "entry_format": entry_format}
+        formats: dict[str, Any] = {"window_format": window_format, "entry_format": entry_format}
         return reference.update_hca(*given, **formats, eps=eps)
     attributes = plan_attributes(plan) | {"eps": float(eps), "window_codec": window_format.codec}
     attributes |= {"entry_codec": entry_format.codec, "entry_global_scale": entry_format.global_scale}
@@ -184,7 +184,7 @@ def update_csa(
     op = "update_csa"
     check_implementation(implementation)
     ratio = LayerKind.CSA.ratio
-    given = (window, entries, keys, rows, compressor, indexer, block_table, plan)
+    given: Any = (window, entries, keys, rows, compressor, indexer, block_table, plan)
     given = untransformed(op, (*given, take_layer(layer), take_layer(kind_layer)))
     window, entries, keys, rows, compressor, indexer, block_table, plan, layer, kind_layer = given
     operands = _window_operands(op, window, rows, plan, layer, window_format)
@@ -192,7 +192,11 @@ def update_csa(
     operands |= _compressor_operands(op, "entries", entries, compressor, plan, ratio, entry_format)
     operands |= _compressor_operands(op, "keys", keys, indexer, plan, ratio, key_format, "key_")
     if implementation == "reference":
-        formats = {"window_format": window_format, "entry_format": entry_format, "key_format": key_format}
+        formats: dict[str, Any] = {
+            "window_format": window_format,
+            "entry_format": entry_format,
+            "key_format": key_format,
+        }
         return reference.update_csa(*given, **formats, eps=eps, hadamard=bool(hadamard))
     attributes = plan_attributes(plan) | {"eps": float(eps), "hadamard": bool(hadamard)}
     attributes |= {"window_codec": window_format.codec}
@@ -203,12 +207,12 @@ def update_csa(
 
 
 def _window_operands(
-    op: str, window: Window, rows: Any, plan: StepPlan, layer: jax.Array, format: VectorFormat
+    op: str, window: Window, rows: Any, plan: StepPlan, layer: int | jax.Array, format: VectorFormat
 ) -> dict[str, Any]:
     """The operands that every kind of layer has; an empty norm stands for rows that are finished."""
     check_window(op, *window, format)
     check_plan(op, plan)
-    norm = dict.fromkeys(("row_norm_weight", "row_cos", "row_sin"), jnp.zeros(0, jnp.float32))
+    norm: dict[str, Any] = dict.fromkeys(("row_norm_weight", "row_cos", "row_sin"), jnp.zeros(0, jnp.float32))
     if isinstance(rows, RawRows):
         rows, weight, (cos, sin) = rows
         weight = take_finish(op, weight, cos, sin, HEAD_DIM, jnp.shape(rows)[0])
@@ -218,7 +222,7 @@ def _window_operands(
     return operands | {"plan": plan.packed, "layer": layer}
 
 
-def _shared_operands(op: str, block_table: jax.Array, kind_layer: jax.Array) -> dict[str, Any]:
+def _shared_operands(op: str, block_table: jax.Array, kind_layer: int | jax.Array) -> dict[str, Any]:
     check(op, "block_table", block_table, (None, None), jnp.int32)
     return {"block_table": block_table, "kind_layer": kind_layer}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 from dsv4_jax.arithmetic.scalars import to_float32
@@ -51,7 +53,8 @@ def _compress(
         compressed.tail,
         *projections,
         inputs.norm_weight,
-        *inputs.rotary,
+        inputs.rotary.cos,
+        inputs.rotary.sin,
         plan,
         kind_layer,
         ratio=ratio,
@@ -77,7 +80,7 @@ def update_hca(
     eps: float,
 ) -> tuple[Window, Compressed]:
     """All writes of an HCA layer and step."""
-    common = {"ratio": 128, "format": entry_format, "eps": eps, "hadamard": False}
+    common: dict[str, Any] = {"ratio": 128, "format": entry_format, "eps": eps, "hadamard": False}
     entries = _compress(entries, compressor, block_table, plan, kind_layer, **common)
     return update_swa(window, rows, plan, layer, format=window_format, eps=eps), entries
 
@@ -101,7 +104,7 @@ def update_csa(
     hadamard: bool,
 ) -> tuple[Window, Compressed, Compressed]:
     """All writes of a CSA layer and step."""
-    common = {"ratio": 4, "eps": eps}
+    common: dict[str, Any] = {"ratio": 4, "eps": eps}
     entries = _compress(
         entries, compressor, block_table, plan, kind_layer, format=entry_format, hadamard=False, **common
     )

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 
 from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS
+from dsv4_jax.ops import Implementation
 from dsv4_jax.spec.kinds import LayerKind
 from dsv4_jax.tools.bench import decode, formats, reads
 from dsv4_jax.tools.bench.measure import Outcome
@@ -65,8 +66,8 @@ class Case:
     """
 
     name: str
-    build: Callable[[Scale, str], Workload] | None = None
-    run: Callable[[Scale, str], Outcome] | None = None
+    build: Callable[[Scale, Implementation], Workload] | None = None
+    run: Callable[[Scale, Implementation], Outcome] | None = None
     quick: bool = False
     has_reference: bool = True
 

@@ -11,6 +11,7 @@ import numpy as np
 from dsv4_jax import ops
 from dsv4_jax.cache.step import Step
 from dsv4_jax.layout.schema import CacheSchema
+from dsv4_jax.ops import Implementation
 from dsv4_jax.spec.kinds import HEAD_DIM, LayerKind
 from dsv4_jax.tools.bench import traffic
 from dsv4_jax.tools.bench.traffic import StepShape
@@ -57,7 +58,7 @@ def decode_shapes(kind: LayerKind, boundary: str, batch: int, scale: Scale, toke
     return shapes
 
 
-def layer_update(implementation: str) -> Any:
+def layer_update(implementation: Implementation) -> Any:
     """``LayerCache.update`` as a workload's call; the layer is an operand."""
 
     def call(cache: Any, plan: Any, inputs: Any, layer: Any) -> tuple[Any, None]:
@@ -84,7 +85,7 @@ def update(
     boundary: str,
     batch: int,
     scale: Scale,
-    implementation: str,
+    implementation: Implementation,
     *,
     tokens: int = 1,
     lookahead: int = 0,
@@ -106,7 +107,9 @@ def update(
     )
 
 
-def prefill(kind: LayerKind, hca_tail: str, requests: int, dtype: str, scale: Scale, implementation: str) -> Workload:
+def prefill(
+    kind: LayerKind, hca_tail: str, requests: int, dtype: str, scale: Scale, implementation: Implementation
+) -> Workload:
     """One layer's update in a prefill step from position 0; other projections in every call."""
     calls = max(scale.calls // 4, 1)
     schema = schema_of(model_of(kind, 2), calls * scale.prefill_requests, scale.prefill, hca_tail)
@@ -125,7 +128,7 @@ def prefill(kind: LayerKind, hca_tail: str, requests: int, dtype: str, scale: Sc
     )
 
 
-def separate_op(op: str, kind: LayerKind, batch: int, scale: Scale, implementation: str) -> Workload:
+def separate_op(op: str, kind: LayerKind, batch: int, scale: Scale, implementation: Implementation) -> Workload:
     """One of the ops that `update` is made of, for its main compressor.
 
     Every request closes a window, except where the op is to append: there as many as in the long run.
@@ -133,7 +136,8 @@ def separate_op(op: str, kind: LayerKind, batch: int, scale: Scale, implementati
     schema = schema_of(model_of(kind, scale.layers), scale.plans * max(scale.batches), scale.context)
     shapes = decode_shapes(kind, "mixed" if op.startswith("append") else "all", batch, scale)
     plans = [plan_of(*pair) for pair in zip(shapes, slot_sets(schema.slots, batch, scale.plans), strict=True)]
-    ratio, eps, by = kind.ratio, schema.spec.norm_eps, {"implementation": implementation}
+    ratio, eps = kind.ratio, schema.spec.norm_eps
+    by: dict[str, Any] = {"implementation": implementation}
     names = {LayerKind.CSA: ("csa_entries", "csa_tail"), LayerKind.HCA: ("hca_entries", "hca_tail")}
     pool_name, tail_name = names[kind]
     entry, window = FORMATS.entry_format, FORMATS.window_format
@@ -145,10 +149,12 @@ def separate_op(op: str, kind: LayerKind, batch: int, scale: Scale, implementati
             made = ops.append_window(cache.window, cache.window_positions, raw.rows, plan, layer, format=window, **by)
             return dataclasses.replace(cache, window=made[0], window_positions=made[1]), None
         if op == "append_tail":
-            tail = ops.append_tail(tail, *inputs[:3], plan, layer, ratio=ratio, **by)
+            tail = ops.append_tail(tail, inputs.kv, inputs.gate, inputs.position_bias, plan, layer, ratio=ratio, **by)
         elif op == "compress":
-            tail, made = ops.compress(tail, *inputs[:4], *inputs.rotary, plan, layer, ratio=ratio, eps=eps, **by)
-            result = None if implementation == "native" else made
+            brought = (inputs.kv, inputs.gate, inputs.position_bias, inputs.norm_weight)
+            angles = (inputs.rotary.cos, inputs.rotary.sin)
+            tail, closed = ops.compress(tail, *brought, *angles, plan, layer, ratio=ratio, eps=eps, **by)
+            result = None if implementation == "native" else closed
         elif op == "rotate":
             tail = ops.rotate(tail, plan, layer, ratio=ratio, **by)
         elif op == "flush":

@@ -9,6 +9,7 @@ import numpy as np
 
 from dsv4_jax import ops
 from dsv4_jax.layout.formats import VectorFormat
+from dsv4_jax.ops import Implementation
 from dsv4_jax.spec.kinds import BLOCK_TOKENS, HEAD_DIM
 from dsv4_jax.tools.bench import reads, traffic
 from dsv4_jax.tools.bench.traffic import StepShape
@@ -17,7 +18,7 @@ from dsv4_jax.tools.bench.workload import Scale, Workload, block_table, noise, p
 RATIO = 4
 
 
-def flush(component: str, format: VectorFormat, scale: Scale, implementation: str) -> Workload:
+def flush(component: str, format: VectorFormat, scale: Scale, implementation: Implementation) -> Workload:
     """What a prefill step of one request closes, stored."""
     calls = max(scale.calls // 4, 1)
     sets, blocks = 2 * calls, -(-scale.prefill // BLOCK_TOKENS)
@@ -25,8 +26,9 @@ def flush(component: str, format: VectorFormat, scale: Scale, implementation: st
     table = jnp.asarray(block_table(sets, blocks))
 
     def call(pool: Any, plan: Any, operands: Any, layer: Any) -> tuple[Any, None]:
-        options = {"ratio": RATIO, "format": format, "implementation": implementation}
-        return ops.flush(pool, *operands, plan, layer, **options), None
+        options: dict[str, Any] = {"ratio": RATIO, "format": format, "implementation": implementation}
+        entries, table = operands
+        return ops.flush(pool, entries, table, plan, layer, **options), None
 
     plans = [plan_of(shape, np.array([slot])) for slot in range(sets)]
     closing = plans[0].layout.closing_size(RATIO)
@@ -42,7 +44,7 @@ def flush(component: str, format: VectorFormat, scale: Scale, implementation: st
     )
 
 
-def gather(component: str, format: VectorFormat, scale: Scale, implementation: str) -> Workload:
+def gather(component: str, format: VectorFormat, scale: Scale, implementation: Implementation) -> Workload:
     """Chosen entries, or all keys of a context of 16 times as many tokens as entries are chosen."""
     queries = min(scale.queries)
     if component == "keys":
@@ -50,7 +52,7 @@ def gather(component: str, format: VectorFormat, scale: Scale, implementation: s
     return reads.chosen_entries(format, queries, queries, 4, scale.gather_context // 2, scale, implementation)
 
 
-def quantize(component: str, format: VectorFormat, scale: Scale, implementation: str) -> Workload:
+def quantize(component: str, format: VectorFormat, scale: Scale, implementation: Implementation) -> Workload:
     """Float32 rows to a page."""
     rows = _rows(format, scale)
 
@@ -60,7 +62,7 @@ def quantize(component: str, format: VectorFormat, scale: Scale, implementation:
     return _pages(("quantize", component), call, (rows, format.width), jnp.float32, rows, format, 4, scale)
 
 
-def dequantize(component: str, format: VectorFormat, scale: Scale, implementation: str) -> Workload:
+def dequantize(component: str, format: VectorFormat, scale: Scale, implementation: Implementation) -> Workload:
     """A page to bfloat16 rows."""
     rows = _rows(format, scale)
 

@@ -108,7 +108,7 @@ def program(workload: Workload, calls: int, evictions: int = 1) -> Callable[[Any
 
 def native_calls(compiled: jax.stages.Compiled) -> int:
     """How many native ops a compiled program calls."""
-    return len(re.findall(r'custom_call_target="dsv4_', compiled.as_text()))
+    return len(re.findall(r'custom_call_target="dsv4_', compiled.as_text() or ""))
 
 
 Replay = Callable[[int, int], tuple[float, float]]
@@ -140,6 +140,7 @@ def measure(workload: Workload, state: Any, scratch: jax.Array, scale: Scale) ->
         def replay(which: int, times: int) -> tuple[float, float]:
             nonlocal scratch, state
             begin = time.perf_counter()
+            result = None
             for _ in range(times):
                 scratch, state, result = compiled[which](scratch, state, workload.gates, workload.operands)
             dispatched = time.perf_counter()
@@ -183,15 +184,16 @@ def lengthened(
       NoFigureError: the host's part was too large with every one of them. Not in the tiny scale, whose figures mean
         nothing.
     """
-    compile_seconds = 0.0
+    compile_seconds = host_share = 0.0
     for count in evictions:
         replay, seconds = build(count)
         compile_seconds += seconds
         timing = difference(replay, calls, scale)
-        if timing.host_share <= MOST_HOST_SHARE or scale.name != "full":
+        host_share = timing.host_share
+        if host_share <= MOST_HOST_SHARE or scale.name != "full":
             return dataclasses.replace(timing, evictions=count, compile_seconds=compile_seconds)
     raise NoFigureError(
-        f"host-bound: the host took {timing.host_share:.0%} of the shorter program's time, "
+        f"host-bound: the host took {host_share:.0%} of the shorter program's time, "
         f"and at most {MOST_HOST_SHARE:.0%} can be told from the device's"
     )
 
@@ -264,9 +266,7 @@ def _time_function(compiled: jax.stages.Compiled, source: jax.Array, scale: Scal
     times = []
     for trial in range(scale.trials + 1):
         begin = time.perf_counter()
-        for _ in range(replays):
-            result = compiled(source)
-        result.block_until_ready()
+        jax.block_until_ready([compiled(source) for _ in range(replays)])
         if trial:  # the first warms up
             times.append((time.perf_counter() - begin) / replays * 1e6)
     return Timing(statistics.median(times), spread(times))

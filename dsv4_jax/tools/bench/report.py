@@ -134,7 +134,7 @@ def draw(run: Run, path: Path) -> None:
     axes = figure.subplots()
     groups: dict[str, list[tuple[int, float, str]]] = {}
     for result in run.results:
-        if result.bytes_per_second is not None:
+        if result.bytes_per_second is not None and result.bytes_moved is not None:
             point = (result.bytes_moved, result.bytes_per_second / 1e9, result.name)
             groups.setdefault("/".join(result.name.split("/")[:2]), []).append(point)
     markers = "osD^v<>ph*XPd"

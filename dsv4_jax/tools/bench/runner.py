@@ -132,14 +132,15 @@ def believed(result: Result, copy: Result, smallest: Result, scale: Scale) -> Re
 
 def _run(case: Case, scale: Scale, states: _States, reference: bool) -> Result:
     timings: dict[str, Timing] = {}
-    moved, remarks = None, {}
+    moved: int | None = None
+    remarks: dict[str, Any] = {}
     target = case.target if scale.name == "full" else None
     for implementation in ("native", "reference") if reference and case.has_reference else ("native",):
         if case.run is not None:
             states.drop()
             outcome = case.run(scale, implementation)
             timings[implementation], remarks = outcome.timing, remarks or outcome.remarks
-        else:
+        elif case.build is not None:
             workload = case.build(scale, implementation)
             if implementation == "reference":
                 workload = dataclasses.replace(workload, calls=REFERENCE_CALLS)

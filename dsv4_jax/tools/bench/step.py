@@ -22,6 +22,7 @@ from dsv4_jax.host.manager import CacheManager
 from dsv4_jax.host.planning import build_plan
 from dsv4_jax.layout.plan import PlanLayout, StepPlan
 from dsv4_jax.layout.schema import CacheSchema
+from dsv4_jax.ops import Implementation
 from dsv4_jax.ops.operands import RawRows
 from dsv4_jax.spec.kinds import HEAD_DIM, KEY_DIM, LayerKind
 from dsv4_jax.spec.model import ModelSpec
@@ -46,7 +47,7 @@ REFERENCE_LAYERS = 8
 PLANS_ON_DEVICE = 4
 
 
-def model(scale: Scale, implementation: str = "native") -> ModelSpec:
+def model(scale: Scale, implementation: Implementation = "native") -> ModelSpec:
     """DeepSeek-V4-Pro, or the tiny model of the tiny scale; only the first 8 layers for the jnp definition.
 
     All 61 take minutes to compile, and then XLA copies whole pools. The time of 8 layers is scaled up.
@@ -85,7 +86,9 @@ def layer_inputs(spec: ModelSpec, plan: StepPlan, inputs: dict[str, Any]) -> lis
     ]
 
 
-def decode_step(cache: Cache, plan: StepPlan, inputs: dict[str, Any], implementation: str = "native") -> Cache:
+def decode_step(
+    cache: Cache, plan: StepPlan, inputs: dict[str, Any], implementation: Implementation = "native"
+) -> Cache:
     """Begin, the angles of the step, every layer's update, and end."""
     step = begin(cache, plan, implementation=implementation)
     for index, given in enumerate(layer_inputs(cache.schema.spec, step.plan, inputs)):
@@ -114,7 +117,7 @@ class _Step:
       per_dispatch: steps of a dispatch, 1 for a step that takes its plan alone.
     """
 
-    def __init__(self, scale: Scale, implementation: str, planned: int, per_dispatch: int = 1) -> None:
+    def __init__(self, scale: Scale, implementation: Implementation, planned: int, per_dispatch: int = 1) -> None:
         self.schema, self.manager, self._batch = _make(scale, model(scale, implementation), planned)
         self._steps = None if per_dispatch == 1 else per_dispatch
         layout = self.manager.layouts[0]
@@ -153,7 +156,7 @@ def sent(plan: StepPlan) -> StepPlan:
     return StepPlan(jax.device_put(plan.packed), plan.layout)
 
 
-def whole_step(way: str, scale: Scale, implementation: str) -> Outcome:
+def whole_step(way: str, scale: Scale, implementation: Implementation) -> Outcome:
     """Microseconds of one decode step's cache updates, steps dispatched back to back: of host and device together.
 
     The difference of many dispatches and a third as many: a server's device does not wait for the first one.
@@ -206,7 +209,7 @@ def whole_step(way: str, scale: Scale, implementation: str) -> Outcome:
     )
 
 
-def host_part(part: str, scale: Scale, implementation: str) -> Outcome:
+def host_part(part: str, scale: Scale, implementation: Implementation) -> Outcome:
     """What the host alone spends on one part of a planned step, microseconds; the device is idle when it begins.
 
     Args:
@@ -261,7 +264,7 @@ def thunk_sequence(dump: Path) -> str | None:
     return files[0].read_text() if files else None
 
 
-def prepare_forward(scale: Scale, implementation: str) -> Outcome:
+def prepare_forward(scale: Scale, implementation: Implementation) -> Outcome:
     """Host time to plan one decode step of many requests that are all at different lengths."""
     requests, steps = scale.host_requests, 50 * scale.trials
     context = scale.context + steps + 128
@@ -277,7 +280,7 @@ def prepare_forward(scale: Scale, implementation: str) -> Outcome:
     return Outcome(Timing(statistics.median(times), spread(times), host_share=1.0))
 
 
-def reset_slots(reset: bool, scale: Scale, implementation: str) -> Workload:
+def reset_slots(reset: bool, scale: Scale, implementation: Implementation) -> Workload:
     """``begin`` of the whole model, with nothing to do or with every slot to reset."""
     schema = schema_of(model(scale), scale.step_requests, scale.context)
     requests = scale.step_requests
@@ -302,7 +305,7 @@ def reset_slots(reset: bool, scale: Scale, implementation: str) -> Workload:
     )
 
 
-def floor(scale: Scale, implementation: str) -> Workload:
+def floor(scale: Scale, implementation: Implementation) -> Workload:
     """The smallest call there is: an SWA layer's update in a step of one token that is padding."""
     schema = schema_of(model_of(LayerKind.SWA, 2), 1, 128)
     shape = StepShape(np.zeros(1, np.int64), np.ones(1, np.int64))

@@ -127,7 +127,7 @@ def trace_steps(
     count = min(spec.index_topk or 1, context // 4)
     choices = jnp.asarray(np.random.default_rng(0).integers(0, context // 4, (requests, count)).astype(np.int32))
     # The profiler tells the kernels of a CUDA graph apart, but not which instruction each belongs to.
-    options = {} if jax.default_backend() == "cpu" else {"xla_gpu_enable_command_buffer": ""}
+    options: dict[str, str | bool] = {} if jax.default_backend() == "cpu" else {"xla_gpu_enable_command_buffer": ""}
     compiled = jax.jit(step, donate_argnums=0).lower(cache, plans[0], inputs, choices).compile(compiler_options=options)
     for plan in plans[:steps]:
         cache = compiled(cache, plan, inputs, choices)
@@ -139,7 +139,7 @@ def trace_steps(
             cache = compiled(cache, plan, inputs, choices)
         jax.block_until_ready(cache)
     newest = max(folder.glob("**/*.xplane.pb"), key=lambda path: path.stat().st_mtime, default=None)
-    spent = {} if newest is None else sum_events(newest, instructions(compiled.as_text()))
+    spent = {} if newest is None else sum_events(newest, instructions(compiled.as_text() or ""))
     if not spent:
         raise RuntimeError(f"the profile in {folder} has no event of the traced steps")
     return spent
@@ -181,6 +181,6 @@ def _events(plane: Any, ops: Mapping[str, Op], of_device: bool) -> Iterator[tupl
         if of_device and not line.name.startswith("Stream"):
             continue
         for event in line.events:
-            instruction = dict(event.stats).get("hlo_op")
-            if instruction in ops:
-                yield ops[instruction], event.name, event.duration_ns
+            op = ops.get(str(dict(event.stats).get("hlo_op")))
+            if op is not None:
+                yield op, event.name, event.duration_ns

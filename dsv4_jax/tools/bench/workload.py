@@ -190,8 +190,8 @@ def noisy_cache(schema: CacheSchema) -> Cache:
     """A cache full of noise, each slot with blocks for its whole context."""
     arrays = {name: noise(array.shape, array.dtype, seed) for seed, (name, array) in enumerate(schema.arrays.items())}
     arrays["block_table"] = jnp.asarray(block_table(schema.slots, schema.max_blocks))
-    pools = {name: arrays.pop(name) for name in schema.pools}
-    return Cache(**arrays, pools=pools, schema=schema)
+    pools = {name: arrays[name] for name in schema.pools}
+    return Cache(arrays["block_table"], arrays["window"], arrays["window_positions"], pools, schema)
 
 
 def plan_of(shape: StepShape, slots: np.ndarray) -> StepPlan:

@@ -61,12 +61,12 @@ def capacity(
     if formats not in PROFILES:
         raise typer.BadParameter(f"{formats!r} is none of {', '.join(PROFILES)}.", param_hint="--formats")
     chosen = {"entries": entries, "window": window, "keys": keys, "hca_tail": hca_tail}
-    chosen = {component: name.value for component, name in chosen.items() if name is not None}
-    cache_formats = dataclasses.replace(PROFILES[formats], **chosen)
+    changes: dict[str, Any] = {component: str(name) for component, name in chosen.items() if name is not None}
+    cache_formats = dataclasses.replace(PROFILES[formats], **changes)
     memory_bytes = None if memory is None else parse_bytes(memory)
     picture = None if plot is None else writable_picture(plot, "capacity")
     to_file = json_path is not None and str(json_path) != "-"
-    if to_file:
+    if json_path is not None and to_file:
         writable_file(json_path, "--json")
     try:
         planned = capacity_plan(

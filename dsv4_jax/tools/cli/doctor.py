@@ -225,7 +225,8 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
     rows += [(plugin, version) for plugin in PLUGINS if (version := facts.versions[plugin])]
     rows.append(("devices", "\n".join(facts.devices) or "none"))
     rows.append(("driver", f"up to CUDA {_cuda(facts.driver_cuda)}" if facts.driver_cuda else "none"))
-    built = {None: "unknown", 0: "built without CUDA"}.get(facts.cuda_built) or f"CUDA {_cuda(facts.cuda_built)}"
+    built = f"CUDA {_cuda(facts.cuda_built)}" if facts.cuda_built else "built without CUDA"
+    built = "unknown" if facts.cuda_built is None else built
     if facts.cuda_built and facts.architectures:
         built += f" for {', '.join(facts.architectures)}"
     if facts.native_problem is not None:
