@@ -23,5 +23,8 @@ def signatures() -> dict[str, tuple[str, str, str]]:
 def codecs() -> dict[tuple[str, int], tuple[int, int, int]]:
     """(codec, width) -> bytes of a row's data, of its scales, and what a page's size is a multiple of."""
 
+def kinds() -> dict[str, tuple[int, bool, bool, bool, bool, int]]:
+    """Kind of layer -> ratio, overlap, gate, position_bias, indexed, and rows of its tail."""
+
 def plan_offsets(tokens: int, requests: int) -> dict[str, int]:
     """Where the kernels look for each field of a packed plan: field name -> index of its first element."""

@@ -76,6 +76,17 @@ nb::dict CodecTable() {
   return codecs;
 }
 
+// Kind -> its row of the table, and the rows of its tail.
+nb::dict Kinds() {
+  nb::dict kinds;
+  constexpr dsv4::KindTable table{};
+  for (const dsv4::Kind& kind : table.rows) {
+    kinds[kind.name] = nb::make_tuple(kind.ratio, kind.overlap, kind.gate, kind.position_bias, kind.indexed,
+                                      dsv4::TailGeometry{kind.ratio}.rows());
+  }
+  return kinds;
+}
+
 // Where the kernels look for each field of a packed plan, to be held against PlanLayout in dsv4_jax/layout/plan.py.
 nb::dict PlanOffsets(int tokens, int requests) {
   // Room for any plan of this layout, so that every field lies within it.
@@ -114,6 +125,7 @@ NB_MODULE(dsv4_jax_native, m) {
   m.def("registrations", &Registrations);
   m.def("signatures", &Signatures);
   m.def("codecs", &CodecTable);
+  m.def("kinds", &Kinds);
   m.def("plan_offsets", &PlanOffsets, nb::arg("tokens"), nb::arg("requests"));
   m.def("ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
   m.def("cuda_architectures", &CudaArchitectures);
