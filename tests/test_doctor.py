@@ -29,6 +29,7 @@ TARGETS = {
     "dsv4_update_hca",
     "dsv4_quantize",
     "dsv4_dequantize",
+    "dsv4_transfer",
 }
 
 HEALTHY = doctor.Facts(

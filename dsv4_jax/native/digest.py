@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS
+from dsv4_jax.layout.geometry import TailGeometry
 from dsv4_jax.layout.plan import PlanLayout
 from dsv4_jax.native.compatibility import REBUILD, NativeModuleError
 from dsv4_jax.native.signatures import SIGNATURES
@@ -29,7 +30,10 @@ def of_python() -> dict[str, Mapping[Any, Any]]:
     plans = {shape: PlanLayout(*shape).fields for shape in LAYOUTS}
     return {
         "op": {op: (s.operands, s.results, s.attributes) for op, s in SIGNATURES.items()},
-        "kind": {name: dataclasses.asdict(compression) for name, compression in COMPRESSIONS.items()},
+        "kind": {
+            name: (*dataclasses.astuple(compression), TailGeometry(compression).rows)
+            for name, compression in COMPRESSIONS.items()
+        },
         "plan field": {(*shape, name): where.start for shape, f in plans.items() for name, where in f.items()},
         "format": {(f.codec, f.width): (f.data_bytes, f.scale_bytes, f.page_multiple) for f in formats},
     }
