@@ -168,7 +168,7 @@ class Server:
         _, rows = self.ops.gather_all_entries(
             self.state[POOLS[kind]],
             self.state["block_table"],
-            build_plan(PlanLayout(1, 1), [slot], [length - 1], [1]),
+            build_plan(PlanLayout(1, 1), [slot], [length - 1], [1], False),
             LAYER[kind],
             ratio=RATIOS[kind],
             format=FORMATS[kind],
@@ -186,7 +186,7 @@ class Server:
         _, _, rows = self.ops.gather_window(
             self.state["window"],
             self.state["window_positions"],
-            build_plan(PlanLayout(1, 1), [slot], [last], [1]),
+            build_plan(PlanLayout(1, 1), [slot], [last], [1], False),
             WINDOW_LAYER,
             format=FP32,
             dtype=jnp.float32,
