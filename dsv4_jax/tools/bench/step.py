@@ -194,7 +194,7 @@ def whole_step(way: str, scale: Scale, implementation: Implementation) -> Outcom
     scaled = len(model(scale).layers) / len(step.schema.spec.layers)
     kept = {"turns": PLANS_ON_DEVICE, "scan": PLANS_ON_DEVICE, "one": 1}.get(way, 0)
     on_device = [sent(step.plan()) for _ in range(kept)]
-    latest = []
+    latest: list[StepPlan] = []
 
     def planned_ahead(index: int) -> StepPlan:
         if index % ahead == 0:
@@ -263,7 +263,7 @@ def host_part(part: str, scale: Scale, implementation: Implementation) -> Outcom
     return Outcome(Timing(statistics.median(times), spread(times), host_share=1.0, calls=count))
 
 
-def _compile(run: Callable[..., Cache], *args: Any) -> tuple[jax.stages.Compiled, int | None, float]:
+def _compile(run: Callable[..., Any], *args: Any) -> tuple[jax.stages.Compiled, int | None, float]:
     """The compiled function with its first argument donated, how many CUDA graphs it launches, and the time it took."""
     begin = time.perf_counter()
     lowered = jax.jit(run, donate_argnums=0).lower(*args)
