@@ -115,9 +115,10 @@ def test_the_table_of_operations_is_complete():
 
 
 def test_the_bytes_of_every_format():
-    header, *rows = rows_of_table(section("Formats"))
+    page = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
+    header, *rows = rows_of_table(page[: page.index("A format is chosen")])
     names = [name.strip("`") for name in header[1:]]
-    for (_, *cells), formats in zip(rows, (WINDOW_FORMATS, ENTRY_FORMATS, KEY_FORMATS), strict=True):
+    for (_, *cells), formats in zip(rows, (ENTRY_FORMATS, WINDOW_FORMATS, KEY_FORMATS), strict=True):
         stated = {name: int(cell) for name, cell in zip(names, cells, strict=True) if cell}
         assert stated == {name: vector_format.row_bytes for name, vector_format in formats.items()}
 

@@ -17,52 +17,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Literal
 
 import jax
 
 from dsv4_jax.cache.errors import WrongLayerKind
 from dsv4_jax.cache.pools import Cache
-from dsv4_jax.layout.formats import VectorFormat
-from dsv4_jax.spec.kinds import BLOCK_TOKENS, HEAD_DIM, ROPE_DIM, LayerKind
+from dsv4_jax.layout.formats import Numbers, VectorFormat
+from dsv4_jax.spec.kinds import BLOCK_TOKENS, LayerKind
 
 Component = Literal["entries", "keys", "window"]
-Role = Literal["codes", "values", "scales", "global_scale"]
-
-_BITS = MappingProxyType(
-    {"float32": 32, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e8m0fnu": 8, "float4_e2m1fn": 4},
-)
 
 
 @dataclasses.dataclass(frozen=True)
-class Field:
-    """One run of numbers that every row of a page has.
+class Field(Numbers):
+    """One run of numbers that every row of a page has, and where it lies.
 
     Attributes:
-      role: ``codes`` (to be scaled), ``values`` (as they are), ``scales`` (of groups of channels), ``global_scale``.
-      dtype: name of the numbers' type, as in ml_dtypes; little-endian. float8_e8m0fnu is 2^(byte - 127).
       offset: bytes from the start of a page to row 0's first number.
       stride: bytes from a row's first number to the next row's.
-      count: numbers of one row.
-      first_channel: the first channel that the numbers belong to.
-      channels: channels that one number covers, 1 for codes and values: number k covers ``channels`` channels from
-        ``first_channel + k * channels``.
     """
 
-    role: Role
-    dtype: str
-    offset: int
-    stride: int
-    count: int
-    first_channel: int
-    channels: int
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of one row's numbers."""
-        return self.count * _BITS[self.dtype] // 8
+    offset: int = 0
+    stride: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,15 +142,14 @@ def window_view(cache: Cache, layer: int) -> PoolView:
 
 def row_fields(vector_format: VectorFormat, rows: int) -> tuple[Field, ...]:
     """What a row of a format consists of, in pages of ``rows`` rows."""
-    data, scales = _LAYOUTS[vector_format.codec](vector_format.width)
     fields = []
-    for offset, stride, parts in (
-        (0, vector_format.data_bytes, data),
-        (vector_format.data_bytes * rows, vector_format.scale_bytes, scales),
+    for offset, stride, runs in (
+        (0, vector_format.data_bytes, vector_format.data),
+        (vector_format.data_bytes * rows, vector_format.scale_bytes, vector_format.scales),
     ):
-        for role, dtype, count, first_channel, channels in parts:
-            fields.append(Field(role, dtype, offset, stride, count, first_channel, channels))
-            offset += fields[-1].bytes
+        for run in runs:
+            fields.append(Field(**dataclasses.asdict(run), offset=offset, stride=stride))
+            offset += run.bytes
     return tuple(fields)
 
 
@@ -215,43 +191,3 @@ def _view(pool: jax.Array, index: int, vector_format: VectorFormat, *, rows_per_
         constant_scale=vector_format.global_scale,
         **described,
     )
-
-
-# (role, dtype, count, first channel, channels per number) of a row's data and of its scales, by codec, of a width.
-_Part = tuple[Role, str, int, int, int]
-_Layout = tuple[list[_Part], list[_Part]]
-
-_NOPE_DIM = HEAD_DIM - ROPE_DIM
-_FP8_DATA: list[_Part] = [
-    ("codes", "float8_e4m3fn", _NOPE_DIM, 0, 1),
-    ("values", "bfloat16", ROPE_DIM, _NOPE_DIM, 1),
-]
-
-
-def _nvfp4(width: int) -> _Layout:
-    return [("codes", "float4_e2m1fn", width, 0, 1)], [("scales", "float8_e4m3fn", width // 16, 0, 16)]
-
-
-def _nvfp4_with_row_scale(width: int) -> _Layout:
-    data, scales = _nvfp4(width)
-    return data, [*scales, ("global_scale", "float32", 1, 0, width)]
-
-
-_LAYOUTS: Mapping = MappingProxyType(
-    {
-        "fp32": lambda width: ([("values", "float32", width, 0, 1)], []),
-        "bf16": lambda width: ([("values", "bfloat16", width, 0, 1)], []),
-        "fp8": lambda width: (_FP8_DATA, [("scales", "float32", 1, 0, _NOPE_DIM)]),
-        "fp8_ds_mla": lambda width: (_FP8_DATA, [("scales", "float8_e8m0fnu", _NOPE_DIM // 64, 0, 64)]),
-        "fp8_pow2": lambda width: (
-            [("codes", "float8_e4m3fn", width, 0, 1)],
-            [("scales", "float32", 1, 0, width)],
-        ),
-        "nvfp4": _nvfp4_with_row_scale,
-        "nvfp4_static": _nvfp4,
-        "mxfp4": lambda width: (
-            [("codes", "float4_e2m1fn", width, 0, 1)],
-            [("scales", "float8_e8m0fnu", width // 32, 0, 32)],
-        ),
-    }
-)

@@ -18,6 +18,7 @@ import math
 import numbers
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +48,40 @@ _WIDTHS = MappingProxyType(
 )
 
 
+BITS: Mapping[str, int] = MappingProxyType(
+    {"float32": 32, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e8m0fnu": 8, "float4_e2m1fn": 4},
+)
+"""Bits of one number, by the name of its type in ml_dtypes."""
+
+Role = Literal["codes", "values", "scales", "global_scale"]
+"""What numbers are: to be scaled, as they are, scales of groups of channels, or the scale of a row's scales."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """A run of equal numbers in a row's data or in its scales.
+
+    Attributes:
+      role: what they are.
+      dtype: their type, a name of ``BITS``; little-endian. float8_e8m0fnu is 2^(byte - 127); of two float4_e2m1fn in a
+        byte the even one is the low nibble.
+      count: how many.
+      first_channel: the first channel that they belong to.
+      channels: channels that one of them covers, 1 for codes and values.
+    """
+
+    role: Role
+    dtype: str
+    count: int
+    first_channel: int = 0
+    channels: int = 1
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all of them."""
+        return self.count * BITS[self.dtype] // 8
+
+
 @dataclasses.dataclass(frozen=True)
 class VectorFormat:
     """How one vector of ``width`` channels is stored.
@@ -55,8 +90,9 @@ class VectorFormat:
       name: the word users choose the format by.
       codec: the name kernels and the reference know the arithmetic by.
       width: channels of a row, 512 (entries, window rows) or 128 (indexer keys).
-      data_bytes: bytes of one row's codes (and unquantized channels).
-      scale_bytes: bytes of one row's scales; 0 for unquantized formats.
+      data: what one row's codes (and unquantized channels) are.
+      scales: what one row's scales are; nothing for unquantized formats.
+      scale_padding: zero bytes behind a row's scales.
       page_multiple: a page's size is padded up to a multiple of this many bytes.
       global_scale: the constant fp32 scale of ``nvfp4_static``; unused by the others.
 
@@ -67,8 +103,9 @@ class VectorFormat:
     name: str
     codec: str
     width: int
-    data_bytes: int
-    scale_bytes: int = 0
+    data: tuple[Numbers, ...]
+    scales: tuple[Numbers, ...] = ()
+    scale_padding: int = 0
     page_multiple: int = 1
     global_scale: float = 1.0
 
@@ -78,6 +115,16 @@ class VectorFormat:
         if self.width not in _WIDTHS[self.codec]:
             widths = " or ".join(map(str, _WIDTHS[self.codec]))
             raise FormatError(f"{self.codec} holds vectors of {widths} channels, not {self.width}.")
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of one row's codes (and unquantized channels)."""
+        return sum(numbers.bytes for numbers in self.data)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of one row's scales, padding included; 0 for unquantized formats."""
+        return sum(numbers.bytes for numbers in self.scales) + self.scale_padding
 
     @property
     def quantized(self) -> bool:
@@ -112,23 +159,37 @@ def _table(*formats: VectorFormat) -> Mapping[str, VectorFormat]:
     return MappingProxyType({vector_format.name: vector_format for vector_format in formats})
 
 
-def _fp8_ds_mla() -> VectorFormat:
-    # 7 UE8M0 bytes and one zero byte a row; page stride as FlashMLA's MODEL1 expects it.
-    return VectorFormat("fp8_ds_mla", "fp8_ds_mla", HEAD_DIM, HEAD_DIM + ROPE_DIM, 8, page_multiple=576)
+def _plain(name: str, dtype: str, width: int) -> VectorFormat:
+    return VectorFormat(name, name, width, (Numbers("values", dtype, width),))
+
+
+_CODED = HEAD_DIM - ROPE_DIM
+_FP8_DATA = (Numbers("codes", "float8_e4m3fn", _CODED), Numbers("values", "bfloat16", ROPE_DIM, _CODED))
 
 
 def _nvfp4(width: int) -> tuple[VectorFormat, VectorFormat]:
+    data = (Numbers("codes", "float4_e2m1fn", width),)
+    scales = (Numbers("scales", "float8_e4m3fn", width // 16, channels=16),)
+    of_row = Numbers("global_scale", "float32", 1, channels=width)
     return (
-        VectorFormat("nvfp4", "nvfp4", width, width // 2, width // 16 + 4),
-        VectorFormat("nvfp4_static", "nvfp4_static", width, width // 2, width // 16),
+        VectorFormat("nvfp4", "nvfp4", width, data, (*scales, of_row)),
+        VectorFormat("nvfp4_static", "nvfp4_static", width, data, scales),
     )
 
 
 WINDOW_FORMATS = _table(
-    VectorFormat("fp32", "fp32", HEAD_DIM, 4 * HEAD_DIM),
-    VectorFormat("bf16", "bf16", HEAD_DIM, 2 * HEAD_DIM),
-    VectorFormat("fp8", "fp8", HEAD_DIM, HEAD_DIM + ROPE_DIM, 4),
-    _fp8_ds_mla(),
+    _plain("fp32", "float32", HEAD_DIM),
+    _plain("bf16", "bfloat16", HEAD_DIM),
+    VectorFormat("fp8", "fp8", HEAD_DIM, _FP8_DATA, (Numbers("scales", "float32", 1, channels=_CODED),)),
+    VectorFormat(  # page stride as FlashMLA's MODEL1 expects it
+        "fp8_ds_mla",
+        "fp8_ds_mla",
+        HEAD_DIM,
+        _FP8_DATA,
+        (Numbers("scales", "float8_e8m0fnu", _CODED // 64, channels=64),),
+        scale_padding=1,
+        page_multiple=576,
+    ),
 )
 """Formats of sliding-window rows by name."""
 
@@ -136,11 +197,23 @@ ENTRY_FORMATS = _table(*WINDOW_FORMATS.values(), *_nvfp4(HEAD_DIM))
 """Formats of compressed entries by name."""
 
 KEY_FORMATS = _table(
-    VectorFormat("fp32", "fp32", KEY_DIM, 4 * KEY_DIM),
-    VectorFormat("bf16", "bf16", KEY_DIM, 2 * KEY_DIM),
-    VectorFormat("fp8", "fp8_pow2", KEY_DIM, KEY_DIM, 4),
+    _plain("fp32", "float32", KEY_DIM),
+    _plain("bf16", "bfloat16", KEY_DIM),
+    VectorFormat(
+        "fp8",
+        "fp8_pow2",
+        KEY_DIM,
+        (Numbers("codes", "float8_e4m3fn", KEY_DIM),),
+        (Numbers("scales", "float32", 1, channels=KEY_DIM),),
+    ),
     *_nvfp4(KEY_DIM),
-    VectorFormat("mxfp4", "mxfp4", KEY_DIM, KEY_DIM // 2, 4),
+    VectorFormat(
+        "mxfp4",
+        "mxfp4",
+        KEY_DIM,
+        (Numbers("codes", "float4_e2m1fn", KEY_DIM),),
+        (Numbers("scales", "float8_e8m0fnu", KEY_DIM // 32, channels=32),),
+    ),
 )
 """Formats of indexer keys by name."""
 
