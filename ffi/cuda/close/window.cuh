@@ -62,9 +62,9 @@ __device__ __forceinline__ void pooled(const Partials<N>& partials, float (&x)[N
   for (int i = 0; i < N; ++i) x[i] = pooled(partials[i]);
 }
 
-// Rows 8 group .. 8 group + 7 of the window that token `index` closes, pooled. The same rows as window_row's. Its rows of
-// the tail, which may come from far, are all in flight before anything is waited for, and so are its rows of the step
-// where it has no others.
+// Rows 8 group .. 8 group + 7 of the window that token `index` closes, pooled. The same rows as window_row's. Its rows
+// of the tail, which may come from far, are all in flight before anything is waited for, and so are its rows of the
+// step where it has no others.
 template <int W, int kRatio, class T, int N>
 __device__ __forceinline__ Partials<N> pool_rows(const Tail& tail, const Projections& in, int64_t layer,
                                                  const Token& closing, int index, int group, int channel) {

@@ -28,7 +28,9 @@ __device__ __forceinline__ void load_early(const float* from, float (&x)[2]) {
 }
 
 __device__ __forceinline__ void load_early(const float* from, float (&x)[4]) {
-  asm volatile("ld.relaxed.cta.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "l"(from));
+  asm volatile("ld.relaxed.cta.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+               : "l"(from));
 }
 
 __device__ __forceinline__ void load_early(const bfloat16* from, float (&x)[2]) {

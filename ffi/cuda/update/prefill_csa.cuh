@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kRunThreads, kRunBlocks<RowT, T>)
   if (!kInPassing && static_cast<int>(blockIdx.x) >= runs.blocks) {
     const int other = blockIdx.x - runs.blocks, others = gridDim.x - runs.blocks;
     append_last_tokens<RowT, T, kCsaRatio, kDeep>(params, last, other * kRunWarps + thread / kWarp, others * kRunWarps,
-                                           thread % kWarp);
+                                                  thread % kWarp);
     return;
   }
   if (thread >= kPoolThreads) {

@@ -24,7 +24,7 @@ __global__ void DSV4_CLUSTER_DIMS(kRanks) __launch_bounds__(kThreads, kHcaThread
     constexpr int kWarps = kThreads / kWarp;
     const int closing = rows * kRanks, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     append_last_tokens<RowT, T, kHcaRatio, kDeep>(params, last, (blockIdx.x - closing) * kWarps + warp,
-                                           (gridDim.x - closing) * kWarps, lane);
+                                                  (gridDim.x - closing) * kWarps, lane);
     return;
   }
   const ClosingWindow window = look_up<kHcaRatio>(params, row);

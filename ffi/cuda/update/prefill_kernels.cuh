@@ -20,7 +20,7 @@ template <class RowT, class T, int kRatio, bool kDeep>
 __global__ void __launch_bounds__(kAppendWarps* kWarp, 2)
     append_last_tokens_kernel(UpdateParams params, LastTokens last) {
   append_last_tokens<RowT, T, kRatio, kDeep>(params, last, blockIdx.x * kAppendWarps + threadIdx.x / kWarp,
-                                      gridDim.x * kAppendWarps, threadIdx.x % kWarp);
+                                             gridDim.x * kAppendWarps, threadIdx.x % kWarp);
 }
 
 // As many blocks as find place at once, `at_once`, or a multiple of it where runs would get too long.

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(RunningThreads::kThreads)
   const int row = blockIdx.x, states = rows + plan.requests;
   if (row >= states) {
     append_last_tokens<RowT, T, 0, false>(params, last, (row - states) * threads.kWarps + threads.thread / kWarp,
-                                   (gridDim.x - states) * threads.kWarps, threads.thread % kWarp);
+                                          (gridDim.x - states) * threads.kWarps, threads.thread % kWarp);
     return;
   }
   const int64_t layer = *params.kind_layer;
