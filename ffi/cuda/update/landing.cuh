@@ -57,7 +57,8 @@ struct Landing {
   // Begins copying the rows of tokens `first` .. `first` + 7.
   __device__ __forceinline__ void copy(const Projections& in, int first) const {
     constexpr int kRowLanes = kWarp / kRowsAtOnce, kLaneChannels = kLaneBytes / static_cast<int>(sizeof(T));
-    const unsigned offset = (first + lane / kRowLanes) * kColumns + channel + lane % kRowLanes * kLaneChannels;
+    const int64_t offset =
+        static_cast<int64_t>(first + lane / kRowLanes) * kColumns + channel + lane % kRowLanes * kLaneChannels;
     const T* kv = static_cast<const T*>(in.kv) + offset;
     const T* gate = static_cast<const T*>(in.gate) + offset;
     const unsigned to = shared(rows) + lane * kLaneBytes;
