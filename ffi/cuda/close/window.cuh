@@ -109,11 +109,12 @@ __device__ __forceinline__ Partials<N> pool_rows(const Tail& tail, const Project
     const int previous = static_cast<unsigned>(closing.position + 1 + depth) % (2u * kRatio + depth);
     const int current = depth == 0 ? (kOverlaps ? 0 : group * kGroupRows)
                                    : static_cast<unsigned>(kOverlaps ? closing.position + 1 - kRatio : first) % ring;
+    const int from_tail = closing.start - first;  // rows; those behind came with this step
     const float* const overlap_rows = rows + previous * W;
     const float* const current_rows = rows + (geometry.overlap_ring() + current) * W;
 #pragma unroll
     for (int i = 0; i < kGroupRows; ++i) {
-      if (first + i < closing.start) {
+      if (i < from_tail) {
         const float* row =
             kOverlaps && i < kRatio ? overlap_rows + i * W : current_rows + (kOverlaps ? i - kRatio : i) * W;
         if (!kOverlaps && depth != 0 && current + i >= ring) row -= ring * W;

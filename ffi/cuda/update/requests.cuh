@@ -83,7 +83,7 @@ __device__ __forceinline__ void compress_request(const UpdateParams& params, con
   const unsigned layer = *params.kind_layer;  // a negative one is beyond all
   if (!has_layer(pool, layer)) return;
   for_each_closing<kCsaRatio>(params, place, [&](const Token& token, int index) {
-    close_csa_window<T>(compressor, pool, params.table, layer, token, index, index, threads);
+    close_csa_window<T>(compressor, pool, params.table, params.kind_layer, token, index, index, threads);
     threads.sync();  // before the next window reuses the scratch
   });
   const StepRequest request = step_request(params.window.plan, place, params.table.slots);
