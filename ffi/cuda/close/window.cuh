@@ -226,10 +226,11 @@ template <class T, int W, int N>
 __device__ __forceinline__ void csa_entry(const Compressor& compressor, int64_t layer, const Token& closing, int index,
                                           int row, const RowThreads<W, N>& threads, float (&x)[N]) {
   const int64_t angles = static_cast<int64_t>(row) * (kRopeDim / 2);
-  const auto finish = FinishOf<N>::template load<W>(compressor.norm_weight, compressor.cos + angles,
-                                                    compressor.sin + angles, threads.channel());
   const Partials<N> partial = pool_rows<W, kCsaRatio, T, N>(compressor.tail, compressor.projections, layer, closing,
                                                             index, 0, threads.channel());
+  // Behind the rows, whose registers are many.
+  const auto finish = FinishOf<N>::template load<W>(compressor.norm_weight, compressor.cos + angles,
+                                                    compressor.sin + angles, threads.channel());
   finish_csa_entry(compressor, finish, partial, threads, x);
 }
 }  // namespace dsv4::cuda
