@@ -6,7 +6,8 @@
 // of a tail of which each thread reads and writes its own channels alone, reads first. The statements are volatile, so
 // they keep their order among themselves and against barriers; they clobber no memory, because then no ordinary load
 // or store could pass them either, and what they order would be waited for. By the rule nothing that could pass them
-// touches what they read.
+// touches what they read. They are relaxed loads, which the assembler does not move behind a branch either, as it would
+// weak ones that only one side of the branch uses.
 #pragma once
 
 #include "layout/codecs.h"

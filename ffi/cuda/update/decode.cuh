@@ -41,7 +41,8 @@ struct OnlyToken {
   // Whether a request of the step brings more.
   __device__ __forceinline__ bool has_others() const { return longest > 1; }
 
-  // Whether it may be written to that pool and as many slots.
+  // Whether it may be written to that pool and as many slots. The compiler may not see through the answer: it would lay
+  // the way of several tokens between the two halves of the usual one, and code that runs once is fetched line by line.
   __device__ __forceinline__ bool fits(const Pool& pool, int64_t slots) const {
     const unsigned checked = slot | (position & 0x80000000u);  // beyond all slots where the position is negative
     int fits = longest == 1 && layer < static_cast<unsigned>(pool.layers) && checked < static_cast<unsigned>(slots);
