@@ -239,9 +239,11 @@ def test_every_weight_has_an_effect(leaf, seed):
     compressor, indexer = layer.compressor, layer.indexer
     changed = {
         "sinks": layer._replace(sinks=jnp.full_like(layer.sinks, -1e9)),
-        "ape": layer._replace(compressor=compressor._replace(ape=jnp.zeros_like(compressor.ape))),
+        "ape": layer._replace(compressor=compressor._replace(position_bias=jnp.zeros_like(compressor.position_bias))),
         "index_ape": layer._replace(
-            indexer=indexer._replace(keys=indexer.keys._replace(ape=jnp.zeros_like(indexer.keys.ape)))
+            indexer=indexer._replace(
+                keys=indexer.keys._replace(position_bias=jnp.zeros_like(indexer.keys.position_bias))
+            )
         ),
         "row_norm": layer._replace(row_norm=jnp.ones_like(layer.row_norm)),
         "entry_norm": layer._replace(compressor=compressor._replace(norm=jnp.ones_like(compressor.norm))),

@@ -90,7 +90,7 @@ def compressed_entries(
     """fp32 [n // ratio, d]: every entry of the sequence, before rounding."""
     ratio = kind.ratio
     kv = made.kv.astype(jnp.float32).reshape(-1, ratio, made.kv.shape[-1])
-    score = made.gate.astype(jnp.float32).reshape(kv.shape) + weights.ape
+    score = made.gate.astype(jnp.float32).reshape(kv.shape) + weights.position_bias
     if kind is LayerKind.CSA:
         # An entry pools the overlap half of the window before its own; entry 0 has none before it.
         width = kv.shape[-1] // 2

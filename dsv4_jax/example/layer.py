@@ -72,7 +72,7 @@ def compressor_inputs(
 
 
 def _inputs(made: Compressed, weights: CompressorWeights, angles: Rotary) -> CompressorInputs:
-    return CompressorInputs(made.kv, made.gate, weights.ape, weights.norm, angles)
+    return CompressorInputs(made.kv, made.gate, weights.position_bias, weights.norm, angles)
 
 
 def merge_heads(weights: LayerWeights, attended: jax.Array, rotary: Rotary) -> jax.Array:

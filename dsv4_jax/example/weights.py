@@ -18,7 +18,7 @@ class CompressorWeights(NamedTuple):
 
     kv: jax.Array  # [hidden, c]
     gate: jax.Array  # [hidden, c]
-    ape: jax.Array  # [ratio, c] added to the gate by position within the window
+    position_bias: jax.Array  # [ratio, c] added to the gate by position within the window
     norm: jax.Array  # [d]
 
 
@@ -72,7 +72,7 @@ def init_weights(spec: ModelSpec, seed: int) -> StackWeights:
         return CompressorWeights(
             kv=normal(hidden, columns, fan_in=hidden),
             gate=normal(hidden, columns, fan_in=hidden),
-            ape=normal(ratio, columns),
+            position_bias=normal(ratio, columns),
             norm=near_one(width),
         )
 

@@ -191,13 +191,15 @@ class CacheManager:
         Truncating to 0 is always possible: the request's next plan resets its slot. Above 0 the cache must go on from
         ``length`` as if the dropped tokens had never been, so all that position ``length`` needs must still be there:
 
-        - The open windows. A tail keeps the rows of the open window (for CSA also the overlap rows of the window before
-          it); what a closed window leaves behind is cleared. With CSA layers the same window must be open before and
-          after: the same ``length // 4``. With HCA layers only, the same ``length // 128``, or ``length`` a multiple of
-          128, where the open window has no row yet. A running HCA tail has no rows to drop: only that multiple.
-        - The sliding window. Positions ``length - window + 1 … length - 1`` must not have been overwritten by positions
-          one ring later: ``length >= peak - lookahead - 1``, where ``peak`` is the longest the request has been since
-          it was admitted or truncated to 0. While ``peak`` is at most the ring, nothing has been overwritten.
+        - ``peak`` is the longest the request has been since it was admitted or truncated to 0, and L the schema's
+          ``lookahead``: every ring keeps L rows more than the windows need. So every length from ``peak - L`` on is
+          possible.
+        - Below that, what happens to be left. The open windows of the tails at ``peak - L`` have their rows still: with
+          CSA layers ``length >= (peak - L) // 4 * 4``, with HCA layers ``length >= (peak - L) // 128 * 128`` or a
+          multiple of 128, where nothing is open. The sliding window: ``length >= peak - L - 1``, or anything while
+          ``peak`` is at most the ring.
+        - A running HCA tail has folded its tokens and cannot drop one, whatever L: only multiples of 128 (and the one
+          token that opened a window).
 
         Rows of dropped positions stay on the device. None is read: which rows count follows from the position, and a
         position is written again before it counts. Blocks whose entries are all dropped are free at once.

@@ -323,7 +323,7 @@ ffi::Error handle(Call call, Check check, Run run) {
       },                                                                                                          \
       xla::ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs(), {xla::ffi::Traits::kCmdBufferCompatible})
 #ifdef DSV4_WITH_CUDA
-#define DSV4_CUDA_HANDLER(op, kernel, ...)                                                                         \
+#define DSV4_CUDA_HANDLER(op, kernel)                                                                              \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                                                   \
       dsv4_##op##_cuda,                                                                                            \
       [](CUstream_st* stream, xla::ffi::RemainingArgs operands, xla::ffi::RemainingRets results,                   \
@@ -333,15 +333,10 @@ ffi::Error handle(Call call, Check check, Run run) {
                             [stream](const auto& params) { return dsv4::cuda::kernel(stream, params); });          \
       },                                                                                                           \
       xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<CUstream_st*>>().RemainingArgs().RemainingRets().Attrs(), \
-      {__VA_ARGS__})
+      {xla::ffi::Traits::kCmdBufferCompatible})
 #else
-#define DSV4_CUDA_HANDLER(op, kernel, ...) static_assert(true)
+#define DSV4_CUDA_HANDLER(op, kernel) static_assert(true)
 #endif
 #define DSV4_HANDLERS(op, kernel) \
   DSV4_CPU_HANDLER(op, kernel);   \
-  DSV4_CUDA_HANDLER(op, kernel, xla::ffi::Traits::kCmdBufferCompatible)
-// Launched by itself, in front of the CUDA graph or between two. XLA updates a whole graph when the address of an
-// argument that it reads has changed; what reads an argument that is new in every step must therefore lie outside.
-#define DSV4_HANDLERS_OUTSIDE_GRAPHS(op, kernel) \
-  DSV4_CPU_HANDLER(op, kernel);                  \
   DSV4_CUDA_HANDLER(op, kernel)

@@ -31,8 +31,7 @@ RotateParams check_rotate(Call& call) { return {call.tail("tail", call.ratio()),
 
 }  // namespace dsv4
 
-// The only op that reads a step's plan where the host put it.
-DSV4_HANDLERS_OUTSIDE_GRAPHS(begin_step, begin_step);
+DSV4_HANDLERS(begin_step, begin_step);
 DSV4_HANDLERS(append_window, append_window);
 DSV4_HANDLERS(append_tail, append_tail);
 DSV4_HANDLERS(rotate, rotate);

@@ -48,7 +48,7 @@ TARGETS = {
     "prefill/hca/fp32/8x1024": Target(11.5, 9.0),
     "prefill/hca/bf16/8x1024": Target(6.5, 5.0),
     "step/pro/b64/one_plan": Target(135.0, 128.0),
-    "step/pro/b64/planned": Target(190.0, 160.0),
+    "step/pro/b64/planned/8_ahead": Target(190.0, 160.0),
     "host/prepare_forward/1024": Target(60.0, 50.0),
 }
 
@@ -183,6 +183,7 @@ def _steps(scale: Scale) -> Iterator[Case]:
         ("scan", "/8_per_dispatch"),
         ("planned", "/planned"),
         ("transferred", "/planned/device_put"),
+        ("ahead", "/planned/8_ahead"),
     ):
         yield Case(
             name + suffix,

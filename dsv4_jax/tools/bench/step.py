@@ -115,23 +115,34 @@ class _Step:
       implementation: "native", or "reference" for a step of the first layers, see ``model``.
       planned: steps that ``plan`` is called for, at most.
       per_dispatch: steps of a dispatch, 1 for a step that takes its plan alone.
+      ahead: steps that are planned at a time and dispatched one by one; the device counts which of them comes next.
     """
 
-    def __init__(self, scale: Scale, implementation: Implementation, planned: int, per_dispatch: int = 1) -> None:
+    def __init__(
+        self, scale: Scale, implementation: Implementation, planned: int, per_dispatch: int = 1, ahead: int = 1
+    ) -> None:
         self.schema, self.manager, self._batch = _make(scale, model(scale, implementation), planned)
-        self._steps = None if per_dispatch == 1 else per_dispatch
+        self._steps = max(per_dispatch, ahead) if max(per_dispatch, ahead) > 1 else None
         layout = self.manager.layouts[0]
         self.inputs = step_inputs(self.schema.spec, StepPlan(jnp.full(layout.size, -1, jnp.int32), layout))
+
+        def run_next(state: tuple[Cache, jax.Array], plans: StepPlan, inputs: Any) -> tuple[Cache, jax.Array]:
+            cache, count = state
+            return decode_step(cache, plans.step(count % ahead), inputs, implementation), count + 1
 
         def run(cache: Cache, plan: StepPlan, inputs: Any) -> Cache:
             if self._steps is None:
                 return decode_step(cache, plan, inputs, implementation)
             return jax.lax.scan(lambda c, one: (decode_step(c, one, inputs, implementation), None), cache, plan)[0]
 
-        self.cache = noisy_cache(self.schema)
+        self.state: Any = noisy_cache(self.schema)
+        if ahead > 1:
+            self.state = (self.state, jnp.zeros((), jnp.int32))
         shape = (layout.size,) if self._steps is None else (self._steps, layout.size)
         example = StepPlan(jax.ShapeDtypeStruct(shape, jnp.int32), layout)
-        self.compiled, self.graphs, self.compile_seconds = _compile(run, self.cache, example, self.inputs)
+        self.compiled, self.graphs, self.compile_seconds = _compile(
+            run if ahead == 1 else run_next, self.state, example, self.inputs
+        )
 
     def plan(self) -> StepPlan:
         """The next dispatch's, as `prepare_forward` returns it: NumPy."""
@@ -139,7 +150,7 @@ class _Step:
 
     def dispatch(self, plan: StepPlan) -> None:
         """Sends one step (or several, of a scan), and waits for nothing."""
-        self.cache = self.compiled(self.cache, plan, self.inputs)
+        self.state = self.compiled(self.state, plan, self.inputs)
 
     def seconds(self, plans: Callable[[int], StepPlan], count: int) -> tuple[float, float]:
         """Time of so many dispatches, `plans` called for each, and the host's part of it."""
@@ -147,7 +158,7 @@ class _Step:
         for index in range(count):
             self.dispatch(plans(index))
         dispatched = time.perf_counter()
-        jax.block_until_ready(self.cache)
+        jax.block_until_ready(self.state)
         return time.perf_counter() - begin, dispatched - begin
 
 
@@ -165,21 +176,33 @@ def whole_step(way: str, scale: Scale, implementation: Implementation) -> Outcom
       way: "turns": a few plans are on the device before, and used in turn. "one": always the same of them, so that no
         address changes. "scan": as "turns", 8 steps in one dispatch. "planned": each step is planned by
         `prepare_forward` and dispatched with the NumPy plan, as in a server. "transferred": planned, and sent by
-        `jax.device_put` before it is dispatched.
+        `jax.device_put` before it is dispatched. "ahead": 8 steps are planned at a time and sent together, and the
+        device picks the next one: an argument's address changes every eighth step only.
       scale: sizes.
       implementation: "native", or "reference" for an estimate from its first layers, see ``model``.
     """
     trials = max(scale.trials // 2, 2)
     full = scale.name == "full" and implementation == "native"
     # A server goes on and on: its host runs ahead until the runtime makes it wait.
-    replays = (4 * MOST_REPLAYS if way in ("planned", "transferred") else MOST_REPLAYS) if full else 2
+    replays = (4 * MOST_REPLAYS if way in ("planned", "transferred", "ahead") else MOST_REPLAYS) if full else 2
     per_dispatch = STEPS_PER_DISPATCH if way == "scan" else 1
+    ahead = STEPS_PER_DISPATCH if way == "ahead" else 1
     fewer = replays // 3
-    step = _Step(scale, implementation, (replays + fewer) * (trials + 1) * per_dispatch, per_dispatch)
+    step = _Step(
+        scale, implementation, (replays + fewer + 2 * ahead) * (trials + 1) * per_dispatch, per_dispatch, ahead
+    )
     scaled = len(model(scale).layers) / len(step.schema.spec.layers)
     kept = {"turns": PLANS_ON_DEVICE, "scan": PLANS_ON_DEVICE, "one": 1}.get(way, 0)
     on_device = [sent(step.plan()) for _ in range(kept)]
+    latest: list[StepPlan] = []
+
+    def planned_ahead(index: int) -> StepPlan:
+        if index % ahead == 0:
+            latest[:] = [sent(step.plan())]
+        return latest[0]
+
     plans: Callable[[int], StepPlan] = {
+        "ahead": planned_ahead,
         "planned": lambda _: step.plan(),
         "transferred": lambda _: sent(step.plan()),
     }.get(way, lambda index: on_device[index % kept])
@@ -234,13 +257,13 @@ def host_part(part: str, scale: Scale, implementation: Implementation) -> Outcom
         for _ in range(count):
             made.append(work())
         elapsed = time.perf_counter() - begin
-        jax.block_until_ready((step.cache, [plan.packed for plan in made if plan is not None]))
+        jax.block_until_ready((step.state, [plan.packed for plan in made if plan is not None]))
         if trial:  # the first warms up
             times.append(elapsed / count * 1e6)
     return Outcome(Timing(statistics.median(times), spread(times), host_share=1.0, calls=count))
 
 
-def _compile(run: Callable[..., Cache], *args: Any) -> tuple[jax.stages.Compiled, int | None, float]:
+def _compile(run: Callable[..., Any], *args: Any) -> tuple[jax.stages.Compiled, int | None, float]:
     """The compiled function with its first argument donated, how many CUDA graphs it launches, and the time it took."""
     begin = time.perf_counter()
     lowered = jax.jit(run, donate_argnums=0).lower(*args)
