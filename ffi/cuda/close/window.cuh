@@ -62,9 +62,9 @@ __device__ __forceinline__ void pooled(const Partials<N>& partials, float (&x)[N
   for (int i = 0; i < N; ++i) x[i] = pooled(partials[i]);
 }
 
-// Rows 8 group .. 8 group + 7 of the window that token `index` closes, pooled. The same rows as window_row's, at
-// addresses that differ by constants, and loaded without branches between, so that all of a group's loads are in flight
-// together.
+// Rows 8 group .. 8 group + 7 of the window that token `index` closes, pooled. The same rows as window_row's. Its rows
+// of the tail, which may come from far, are all in flight before anything is waited for, and so are its rows of the
+// step where it has no others.
 template <int W, int kRatio, class T, int N>
 __device__ __forceinline__ Partials<N> pool_rows(const Tail& tail, const Projections& in, int64_t layer,
                                                  const Token& closing, int index, int group, int channel) {
@@ -80,10 +80,10 @@ __device__ __forceinline__ Partials<N> pool_rows(const Tail& tail, const Project
     load_values(static_cast<const T*>(in.gate) + offset, score[i]);
   };
   const auto add_bias = [&](int i) {
-    float ape[N];
-    load_values(in.ape + (kOverlaps ? i % kRatio : group * kGroupRows + i) * kColumns + column(i), ape);
+    float bias[N];
+    load_values(in.ape + (kOverlaps ? i % kRatio : group * kGroupRows + i) * kColumns + column(i), bias);
 #pragma unroll
-    for (int c = 0; c < N; ++c) score[i][c] += ape[c];
+    for (int c = 0; c < N; ++c) score[i][c] += bias[c];
   };
 
   if (first >= closing.start || (first < 0 && closing.start == 0)) {
@@ -101,27 +101,26 @@ __device__ __forceinline__ Partials<N> pool_rows(const Tail& tail, const Project
   } else {
     const TailGeometry& geometry = tail.geometry;
     const float* rows = tail_row(tail, layer, closing.slot, 0, 0) + channel;
+    const int scores = geometry.rows() * W;  // from a tail row to its scores
     // Where the rings have the group's first row, with overlap that of each half's four. A window of four lies in one
     // piece; eight of 128 rows may begin anew in a deep ring. (The window before, counted around the ring: it need not
     // be there.)
     const int depth = geometry.depth, ring = geometry.current_ring();
     const int previous = static_cast<unsigned>(closing.position + 1 + depth) % (2u * kRatio + depth);
-    const int current = depth == 0 ? group * kGroupRows % kRatio
+    const int current = depth == 0 ? (kOverlaps ? 0 : group * kGroupRows)
                                    : static_cast<unsigned>(kOverlaps ? closing.position + 1 - kRatio : first) % ring;
-    const auto row_of = [&](int i) {
-      if (kOverlaps) return i < kRatio ? previous + i : geometry.overlap_ring() + current + i - kRatio;
-      return depth == 0 || current + i < ring ? current + i : current + i - ring;
-    };
+    const int from_tail = closing.start - first;  // rows; those behind came with this step
+    const float* const overlap_rows = rows + previous * W;
+    const float* const current_rows = rows + (geometry.overlap_ring() + current) * W;
 #pragma unroll
     for (int i = 0; i < kGroupRows; ++i) {
-      const int row = row_of(i);
-      load_values(rows + row * W, kv[i]);
-      load_values(rows + (tail.geometry.rows() + row) * W, score[i]);
-    }
-    if (first + kGroupRows > closing.start) {
-#pragma unroll
-      for (int i = 0; i < kGroupRows; ++i) {
-        if (first + i < closing.start) continue;
+      if (i < from_tail) {
+        const float* row =
+            kOverlaps && i < kRatio ? overlap_rows + i * W : current_rows + (kOverlaps ? i - kRatio : i) * W;
+        if (!kOverlaps && depth != 0 && current + i >= ring) row -= ring * W;
+        load_values(row, kv[i]);
+        load_values(row + scores, score[i]);
+      } else {
         load_projection(i, i);
         add_bias(i);
       }
@@ -227,10 +226,11 @@ template <class T, int W, int N>
 __device__ __forceinline__ void csa_entry(const Compressor& compressor, int64_t layer, const Token& closing, int index,
                                           int row, const RowThreads<W, N>& threads, float (&x)[N]) {
   const int64_t angles = static_cast<int64_t>(row) * (kRopeDim / 2);
-  const auto finish = FinishOf<N>::template load<W>(compressor.norm_weight, compressor.cos + angles,
-                                                    compressor.sin + angles, threads.channel());
   const Partials<N> partial = pool_rows<W, kCsaRatio, T, N>(compressor.tail, compressor.projections, layer, closing,
                                                             index, 0, threads.channel());
+  // Behind the rows, whose registers are many.
+  const auto finish = FinishOf<N>::template load<W>(compressor.norm_weight, compressor.cos + angles,
+                                                    compressor.sin + angles, threads.channel());
   finish_csa_entry(compressor, finish, partial, threads, x);
 }
 }  // namespace dsv4::cuda

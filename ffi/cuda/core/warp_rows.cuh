@@ -91,7 +91,8 @@ __device__ __forceinline__ void store_scaled(StoredRow stored, const float (&x)[
     const float block_amax = max_over_lanes<Codec::kBlock / N>(amax);
     if (channel < Codec::kQuantized) {
       const uint8_t code = Codec::block_code(block_amax, row_scale);
-      if (channel % Codec::kBlock == 0) stored.scales[channel / Codec::kBlock] = code;
+      const unsigned place = channel;  // unsigned, which needs fewer registers
+      if (place % Codec::kBlock == 0) stored.scales[place / Codec::kBlock] = code;
       scale = Codec::scale(code, row_scale);
     }
   }

@@ -38,12 +38,16 @@ struct OnlyToken {
         slot(load_early(fields.slot + place)),
         position(load_early(fields.position + place)) {}
 
-  __device__ __forceinline__ bool is_only() const { return longest == 1; }
+  // Whether a request of the step brings more.
+  __device__ __forceinline__ bool has_others() const { return longest > 1; }
 
-  // Whether it may be written to that pool and as many slots.
+  // Whether it may be written to that pool and as many slots. The compiler may not see through the answer: it would lay
+  // the way of several tokens between the two halves of the usual one, and code that runs once is fetched line by line.
   __device__ __forceinline__ bool fits(const Pool& pool, int64_t slots) const {
     const unsigned checked = slot | (position & 0x80000000u);  // beyond all slots where the position is negative
-    return is_only() && layer < static_cast<unsigned>(pool.layers) && checked < static_cast<unsigned>(slots);
+    int fits = longest == 1 && layer < static_cast<unsigned>(pool.layers) && checked < static_cast<unsigned>(slots);
+    asm volatile("" : "+r"(fits));
+    return fits != 0;
   }
 };
 
@@ -93,7 +97,7 @@ __device__ __forceinline__ void append_window_token(const UpdateParams& params, 
   load_early(static_cast<const RowT*>(params.window.rows) + (place * kHeadDim + channel), x);
   if (norm.weight != nullptr) finish.template apply<kHeadDim>(x, threads.sum(square_sum(x)), norm.eps, channel);
   if (!token.fits(window, window.pages)) {
-    if (!token.is_only()) several();
+    if (token.has_others()) several();
     return;
   }
   store_window_token(params, token.layer, token.slot, token.position, x, threads);
@@ -128,7 +132,7 @@ __device__ __forceinline__ void compress_csa_token(const UpdateParams& params, c
   const auto finish =
       FinishOf<2>::load<W>(compressor.norm_weight, compressor.cos + angles, compressor.sin + angles, channel);
   if (!token.fits(pool, params.table.slots)) {
-    if (!token.is_only()) several();
+    if (token.has_others()) several();
     return;
   }
 
@@ -224,7 +228,7 @@ __device__ __forceinline__ void fold_token(const UpdateParams& params, const Tok
   load_early(static_cast<const T*>(in.kv) + own, kv);
   load_early(static_cast<const T*>(in.gate) + own, score);
   if (!token.fits(pool, params.table.slots)) {
-    if (!token.is_only()) several();
+    if (token.has_others()) several();
     return;
   }
   const unsigned phase = token.position % kHcaRatio, entry = token.position / kHcaRatio;

@@ -73,23 +73,28 @@ __global__ void DSV4_CLUSTER_DIMS(kRanks) __launch_bounds__(kHcaThreads)
   const At at;
   const int thread = threadIdx.x, place = blockIdx.x / kRanks;
   const OnlyToken only(fields, place, params.kind_layer);
-  if (at.rank == kRanks - 1 && thread >= kOthers) {
-    append_window<RowT>(params, fields, place, EntryThreads{thread - kOthers, Barrier::kWindowRow, scratch});
-  }
-  if (!only.is_only()) {
+  const bool has_window_row = at.rank == kRanks - 1 && thread >= kOthers;
+  const EntryThreads window_threads{thread - kOthers, Barrier::kWindowRow, scratch};
+  if (has_window_row) append_window_token<RowT>(params, fields, place, window_threads, [] {});
+  const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
+  if (!only.fits(pool, params.table.slots)) {
+    if (!only.has_others()) return;
+    if (has_window_row) append_window_rows<RowT>(params, place, window_threads.again());
     compress_hca_request<kDeep, T>(params, place, at);
     return;
   }
-  const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
-  if (!only.fits(pool, params.table.slots)) return;
   const bool closes = only.position % kHcaRatio == kHcaRatio - 1;
+  if (!kDeep && !closes) {
+    if (at.finishes()) append_hca_token<kDeep, T>(params, only, place, at.channel());
+    return;
+  }
   if (closes) {
     const int position = static_cast<int>(only.position);
     const Token token{true, static_cast<int>(only.slot), position, position, position + 1};
     close_hca_window<T>(with_constants<kHeadDim, kHcaRatio, kDeep>(params.entries.compressor), pool, params.table,
                         only.layer, token, place, place, at);
   }
-  if ((kDeep || !closes) && at.finishes()) append_hca_token<kDeep, T>(params, only, place, at.channel());
+  if (kDeep && at.finishes()) append_hca_token<kDeep, T>(params, only, place, at.channel());
 }
 
 template <class RowT, class T>

@@ -98,7 +98,7 @@ LastTokens last_tokens(const UpdateParams& params) {
 }
 
 // One warp stores what survives of token `index`.
-template <class T, int kRatio>
+template <class T, int kRatio, bool kDeep>
 __device__ __forceinline__ void append_last_token(const UpdateParams& params, const Token& token, int index,
                                                   const LoadedWindowRow& row, const WarpRow<kHeadDim>& weight,
                                                   int lane) {
@@ -110,7 +110,7 @@ __device__ __forceinline__ void append_last_token(const UpdateParams& params, co
   if constexpr (kRatio != 0) {
     const int64_t layer = *params.kind_layer;
     if (!has_layer(params.entries.pool, layer) || closes_from_tail<kRatio>(token.start, token.next)) return;
-    const Compressor compressor = with_constants<kHeadDim, kRatio>(params.entries.compressor);
+    const Compressor compressor = with_constants<kHeadDim, kRatio, kDeep>(params.entries.compressor);
     const Tail& tail = compressor.tail;
     if (!tail.geometry.overlap_survives(token.position, token.next) &&
         !tail.geometry.current_survives(token.position, token.next)) {
@@ -130,7 +130,7 @@ __device__ __forceinline__ void append_last_token(const UpdateParams& params, co
       }
     }
     if constexpr (kRatio == kCsaRatio) {
-      const Compressor keys = with_constants<kKeyDim, kRatio>(params.keys.compressor);
+      const Compressor keys = with_constants<kKeyDim, kRatio, kDeep>(params.keys.compressor);
       append_token<T, 4>(keys.tail, keys.projections, layer, token, index, channel_of(0, lane));
     }
   }
@@ -157,7 +157,7 @@ struct LastToken {
 
 // The part of warp `warp` of `warps` in storing all that survives. Each lane looks one of its tokens up, while the
 // first one's row is on its way.
-template <class RowT, class T, int kRatio>
+template <class RowT, class T, int kRatio, bool kDeep>
 __device__ __forceinline__ void append_last_tokens(const UpdateParams& params, const LastTokens& last, int warp,
                                                    int warps, int lane) {
   const Plan& plan = params.window.plan;
@@ -179,7 +179,7 @@ __device__ __forceinline__ void append_last_tokens(const UpdateParams& params, c
       const Token one{index >= 0, of_lane(request.slot), of_lane(position), of_lane(request.start),
                       of_lane(request.next)};
       const WarpRow<kHeadDim> weight = load_norm_weight(params, lane);
-      if (one.valid) append_last_token<T, kRatio>(params, one, index, row, weight, lane);
+      if (one.valid) append_last_token<T, kRatio, kDeep>(params, one, index, row, weight, lane);
     }
   }
 }

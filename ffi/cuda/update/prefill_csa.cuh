@@ -81,10 +81,10 @@ struct RunWindows {
   }
 };
 
-template <int W, class T>
+template <int W, class T, bool kDeep>
 __device__ __forceinline__ void close_run(const UpdateParams& params, const Compression& part, const Runs& runs,
                                           const RunWindows& run, char* landing, const RowThreads<W>& threads) {
-  const Compressor compressor = with_constants<W, kCsaRatio>(part.compressor);
+  const Compressor compressor = with_constants<W, kCsaRatio, kDeep>(part.compressor);
   const Pool pool = with_rows<kBlockTokens / kCsaRatio>(part.pool);
   const Projections& in = compressor.projections;
   const Plan& plan = params.window.plan;
@@ -138,7 +138,7 @@ __device__ __forceinline__ void close_run(const UpdateParams& params, const Comp
   }
 }
 
-template <class RowT, class T, bool kInPassing>
+template <class RowT, class T, bool kInPassing, bool kDeep>
 __global__ void __launch_bounds__(kRunThreads, kRunBlocks<RowT, T>)
     prefill_csa_kernel(const __grid_constant__ UpdateParams params, Runs runs, LastTokens last) {
   extern __shared__ __align__(128) uint4 landings[];  // copies to other addresses take longer
@@ -147,21 +147,21 @@ __global__ void __launch_bounds__(kRunThreads, kRunBlocks<RowT, T>)
   const int thread = threadIdx.x;
   if (!kInPassing && static_cast<int>(blockIdx.x) >= runs.blocks) {
     const int other = blockIdx.x - runs.blocks, others = gridDim.x - runs.blocks;
-    append_last_tokens<RowT, T, kCsaRatio>(params, last, other * kRunWarps + thread / kWarp, others * kRunWarps,
-                                           thread % kWarp);
+    append_last_tokens<RowT, T, kCsaRatio, kDeep>(params, last, other * kRunWarps + thread / kWarp, others * kRunWarps,
+                                                  thread % kWarp);
     return;
   }
   if (thread >= kPoolThreads) {
     run.find(params, runs, thread % kWarp);
     arrive(Barrier::kLookUp, kRunThreads);
-    if (kInPassing) append_last_tokens<RowT, T, kCsaRatio>(params, last, blockIdx.x, gridDim.x, thread % kWarp);
+    if (kInPassing) append_last_tokens<RowT, T, kCsaRatio, kDeep>(params, last, blockIdx.x, gridDim.x, thread % kWarp);
     return;
   }
   char* landing = reinterpret_cast<char*>(landings) + thread / kWarp * Landing<kHeadDim, T>::kBytes;
   if (thread < kRowThreads) {
-    close_run<kHeadDim, T>(params, params.entries, runs, run, landing, {thread, Barrier::kEntryRow, scratch});
+    close_run<kHeadDim, T, kDeep>(params, params.entries, runs, run, landing, {thread, Barrier::kEntryRow, scratch});
   } else {
-    close_run<kKeyDim, T>(params, params.keys, runs, run, landing, {thread % kWarp, Barrier::kNone, nullptr});
+    close_run<kKeyDim, T, kDeep>(params, params.keys, runs, run, landing, {thread % kWarp, Barrier::kNone, nullptr});
   }
 }
 

@@ -14,7 +14,7 @@ namespace dsv4::cuda {
 
 // A block fills a multiprocessor where all windows find place at once. Where they do not, two share it, so that one
 // loads rows while the other finishes its entry.
-template <class RowT, class T, int kRanks, int kThreads>
+template <class RowT, class T, int kRanks, int kThreads, bool kDeep>
 __global__ void DSV4_CLUSTER_DIMS(kRanks) __launch_bounds__(kThreads, kHcaThreads / kThreads)
     prefill_hca_kernel(const __grid_constant__ UpdateParams params, int rows, LastTokens last) {
   using At = HcaThread<kRanks, kThreads>;
@@ -23,8 +23,8 @@ __global__ void DSV4_CLUSTER_DIMS(kRanks) __launch_bounds__(kThreads, kHcaThread
   if (row >= rows) {
     constexpr int kWarps = kThreads / kWarp;
     const int closing = rows * kRanks, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    append_last_tokens<RowT, T, kHcaRatio>(params, last, (blockIdx.x - closing) * kWarps + warp,
-                                           (gridDim.x - closing) * kWarps, lane);
+    append_last_tokens<RowT, T, kHcaRatio, kDeep>(params, last, (blockIdx.x - closing) * kWarps + warp,
+                                                  (gridDim.x - closing) * kWarps, lane);
     return;
   }
   const ClosingWindow window = look_up<kHcaRatio>(params, row);
@@ -32,7 +32,7 @@ __global__ void DSV4_CLUSTER_DIMS(kRanks) __launch_bounds__(kThreads, kHcaThread
 
   const At at;
   at.begin();
-  const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
+  const Compressor compressor = with_constants<kHeadDim, kHcaRatio, kDeep>(params.entries.compressor);
   const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
   const int64_t layer = *params.kind_layer;
   const Partials<4> partial = pool_hca_rows<T>(compressor, layer, window.closing, window.index, at);

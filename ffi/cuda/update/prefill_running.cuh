@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(RunningThreads::kThreads)
   const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
   const int row = blockIdx.x, states = rows + plan.requests;
   if (row >= states) {
-    append_last_tokens<RowT, T, 0>(params, last, (row - states) * threads.kWarps + threads.thread / kWarp,
-                                   (gridDim.x - states) * threads.kWarps, threads.thread % kWarp);
+    append_last_tokens<RowT, T, 0, false>(params, last, (row - states) * threads.kWarps + threads.thread / kWarp,
+                                          (gridDim.x - states) * threads.kWarps, threads.thread % kWarp);
     return;
   }
   const int64_t layer = *params.kind_layer;

@@ -80,10 +80,10 @@ __device__ __forceinline__ void compress_request(const UpdateParams& params, con
                                                  const RowThreads<W, N>& threads) {
   const Compressor compressor = with_constants<W, kCsaRatio, kDeep>(part.compressor);
   const Pool pool = with_rows<kBlockTokens / kCsaRatio>(part.pool);
-  const int64_t layer = *params.kind_layer;
+  const unsigned layer = *params.kind_layer;  // a negative one is beyond all
   if (!has_layer(pool, layer)) return;
   for_each_closing<kCsaRatio>(params, place, [&](const Token& token, int index) {
-    close_csa_window<T>(compressor, pool, params.table, layer, token, index, index, threads);
+    close_csa_window<T>(compressor, pool, params.table, params.kind_layer, token, index, index, threads);
     threads.sync();  // before the next window reuses the scratch
   });
   const StepRequest request = step_request(params.window.plan, place, params.table.slots);
@@ -97,7 +97,7 @@ template <bool kDeep, class T, class At>
 __device__ __forceinline__ void compress_hca_request(const UpdateParams& params, int place, const At& at) {
   const Compressor compressor = with_constants<kHeadDim, kHcaRatio, kDeep>(params.entries.compressor);
   const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
-  const int64_t layer = *params.kind_layer;
+  const unsigned layer = *params.kind_layer;  // a negative one is beyond all
   if (!has_layer(pool, layer)) return;
   for_each_closing<kHcaRatio>(params, place, [&](const Token& token, int index) {
     close_hca_window<T>(compressor, pool, params.table, layer, token, index, index, at);
@@ -116,7 +116,7 @@ __device__ __forceinline__ void fold_request(const UpdateParams& params, int pla
                                              const RowThreads<kHeadDim>& threads) {
   const Compressor compressor = with_constants<kHeadDim, kHcaRatio, false>(params.entries.compressor);
   const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
-  const int64_t layer = *params.kind_layer;
+  const unsigned layer = *params.kind_layer;  // a negative one is beyond all
   if (!has_layer(pool, layer)) return;
   for_each_closing<kHcaRatio>(params, place, [&](const Token& token, int index) {
     close_running_window<T, 1>(compressor, pool, params.table, layer, token, index, index, threads);

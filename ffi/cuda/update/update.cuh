@@ -20,16 +20,17 @@ __device__ __forceinline__ void store_entry(const Pool& pool, const EntryPlace& 
   });
 }
 
-// Closes the CSA window of token `index`, entry `row` of the step.
+// Closes the CSA window of token `index`, entry `row` of the step. The layer is read twice, which takes no register to
+// keep it in.
 template <class T, int W, int N>
 __device__ __forceinline__ void close_csa_window(const Compressor& compressor, const Pool& pool,
-                                                 const BlockTable& table, int64_t layer, const Token& closing,
+                                                 const BlockTable& table, const int32_t* layer, const Token& closing,
                                                  int index, int row, const RowThreads<W, N>& threads) {
   const int entry = closing.position / kCsaRatio;
   const int block = block_of_entry(pool, table, closing.slot, entry);
   float x[N];
-  csa_entry<T>(compressor, layer, closing, index, row, threads, x);
-  store_entry(pool, place_in_block(pool, layer, block, entry), x, threads);
+  csa_entry<T>(compressor, *layer, closing, index, row, threads, x);
+  store_entry(pool, place_in_block(pool, *layer, block, entry), x, threads);
 }
 
 // Stores entry `row` of the step, an HCA entry of what the threads of the cluster have pooled.
