@@ -46,6 +46,24 @@ def _check_plan(packed: Any, *, layout: PlanLayout, schema: CacheSchema) -> None
         raise StepError("the plan of this step does not fit its cache: " + "; ".join(found) + ".")
 
 
+def check_chunks(plan: StepPlan, schema: CacheSchema) -> None:
+    """Raises, when the step runs, StepError if the ring has lost rows that tokens of the step still see."""
+    jax.debug.callback(functools.partial(_check_chunks, layout=plan.layout, schema=schema), plan.packed)
+
+
+def _check_chunks(packed: Any, *, layout: PlanLayout, schema: CacheSchema) -> None:
+    plan = StepPlan(np.asarray(packed), layout)
+    window, ring = schema.spec.window, schema.spec.window + schema.lookahead
+    for request in np.flatnonzero(plan.request_slot >= 0):
+        positions = plan.token_position[plan.query_start[request] : plan.query_start[request + 1]]
+        if positions.size and max(0, positions[0] - window + 1) <= positions[-1] - ring:
+            raise StepError(
+                f"attend: request {request} of the plan brings {positions.size} tokens, more than a ring of {ring} "
+                f"rows can take and still have the first one's window of {window}: cut the chunk into ones of "
+                f"{schema.lookahead + 1}, give the schema more lookahead, or read window_before."
+            )
+
+
 def check_layer(layer: jax.Array, kind: LayerKind, schema: CacheSchema) -> None:
     """Raises, when the step runs, StepError if a traced layer index is not that of a layer of this kind."""
     jax.debug.callback(functools.partial(_check_layer, kind=kind, schema=schema), layer)

@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax import ops
+from dsv4_jax.cache import debug as run_time
 from dsv4_jax.cache.errors import StepError, WrongLayerKind
 from dsv4_jax.cache.pools import Cache
 from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.layout.schema import CacheSchema
+from dsv4_jax.ops.attend.operands import Attended
 from dsv4_jax.ops.operands import Compressed, CompressorInputs, RawRows, Rows, Window
-from dsv4_jax.spec.kinds import LayerKind
+from dsv4_jax.spec.kinds import HEAD_DIM, LayerKind, entries_per_block
 from dsv4_jax.spec.rotary import Purpose, Rotary
 
 if TYPE_CHECKING:
@@ -223,6 +225,82 @@ class LayerCache:
         }
         return handle._with(**arrays)
 
+    def attend(
+        self,
+        queries: jax.Array,
+        sinks: jax.Array | None = None,
+        *,
+        indices: jax.Array | None = None,
+        entries: int | None = None,
+        scale: float = HEAD_DIM**-0.5,
+        rotary: Rotary | None = None,
+        dtype: Any = jnp.bfloat16,
+    ) -> tuple[LayerCache, Attended]:
+        """Attention of the step's tokens over the layer's rows where they are stored; call after ``update``.
+
+        A token sees its window, itself included, and of entries those that are complete at its position: the chosen
+        ones (CSA), all (HCA), none (SWA). Of a chunk of more than ``schema.lookahead + 1`` tokens, later tokens take
+        the place of ring rows that earlier ones would still see: those tokens get NaN, output and lse. Read such
+        chunks by ``window_before`` and the gathers. ``begin(debug=True)`` names them.
+
+        Args:
+          queries: [tokens, heads, 512] float32 or bfloat16, rotated.
+          sinks: [heads] float32 or bfloat16; each adds exp(sink) to its head's denominator. None: nothing is added, so
+            that results over parts of the rows can be merged by their lse.
+          indices: CSA layers only, and required: int32 [tokens, count], each token's entries in any order; below 0 or
+            not yet visible: none.
+          entries: HCA layers only: no entry from this one on is seen. None: all that the block table has room for.
+          scale: of the logits.
+          rotary: of the tokens, from ``token_rotary``: the trailing 64 channels of the output are rotated back.
+          dtype: of the output, bfloat16 or float32.
+
+        Returns:
+          The handle and Attended: output [tokens, heads, 512], and lse float32 [tokens, heads], the natural logarithm
+          of the sum over exp(logits) without the sink. Padding: zeros and -inf.
+
+        Raises:
+          WrongLayerKind: indices or entries are not those of the layer's kind.
+          StepError: the step's rows are not stored yet, or the rotary is not the tokens' with the layer's RoPE.
+          OperandError: an operand does not fit.
+        """
+        self._check_attended(indices, entries)
+        for part in parts_of(self.kind):
+            if part != FLUSH_KEYS:
+                self._require_written(part, "attend")
+        if rotary is not None:
+            self._check_rotary("the output", rotary, "tokens")
+        if self.step.debug:
+            run_time.check_chunks(self.plan, self.schema)
+        cache, formats = self._cache, self.schema.formats
+        window = Window(cache.window, cache.window_positions)
+        options: dict[str, Any] = {
+            "size": self.schema.spec.window,
+            "sinks": sinks,
+            "rotary": rotary,
+            "scale": scale,
+            "dtype": dtype,
+        } | self._by
+        if self.kind.compression is None:
+            window, attended = ops.attend_window(
+                window, queries, self.plan, self._window_row, format=formats.window_format, **options
+            )
+            return self._with(window=window.window, window_positions=window.positions), attended
+
+        options |= {
+            "ratio": self.kind.ratio,
+            "window_format": formats.window_format,
+            "entry_format": formats.entry_format,
+        }
+        name = self._name_of("entries")
+        stored = (window, cache.pools[name], cache.block_table, queries)
+        where = (self.plan, self._window_row, self._kind_row)
+        if indices is None:
+            most = self.schema.max_blocks * entries_per_block(self.kind.ratio) if entries is None else entries
+            window, pool, attended = ops.attend_all_entries(*stored, *where, entries=most, **options)
+        else:
+            window, pool, attended = ops.attend_entries(*stored, indices, *where, **options)
+        return self._with(**{"window": window.window, "window_positions": window.positions, name: pool}), attended
+
     def entries(self, indices: jax.Array, *, dtype: Any = jnp.bfloat16) -> tuple[LayerCache, Rows]:
         """Chosen entries of each token's request.
 
@@ -340,6 +418,17 @@ class LayerCache:
                 f"{self._name}: {read} before {part} (or update) would read without what this step's tokens "
                 "bring; write the layer first, and read from what that returns."
             )
+
+    def _check_attended(self, indices: Any, entries: Any) -> None:
+        compression = self.kind.compression
+        takes = None if compression is None else "indices" if compression.indexed else "entries"
+        for name, given in (("indices", indices), ("entries", entries)):
+            if given is not None and name != takes:
+                raise WrongLayerKind(
+                    f"{self._name}: attend takes {takes or 'neither indices nor entries'}; got {name}."
+                )
+        if takes == "indices" and indices is None:
+            raise WrongLayerKind(f"{self._name}: attend needs indices, the entries that its indexer chose.")
 
     def _check_inputs(self, compressor: Any, indexer: Any) -> None:
         compression = self.kind.compression

@@ -5,6 +5,7 @@ any platform. The two store the same bytes wherever the fp32 rows are equal; poo
 """
 
 from dsv4_jax.ops.append.api import append_tail, append_window
+from dsv4_jax.ops.attend.api import attend_all_entries, attend_entries, attend_window
 from dsv4_jax.ops.begin.api import begin_step
 from dsv4_jax.ops.checks import Implementation, OperandError
 from dsv4_jax.ops.compress.api import compress
@@ -21,6 +22,9 @@ __all__ = [
     "OperandError",
     "append_tail",
     "append_window",
+    "attend_all_entries",
+    "attend_entries",
+    "attend_window",
     "begin_step",
     "compress",
     "dequantize",

@@ -186,6 +186,45 @@ struct UpdateParams {
   const int32_t* kind_layer;  // the layer's index among those of its kind
 };
 
+// Attention of a step's tokens over rows as they are stored: window rows, then entries. Keys and values are the same.
+struct AttendParams {
+  Pool window;                      // [layers, slots, page(ring)]
+  const int32_t* window_positions;  // [layers, slots, ring]
+  const int32_t* window_layer;
+  int window_size;  // a token at position t sees window rows t - window_size + 1 .. t
+
+  // Window rows that the step displaced, or data is null: a page of (window_size - 1) * requests + tokens rows. A row
+  // of request r at position p is row (window_size - 1) * (r + 1) + first token of r + p - start of r.
+  Pool displaced;                      // [1, 1, page]
+  const int32_t* displaced_positions;  // [rows], -1 where nothing was saved
+
+  Pool entries;  // [layers, blocks, page(128 / ratio)]; data is null: the window alone
+  BlockTable table;
+  const int32_t* entries_layer;
+  int ratio;
+  const int32_t* indices;  // [tokens, count] entry ids in any order, below 0 none; null: entries 0 .. count - 1
+  int count;
+
+  Plan plan;
+  const void* queries;  // [tokens, heads, 512]
+  Element query_element;
+  int heads;
+  const float* sinks;  // [heads], or null
+  const float* cos;    // [tokens, 32], or null: the output's trailing 64 channels are not rotated back
+  const float* sin;
+  float scale;
+
+  void* output;  // [tokens, heads, 512]
+  Element output_element;
+  float* lse;  // [tokens, heads], natural, without the sink; -inf where nothing is seen
+
+  // Workspace for few tokens with many rows: a token's rows are shared by `parts` clusters, which are merged
+  // afterwards.
+  int parts;           // 1: none
+  float* part_rows;    // [parts, tokens, heads, 512] sums in units of the part's maximum
+  float* part_shares;  // [parts, tokens, heads, 2] maximum (base 2) and sum of the part's softmax
+};
+
 // Rows <-> one page of them.
 struct QuantizeParams {
   Pool page;

@@ -32,6 +32,19 @@
     "pool values row_positions valid", "tokens requests ratio codec global_scale")                                   \
   X(gather_window, gather_window, GatherWindowParams, "window positions plan layer",                                 \
     "window positions values row_positions valid", "tokens requests before codec global_scale")                      \
+  X(attend_window, attend, AttendParams,                                                                             \
+    "window positions displaced displaced_positions queries sinks cos sin plan layer",                               \
+    "window positions output lse part_rows part_shares", "tokens requests size scale window_codec")                  \
+  X(attend_entries, attend, AttendParams,                                                                            \
+    "window positions displaced displaced_positions entries block_table indices queries sinks cos sin plan layer "   \
+    "kind_layer",                                                                                                    \
+    "window positions entries output lse part_rows part_shares",                                                     \
+    "tokens requests size ratio scale window_codec entry_codec entry_global_scale")                                  \
+  X(attend_all_entries, attend, AttendParams,                                                                        \
+    "window positions displaced displaced_positions entries block_table queries sinks cos sin plan layer "           \
+    "kind_layer",                                                                                                    \
+    "window positions entries output lse part_rows part_shares",                                                     \
+    "tokens requests size ratio count scale window_codec entry_codec entry_global_scale")                            \
   X(update_swa, update, UpdateParams, "window positions rows row_norm_weight row_cos row_sin plan layer",            \
     "window positions", "tokens requests eps window_codec")                                                          \
   X(update_hca, update, UpdateParams,                                                                                \

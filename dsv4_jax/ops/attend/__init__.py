@@ -1,0 +1,1 @@
+"""Attention over rows as they are stored."""

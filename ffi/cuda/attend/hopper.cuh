@@ -1,0 +1,313 @@
+// Attention on Hopper: one token and up to 64 of its heads to a block, or to a cluster whose blocks share its rows.
+//
+// Roles of a block's warpgroups:
+//   0          logits, softmax, and the weighted sum of channels 0..255
+//   1          the weighted sum of channels 256..511
+//   2          rows from the cache into tiles of 64 rows, two of them in turn
+// What passes between them: `full` (a tile is there), `empty` (both sums are done with it), `weighed` (a tile's softmax
+// weights are there for warpgroup 1), `summed` (it is done with them).
+#pragma once
+
+#include <utility>
+
+#include "cuda/attend/finish.cuh"
+#include "cuda/attend/producer.cuh"
+
+namespace dsv4::cuda::attention {
+
+// Registers of a thread by role, multiples of 8; together at most what the block starts with, three times 168.
+constexpr int kSoftmaxRegisters = 216;
+constexpr int kSumRegisters = 192;
+constexpr int kProducerRegisters = 96;
+static_assert(kSoftmaxRegisters + kSumRegisters + kProducerRegisters <= 65536 / kThreads / 8 * 8 * 3);
+
+// Queries of the block's heads into shared memory as bfloat16; zeros beyond the last head.
+__device__ __forceinline__ void load_queries(const AttendParams& params, int token, int first_head,
+                                             const Shared& shared) {
+  const int64_t first_row = static_cast<int64_t>(token) * params.heads + first_head;
+  const int heads = min(kTileHeads, params.heads - first_head);
+#pragma unroll 4
+  for (int place = threadIdx.x; place < kTileHeads * 64; place += 256) {
+    const int head = place / 64, unit = place % 64;
+    const uint32_t to = shared.queries() + unit_offset(head, unit);
+    const int64_t channel = (first_row + (head < heads ? head : 0)) * kHeadDim + unit * 8;
+    if (params.query_element == Element::kBFloat16) {
+      copy_async(to, static_cast<const uint16_t*>(params.queries) + channel, head < heads);
+    } else {
+      const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(params.queries) + channel);
+      const float4 a = from[0], b = from[1];
+      uint4 unit_of_8{two_bfloat16(a.x, a.y), two_bfloat16(a.z, a.w), two_bfloat16(b.x, b.y), two_bfloat16(b.z, b.w)};
+      if (head >= heads) unit_of_8 = uint4{0, 0, 0, 0};
+      store_16(to, unit_of_8);
+    }
+  }
+  wait_for_copies();
+  fence_async();
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ void multiply_rows(float (&sum)[128], float first, float second) {
+#pragma unroll
+  for (int i = 0; i < 128; i += 4) {
+    sum[i] *= first, sum[i + 1] *= first;
+    sum[i + 2] *= second, sum[i + 3] *= second;
+  }
+}
+
+// Adds products of queries and rows over sixteens kFirst .. kEnd - 1 of their channels to logits, or begins these. A
+// group of its own.
+template <int kFirst, int kEnd, bool kBegins>
+__device__ __forceinline__ void add_logits(float (&logits)[32], const Shared& shared, int stage) {
+  const Operand queries = along_rows(shared.queries()), rows = along_rows(shared.tiles(stage));
+  if constexpr (!kBegins) pin(logits);
+  wgmma_fence();
+#pragma unroll
+  for (int k = kFirst; k < kEnd; ++k) {
+    const uint32_t offset = k / 4 * kTileBytes + k % 4 * 32;
+    if (kBegins && k == kFirst) {
+      wgmma_64x64_first(logits, queries.at(offset), rows.at(offset));
+    } else {
+      wgmma_64x64(logits, queries.at(offset), rows.at(offset));
+    }
+  }
+  wgmma_commit();
+}
+
+constexpr int kSixteens = kHeadDim / 16, kCodedSixteens = (kHeadDim - kRopeDim) / 16;
+
+// Begins a tile's logits and waits for what was in flight before. Where rows keep their tail apart, its products come
+// first, in units of the others: divided by the row's scale.
+template <bool kTailApart>
+__device__ __forceinline__ void begin_logits(float (&logits)[32], const Shared& shared, int stage) {
+  if constexpr (kTailApart) {
+    add_logits<kCodedSixteens, kSixteens, true>(logits, shared, stage);
+    wgmma_wait<0>();
+    pin(logits);
+    const float* factors = shared.facts(stage, kTailFactor) + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float2 factor = *reinterpret_cast<const float2*>(factors + 8 * j);
+      logits[4 * j] *= factor.x, logits[4 * j + 1] *= factor.y;
+      logits[4 * j + 2] *= factor.x, logits[4 * j + 3] *= factor.y;
+    }
+    add_logits<0, kCodedSixteens, false>(logits, shared, stage);
+  } else {
+    add_logits<0, kSixteens, true>(logits, shared, stage);
+    wgmma_wait<1>();
+  }
+}
+
+// Adds a tile's weighted rows, 256 channels of them from `tile` on. A group of its own.
+template <int... k>
+__device__ __forceinline__ void add_rows(float (&sum)[128], const uint32_t (&weights)[16], uint32_t tile,
+                                         std::integer_sequence<int, k...>) {
+  const Operand rows = across_rows(tile, kTileBytes);
+  pin(sum);
+  wgmma_fence();
+  (wgmma_64x128<0, 4 * k>(sum, weights, rows.at(2 * k * kSwizzleBytes)), ...);
+  (wgmma_64x128<64, 4 * k>(sum, weights, rows.at(2 * kTileBytes + 2 * k * kSwizzleBytes)), ...);
+  wgmma_commit();
+}
+
+__device__ __forceinline__ void add_rows(float (&sum)[128], const uint32_t (&weights)[16], uint32_t tile) {
+  add_rows(sum, weights, tile, std::make_integer_sequence<int, kTileRows / 16>{});
+}
+
+// The same with weights of their own for the last 64 channels.
+template <int... k>
+__device__ __forceinline__ void add_rows_and_tail(float (&sum)[128], const uint32_t (&weights)[16],
+                                                  const uint32_t (&tail_weights)[16], uint32_t tile,
+                                                  std::integer_sequence<int, k...>) {
+  const Operand rows = across_rows(tile, kTileBytes);
+  pin(sum);
+  wgmma_fence();
+  (wgmma_64x128<0, 4 * k>(sum, weights, rows.at(2 * k * kSwizzleBytes)), ...);
+  (wgmma_64x64<64, 4 * k>(sum, weights, rows.at(2 * kTileBytes + 2 * k * kSwizzleBytes)), ...);
+  (wgmma_64x64<96, 4 * k>(sum, tail_weights, rows.at(3 * kTileBytes + 2 * k * kSwizzleBytes)), ...);
+  wgmma_commit();
+}
+
+// A row's weights stay in units of an older maximum until a logit exceeds it by this (a power of two of 8).
+constexpr float kLazy = 8.0f;
+
+// Warpgroup 0. A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16, and of each 8 keys two.
+template <bool kTailApart>
+__device__ __forceinline__ void softmax_and_sum(const Shared& shared, const Tiles& tiles, float (&sum)[128],
+                                                float (&peak)[2], float (&total)[2]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = lane % 4;
+  const int row = warp * 16 + lane / 4;
+  const int matrix_row = warp * 16 + lane / 8 % 2 * 8 + lane % 8;
+  float logits[32];
+  uint32_t weights[16];
+  wait(shared.full(0), 0);
+  begin_logits<kTailApart>(logits, shared, 0);
+  for (int tile = 0; tile < tiles.count; ++tile) {
+    const int stage = tile % 2, parity = tile / 2 % 2;
+    wgmma_wait<0>();
+    pin(logits);
+
+    float high[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float2 scale = *reinterpret_cast<const float2*>(shared.facts(stage, kLogitFactor) + 8 * j + 2 * pair);
+      const float2 exists = *reinterpret_cast<const float2*>(shared.facts(stage, kExists) + 8 * j + 2 * pair);
+      logits[4 * j] = fmaf(logits[4 * j], scale.x, exists.x);
+      logits[4 * j + 1] = fmaf(logits[4 * j + 1], scale.y, exists.y);
+      logits[4 * j + 2] = fmaf(logits[4 * j + 2], scale.x, exists.x);
+      logits[4 * j + 3] = fmaf(logits[4 * j + 3], scale.y, exists.y);
+      high[0] = fmaxf(high[0], fmaxf(logits[4 * j], logits[4 * j + 1]));
+      high[1] = fmaxf(high[1], fmaxf(logits[4 * j + 2], logits[4 * j + 3]));
+    }
+    float base[2], shrink[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      high[i] = fmaxf(high[i], __shfl_xor_sync(kAll, high[i], 1));
+      high[i] = fmaxf(high[i], __shfl_xor_sync(kAll, high[i], 2));
+      const bool stays = high[i] <= peak[i] + kLazy;
+      const float now = stays ? peak[i] : high[i];
+      base[i] = now == -INFINITY ? 0.0f : now;
+      shrink[i] = stays ? 1.0f : exp2_fast(peak[i] - now);
+      peak[i] = now;
+      total[i] *= shrink[i];
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float2 scale = *reinterpret_cast<const float2*>(shared.facts(stage, kWeightFactor) + 8 * j + 2 * pair);
+      const float a = exp2_fast(logits[4 * j] - base[0]), b = exp2_fast(logits[4 * j + 1] - base[0]);
+      const float c = exp2_fast(logits[4 * j + 2] - base[1]), d = exp2_fast(logits[4 * j + 3] - base[1]);
+      total[0] += a + b;
+      total[1] += c + d;
+      weights[2 * j] = two_bfloat16(a * scale.x, b * scale.y);
+      weights[2 * j + 1] = two_bfloat16(c * scale.x, d * scale.y);
+    }
+
+    wait(shared.summed(stage), parity ^ 1);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      store_matrices(shared.weights(stage) + unit_offset(matrix_row, 2 * k + lane / 16), weights[4 * k],
+                     weights[4 * k + 1], weights[4 * k + 2], weights[4 * k + 3]);
+    }
+    if (pair == 0) shared.shrink(stage)[row] = shrink[0], shared.shrink(stage)[row + 8] = shrink[1];
+    __syncwarp();
+    if (lane == 0) arrive(shared.weighed(stage));
+
+    if (__any_sync(kAll, shrink[0] != 1.0f || shrink[1] != 1.0f)) multiply_rows(sum, shrink[0], shrink[1]);
+    add_rows(sum, weights, shared.tiles(stage));
+    if (tile + 1 < tiles.count) {
+      wait(shared.full(stage ^ 1), (tile + 1) / 2 % 2);
+      begin_logits<kTailApart>(logits, shared, stage ^ 1);
+    } else {
+      wgmma_wait<0>();
+    }
+    pin(sum);
+    if (lane == 0) arrive(shared.empty(stage));
+  }
+}
+
+// Warpgroup 1. Weights come for coded channels.
+template <bool kTailApart>
+__device__ __forceinline__ void sum_only(const Shared& shared, const Tiles& tiles, float (&sum)[128]) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int row = warp * 16 + lane / 4;
+  const int matrix_row = warp * 16 + lane / 8 % 2 * 8 + lane % 8;
+  for (int tile = 0; tile < tiles.count; ++tile) {
+    const int stage = tile % 2, parity = tile / 2 % 2;
+    wait(shared.full(stage), parity);
+    wait(shared.weighed(stage), parity);
+    const float first = shared.shrink(stage)[row], second = shared.shrink(stage)[row + 8];
+    uint32_t weights[16];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      load_matrices(shared.weights(stage) + unit_offset(matrix_row, 2 * k + lane / 16), weights[4 * k],
+                    weights[4 * k + 1], weights[4 * k + 2], weights[4 * k + 3]);
+    }
+    __syncwarp();
+    if (lane == 0) arrive(shared.summed(stage));
+    if (__any_sync(kAll, first != 1.0f || second != 1.0f)) multiply_rows(sum, first, second);
+    if constexpr (kTailApart) {
+      uint32_t tail_weights[16];
+      const float* factors = shared.facts(stage, kTailFactor) + lane % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float2 factor = *reinterpret_cast<const float2*>(factors + 8 * j);
+        tail_weights[2 * j] = scaled(weights[2 * j], factor.x, factor.y);
+        tail_weights[2 * j + 1] = scaled(weights[2 * j + 1], factor.x, factor.y);
+      }
+      add_rows_and_tail(sum, weights, tail_weights, shared.tiles(stage) + 4 * kTileBytes,
+                        std::make_integer_sequence<int, kTileRows / 16>{});
+    } else {
+      add_rows(sum, weights, shared.tiles(stage) + 4 * kTileBytes);
+    }
+    wgmma_wait<0>();
+    pin(sum);
+    if (lane == 0) arrive(shared.empty(stage));
+  }
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <class WindowCodec, class EntryCodec, int kAlignment>
+__global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_constant__ AttendParams params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr bool kTailApart = Decoder<WindowCodec>::kTailApart || Decoder<EntryCodec>::kTailApart;
+  extern __shared__ uint8_t memory[];
+  const Shared shared{(shared_address(memory) + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes};
+  const int rank = static_cast<int>(cluster_rank()), blocks = static_cast<int>(cluster_size());
+  const int token = blockIdx.y, first_head = blockIdx.z * kTileHeads;
+  const int group = threadIdx.x / 128;
+  const AttendedRows rows = attended_rows(params, token);
+  if (!rows.valid) {
+    if (blockIdx.x == 0) store_unseen(params, rows, first_head, kTileHeads, kThreads);
+    return;
+  }
+  if (threadIdx.x == 0) shared.init_barriers(kProducerWarps);
+  __syncthreads();
+  if (blocks > 1) cluster_arrive();
+  const Tiles tiles = tiles_of_block(rows, blockIdx.x, gridDim.x);
+  const Destination to{params.parts > 1, static_cast<int>(blockIdx.x) / blocks, token, first_head};
+
+  if (group >= 2) {
+    give_registers<kProducerRegisters>();
+    const int warp = threadIdx.x / 32 - 8, lane = threadIdx.x % 32;
+    Producer<WindowCodec, EntryCodec, kAlignment>{params, rows, tiles, shared, warp, lane}();
+    if (blocks > 1) {
+      cluster_wait();
+      cluster_sync();
+      cluster_sync();
+    }
+  } else if (group == 1) {
+    take_registers<kSumRegisters>();
+    load_queries(params, token, first_head, shared);
+    meet(1, 256);
+    float sum[128];
+#pragma unroll
+    for (int i = 0; i < 128; ++i) sum[i] = 0.0f;
+    sum_only<kTailApart>(shared, tiles, sum);
+    finish(params, shared, to, rank, blocks, 1, sum);
+  } else {
+    take_registers<kSoftmaxRegisters>();
+    load_queries(params, token, first_head, shared);
+    meet(1, 256);
+    float sum[128], peak[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < 128; ++i) sum[i] = 0.0f;
+    if (tiles.count > 0) softmax_and_sum<kTailApart>(shared, tiles, sum, peak, total);
+    publish(shared, rank, blocks, peak, total);
+    finish(params, shared, to, rank, blocks, 0, sum);
+  }
+#endif
+}
+
+}  // namespace dsv4::cuda::attention

@@ -1,0 +1,280 @@
+// Stored rows on their way into tiles of bfloat16: what a warp loads of eight rows, and how it is decoded.
+//
+// A tile holds rows in units of their own scale: code values, exact in bfloat16, of a row whose fp32 scale is applied
+// to its logit and to its weight instead. The RoPE channels of `fp8`, which the scale does not cover, lie there as they
+// are (`kTailApart`): products with them are taken apart from those with codes.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/attend/barriers.cuh"
+#include "cuda/attend/wgmma.cuh"
+#include "layout/attended.h"
+#include "layout/codecs.h"
+
+namespace dsv4::cuda::attention {
+
+constexpr int kTileRows = 64;
+constexpr int kTileBytes = kTileRows * kTileRowBytes;  // 64 channels of 64 keys
+constexpr int kWarpRows = 8;
+constexpr unsigned kAll = 0xFFFFFFFFu;
+
+// Where unit u (16 bytes, 8 channels) of a key's row lies from the start of its tiles.
+__device__ __forceinline__ uint32_t unit_offset(int key, int unit) {
+  return unit / 8 * kTileBytes + key * kTileRowBytes + ((unit % 8 ^ key % 8) << 4);
+}
+
+// A stored row: where, and its scales or a part of them.
+struct RowSource {
+  const uint8_t* data;  // null: no such row
+  int scales;           // from data
+  uint2 scale;
+
+  // The row that another lane knows.
+  __device__ __forceinline__ RowSource from_lane(int lane) const {
+    const auto address = __shfl_sync(kAll, reinterpret_cast<unsigned long long>(data), lane);
+    return {reinterpret_cast<const uint8_t*>(address),
+            __shfl_sync(kAll, scales, lane),
+            {__shfl_sync(kAll, scale.x, lane), __shfl_sync(kAll, scale.y, lane)}};
+  }
+};
+
+// 16 bytes at `from` if `present`, else zeros; without a branch.
+template <int kAlignment>
+__device__ __forceinline__ uint4 load_unit(const uint8_t* from, bool present) {
+  uint4 x{0, 0, 0, 0};
+  if constexpr (kAlignment == 16) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
+        "@p ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n}\n"
+        : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
+        : "l"(from), "r"(static_cast<int>(present)));
+  } else {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
+        "@p ld.global.nc.b32 %0, [%4];\n@p ld.global.nc.b32 %1, [%4 + 4];\n"
+        "@p ld.global.nc.b32 %2, [%4 + 8];\n@p ld.global.nc.b32 %3, [%4 + 12];\n}\n"
+        : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
+        : "l"(from), "r"(static_cast<int>(present)));
+  }
+  return x;
+}
+
+__device__ __forceinline__ uint32_t load_two_bytes(const uint8_t* from, bool present) {
+  uint16_t x = 0;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p ld.global.nc.u16 %0, [%1];\n}\n"
+               : "+h"(x)
+               : "l"(from), "r"(static_cast<int>(present)));
+  return x;
+}
+
+__device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+
+// The same bfloat16 twice: 2^(exponent - 127).
+__device__ __forceinline__ uint32_t twice_power(int exponent) {
+  return static_cast<uint32_t>(exponent << 7) * 0x10001u;
+}
+
+constexpr int kE4m3Bias =
+    120;  // an E4M3 code at a bfloat16's lowest exponent and highest mantissa bits is 2^-120 of it
+constexpr int kE2m1Bias = 126;   // and an E2M1 code 2^-126
+constexpr int kFoldedBits = 16;  // of a factor E2M1 rows leave to their row scale, so that 2^126 stays in range
+
+// Two neighbouring E4M3 codes of a word, the first at bit 16 kPair, as bfloat16 times 2^-120.
+template <int kPair>
+__device__ __forceinline__ uint32_t small_e4m3(uint32_t codes) {
+  const uint32_t high = __byte_perm(codes, 0u, kPair == 0 ? 0x1404 : 0x3424);
+  return (high & 0x80008000u) | (high >> 4 & 0x07F007F0u);
+}
+
+// Sixteen E4M3 codes times a factor (2^120 and the scale, twice).
+__device__ __forceinline__ void decode_e4m3(const uint4& codes, uint32_t factor, uint4& first, uint4& second) {
+  first = {multiply(small_e4m3<0>(codes.x), factor), multiply(small_e4m3<1>(codes.x), factor),
+           multiply(small_e4m3<0>(codes.y), factor), multiply(small_e4m3<1>(codes.y), factor)};
+  second = {multiply(small_e4m3<0>(codes.z), factor), multiply(small_e4m3<1>(codes.z), factor),
+            multiply(small_e4m3<0>(codes.w), factor), multiply(small_e4m3<1>(codes.w), factor)};
+}
+
+// Eight E2M1 codes times a factor.
+__device__ __forceinline__ uint4 decode_e2m1(uint32_t codes, uint32_t factor) {
+  uint32_t apart[4];  // codes i and i + 4
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t pair = codes >> (4 * i);
+    apart[i] = multiply((pair << 12 & 0x80008000u) | (pair << 6 & 0x01C001C0u), factor);
+  }
+  return {__byte_perm(apart[0], apart[1], 0x5410), __byte_perm(apart[2], apart[3], 0x5410),
+          __byte_perm(apart[0], apart[1], 0x7632), __byte_perm(apart[2], apart[3], 0x7632)};
+}
+
+__device__ __forceinline__ uint32_t two_bfloat16(float a, float b) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+  return pair;
+}
+
+__device__ __forceinline__ uint32_t scaled(uint32_t pair, float first, float second) {
+  return two_bfloat16(__uint_as_float(pair << 16) * first, __uint_as_float(pair & 0xFFFF0000u) * second);
+}
+
+// A decoder moves rows in kUnits rounds, four lanes to a row: `fetch` loads round j, `put` decodes what was fetched
+// into the row's place of the tiles. In every round eight neighbouring lanes, of two rows, write to different banks.
+template <class Codec>
+struct Decoder;
+
+// Where a lane writes: unit 0 of its row, its row within a group of eight, and which of the row's four lanes it is.
+struct RowPlace {
+  uint32_t start;
+  int row;
+  int quarter;
+
+  __device__ __forceinline__ uint32_t unit(int tile, int unit_in_tile) const {
+    return start + tile * kTileBytes + ((unit_in_tile ^ row) << 4);
+  }
+};
+
+// E4M3 codes and a bfloat16 tail of 64 channels. A round of codes fills one tile.
+template <class Codes>
+struct E4m3Decoder {
+  static constexpr bool kCopies = false;
+  static constexpr int kCodeUnits = 7, kUnits = 9;
+  using Raw = uint4;
+
+  template <int kAlignment>
+  __device__ __forceinline__ static void fetch(const RowSource& row, int quarter, int j, Raw& raw) {
+    const int from =
+        j < kCodeUnits ? (4 * j + quarter) * 16 : 16 * 4 * kCodeUnits + (2 * quarter + j - kCodeUnits) * 16;
+    raw = load_unit<kAlignment>(row.data + from, row.data != nullptr);
+  }
+
+  __device__ __forceinline__ static void put(const RowSource& row, int j, const Raw& raw, const RowPlace& to) {
+    if (j < kCodeUnits) {
+      uint4 low, high;
+      Codes::decode(row, j, raw, low, high);
+      store_16(to.unit(j, 2 * to.quarter), low);
+      store_16(to.unit(j, 2 * to.quarter + 1), high);
+    } else {
+      store_16(to.unit(7, 2 * to.quarter + j - kCodeUnits), raw);
+    }
+  }
+};
+
+struct Fp8Codes {
+  __device__ __forceinline__ static void decode(const RowSource&, int, const uint4& raw, uint4& low, uint4& high) {
+    decode_e4m3(raw, twice_power(127 + kE4m3Bias), low, high);
+  }
+};
+
+struct Fp8DsMlaCodes {
+  // 64 channels, those of a tile, share a scale.
+  __device__ __forceinline__ static void decode(const RowSource& row, int block, const uint4& raw, uint4& low,
+                                                uint4& high) {
+    const uint32_t four = block < 4 ? row.scale.x : row.scale.y;
+    const int exponent = static_cast<int>(four >> (8 * (block % 4)) & 0xFFu) + kE4m3Bias;
+    decode_e4m3(raw, twice_power(min(exponent, 254)), low, high);
+    if (exponent > 254) {
+      const uint32_t rest = twice_power(127 + exponent - 254);
+      low = {multiply(low.x, rest), multiply(low.y, rest), multiply(low.z, rest), multiply(low.w, rest)};
+      high = {multiply(high.x, rest), multiply(high.y, rest), multiply(high.z, rest), multiply(high.w, rest)};
+    }
+  }
+};
+
+template <>
+struct Decoder<Fp8<kHeadDim>> : E4m3Decoder<Fp8Codes> {
+  static constexpr bool kTailApart = true;
+  __device__ __forceinline__ static uint2 scale(const uint8_t* scales, float) {
+    return {*reinterpret_cast<const uint32_t*>(scales), 0u};
+  }
+  __device__ __forceinline__ static float row_scale(const RowSource& row) { return __uint_as_float(row.scale.x); }
+};
+
+template <>
+struct Decoder<Fp8DsMla<kHeadDim>> : E4m3Decoder<Fp8DsMlaCodes> {
+  static constexpr bool kTailApart = false;
+  __device__ __forceinline__ static uint2 scale(const uint8_t* scales, float) {
+    return *reinterpret_cast<const uint2*>(scales);
+  }
+  __device__ __forceinline__ static float row_scale(const RowSource&) { return 1.0f; }
+};
+
+// E2M1 codes with an E4M3 scale per 16; a lane's 32 codes are half a tile's row.
+struct E2m1Decoder {
+  static constexpr bool kCopies = false;
+  static constexpr bool kTailApart = false;
+  static constexpr int kUnits = 4;
+  struct Raw {
+    uint4 codes;
+    uint32_t scales;
+  };
+
+  template <int kAlignment>
+  __device__ __forceinline__ static void fetch(const RowSource& row, int quarter, int j, Raw& raw) {
+    const bool present = row.data != nullptr;
+    raw.codes = load_unit<kAlignment>(row.data + (4 * j + quarter) * 16, present);
+    raw.scales = load_two_bytes(row.data + row.scales + 2 * (4 * j + quarter), present);
+  }
+
+  __device__ __forceinline__ static void put(const RowSource&, int j, const Raw& raw, const RowPlace& to) {
+    // A scale's code is 2^-120 of it as a bfloat16.
+    const uint32_t both = multiply(small_e4m3<0>(raw.scales), twice_power(127 + kE4m3Bias));
+    const uint32_t factors = multiply(both, twice_power(127 + kE2m1Bias - kFoldedBits));
+    const uint32_t first = __byte_perm(factors, 0u, 0x1010), second = __byte_perm(factors, 0u, 0x3232);
+    const uint4 decoded[4] = {decode_e2m1(raw.codes.x, first), decode_e2m1(raw.codes.y, first),
+                              decode_e2m1(raw.codes.z, second), decode_e2m1(raw.codes.w, second)};
+    // Lanes of the upper half begin with their last two units: they write to a second tile, at the same places.
+    const bool swap = to.quarter >= 2;
+    const int tile = 2 * j + to.quarter / 2, unit = to.quarter % 2 * 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      store_16(to.unit(tile, unit + (swap ? i ^ 2 : i)), swap ? decoded[i ^ 2] : decoded[i]);
+    }
+  }
+};
+
+template <>
+struct Decoder<Nvfp4<kHeadDim>> : E2m1Decoder {
+  __device__ __forceinline__ static uint2 scale(const uint8_t* scales, float) {
+    return {*reinterpret_cast<const uint32_t*>(scales + 32), 0u};
+  }
+  __device__ __forceinline__ static float row_scale(const RowSource& row) {
+    return __uint_as_float(row.scale.x) * static_cast<float>(1 << kFoldedBits);
+  }
+};
+
+template <>
+struct Decoder<Nvfp4Static<kHeadDim>> : E2m1Decoder {
+  __device__ __forceinline__ static uint2 scale(const uint8_t*, float global_scale) {
+    return {__float_as_uint(global_scale), 0u};
+  }
+  __device__ __forceinline__ static float row_scale(const RowSource& row) {
+    return __uint_as_float(row.scale.x) * static_cast<float>(1 << kFoldedBits);
+  }
+};
+
+// bfloat16 rows are copied past the registers, a whole warp to a row.
+template <>
+struct Decoder<Bf16<kHeadDim>> {
+  static constexpr bool kCopies = true;
+  static constexpr bool kTailApart = false;
+
+  __device__ __forceinline__ static uint2 scale(const uint8_t*, float) { return {0u, 0u}; }
+  __device__ __forceinline__ static float row_scale(const RowSource&) { return 1.0f; }
+
+  // `to` is the row's unit 0, `row` its place among eight; `anywhere` is an address that can be named for no row.
+  __device__ __forceinline__ static void copy(const uint8_t* data, const void* anywhere, int lane, uint32_t to,
+                                              int row) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int unit = i * 32 + lane;
+      copy_async(to + unit / 8 * kTileBytes + ((unit % 8 ^ row) << 4), data == nullptr ? anywhere : data + unit * 16,
+                 data != nullptr);
+    }
+  }
+};
+
+}  // namespace dsv4::cuda::attention
