@@ -52,4 +52,6 @@ export -f compile
 export nvcc logs
 for architecture in "${architectures[@]}"; do
   printf "%s $architecture\n" "${files[@]}"
+  # Hopper's own instructions.
+  if [[ $architecture == 90 && -z $quick ]]; then printf "%s 90a\n" ffi/cuda/*/sm_90a/*.cu; fi
 done | xargs -P "$(nproc)" -L 1 bash -c 'compile "$0" "$1"'

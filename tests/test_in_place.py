@@ -64,7 +64,10 @@ def read_and_write(handle: LayerCache, weights, arrays) -> tuple[LayerCache, lis
     if handle.kind is LayerKind.CSA:
         handle, keys = handle.all_keys(16)
         handle, chosen = handle.entries(jnp.arange(16) + jnp.zeros_like(handle.visible)[:, None])
-        seen += [keys, chosen]
+        heads = handle.schema.spec.index_num_heads
+        queries = jnp.broadcast_to(arrays["rows"][:, None, :128], (len(arrays["rows"]), heads, 128))
+        handle, best, scores = handle.index_topk(queries, queries[..., 0], k=16, scores=True)
+        seen += [keys, chosen, best, scores]
     elif handle.kind is LayerKind.HCA:
         handle, entries = handle.all_entries(8)
         seen.append(entries)

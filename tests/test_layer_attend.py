@@ -99,6 +99,21 @@ def test_drafts_see_what_single_tokens_see(seed, layer):
         np.testing.assert_allclose(attended.lse, expected.lse[places], rtol=0, atol=1e-5)
 
 
+@EACH
+@pytest.mark.parametrize("layer", [SWA, CSA, HCA])
+def test_a_token_that_lacks_rows_is_nan(rng, implementation, layer):
+    """Without lookahead, the first two of three tokens see rows that later ones overwrite; in a ring not full, none."""
+    given = Given(rng, (260, 20), tokens=3)
+    sinks = jnp.asarray(rng.normal(size=HEADS), jnp.float32)
+    run = jax.jit(functools.partial(_attend_and_read, given=given, layer=layer, implementation=implementation))
+    attended, _, _ = run(given.driver.cache, given.plan, sinks=sinks)
+    lacking = np.isin(np.arange(given.plan.layout.tokens), [0, 1])
+    for found in (attended.output, attended.lse):
+        of_token = np.asarray(found).reshape(len(lacking), -1)
+        assert np.isnan(of_token[lacking]).all()
+        assert np.isfinite(of_token[:6][~lacking[:6]]).all()
+
+
 @pytest.mark.parametrize("layer", [SWA, CSA, HCA])
 def test_what_is_not_the_kinds_is_refused(rng, layer):
     given = Given(rng, (40, 50))

@@ -346,6 +346,49 @@ class LayerCache:
         self._name_of("keys")
         return ops.hadamard_transform(queries) if self.schema.formats.keys_hadamard else queries
 
+    def index_topk(
+        self, queries: jax.Array, head_weights: jax.Array, *, k: int | None = None, scores: bool = False
+    ) -> tuple[LayerCache, jax.Array] | tuple[LayerCache, jax.Array, jax.Array]:
+        """The entries of each token that the indexer scores best, read from the keys where they lie; CSA layers only.
+
+        Args:
+          queries: float32 or bfloat16 [tokens, index_heads, 128], not transformed: the op transforms and rounds them
+            as the stored keys want it, see ``dsv4_jax.ops.index_topk``.
+          head_weights: float32 or bfloat16 [tokens, index_heads].
+          k: how many; the model's ``index_topk`` by default.
+          scores: whether to hand out the chosen scores too.
+
+        Returns:
+          The handle; int32 [tokens, k], the chosen entries, ascending, then -1; and with `scores` float32 [tokens, k].
+
+        Raises:
+          WrongLayerKind: the layer has no indexer.
+          StepError: the layer is not written yet: entries that close in this step would be missed.
+          OperandError: an operand does not fit, or does not have the model's index heads.
+        """
+        name, spec = self._name_of("keys"), self.schema.spec
+        self._require_written(FLUSH_KEYS, "index_topk")
+        if jnp.ndim(queries) == 3 and jnp.shape(queries)[1] != spec.index_num_heads:
+            raise ops.OperandError(
+                f"index_topk: queries have {jnp.shape(queries)[1]} heads, the model's indexer has "
+                f"{spec.index_num_heads}."
+            )
+        made = ops.index_topk(
+            self._cache.pools[name],
+            self._cache.block_table,
+            self.plan,
+            queries,
+            head_weights,
+            self._kind_row,
+            format=self.schema.formats.key_format,
+            k=spec.index_topk if k is None else k,
+            hadamard=self.schema.formats.keys_hadamard,
+            scores=scores,
+            **self._by,
+        )
+        handle = self._with(**{name: made[0]})
+        return (handle, made[1], made[2]) if scores else (handle, made[1])
+
     # Which arrays and which of their rows are the layer's.
 
     @property

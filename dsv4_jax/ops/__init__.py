@@ -12,6 +12,7 @@ from dsv4_jax.ops.compress.api import compress
 from dsv4_jax.ops.compress.reference import hadamard_transform
 from dsv4_jax.ops.flush.api import flush
 from dsv4_jax.ops.gather.api import gather_all_entries, gather_entries, gather_window
+from dsv4_jax.ops.index.api import index_topk
 from dsv4_jax.ops.quantize.api import dequantize, quantize
 from dsv4_jax.ops.rotate.api import rotate
 from dsv4_jax.ops.transfer.api import transfer
@@ -33,6 +34,7 @@ __all__ = [
     "gather_entries",
     "gather_window",
     "hadamard_transform",
+    "index_topk",
     "normalize",
     "quantize",
     "rotate",

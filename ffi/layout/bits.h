@@ -107,7 +107,7 @@ __device__ __forceinline__ void floats_from_halves(uint32_t halves, float& first
 }
 #endif
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#if defined(__CUDACC__) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890)
 // Two E4M3 codes as halves, which hold every value of E4M3.
 __device__ __forceinline__ uint32_t halves_from_e4m3x2(uint16_t codes) {
   uint32_t halves;

@@ -144,6 +144,31 @@ struct GatherEntriesParams {
   const int32_t* layer;
 };
 
+// The best entries of every token by the indexer's scores.
+struct IndexTopkParams {
+  Pool pool;
+  BlockTable table;
+  Plan plan;
+  const int32_t* layer;
+  int ratio;
+  const void* queries;  // [tokens, heads, 128]
+  Element element;
+  const float* head_weights;  // [tokens, heads]
+  int heads;
+  bool hadamard;
+  int k;
+  int32_t* indices;  // [tokens, k]
+  float* scores;     // [tokens, k], or null
+  // Workspaces for `slab` tokens at a time: the scores of every entry that there can be, and rounded queries.
+  float* every_score;  // [slab, capacity]
+  int64_t slab;
+  int64_t capacity;
+  uint8_t* prepared;  // [slab, kPreparedBytes], or null: a block rounds the queries it needs
+};
+
+// Room for the rounded queries of a token, 64 rows of 128 halves, and its head weights.
+constexpr int64_t kPreparedBytes = 64 * kKeyDim * 2 + 64 * 4;
+
 // The window rows of every request up to its last token, or up to the token before its first.
 struct GatherWindowParams {
   Pool window;

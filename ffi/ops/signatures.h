@@ -32,6 +32,8 @@
     "pool values row_positions valid", "tokens requests ratio codec global_scale")                                   \
   X(gather_window, gather_window, GatherWindowParams, "window positions plan layer",                                 \
     "window positions values row_positions valid", "tokens requests before codec global_scale")                      \
+  X(index_topk, index_topk, IndexTopkParams, "pool block_table plan queries head_weights layer",                     \
+    "pool indices scores every_score prepared", "tokens requests ratio codec global_scale hadamard")                 \
   X(attend_window, attend, AttendParams,                                                                             \
     "window positions displaced displaced_positions queries sinks cos sin plan layer",                               \
     "window positions output lse part_rows part_shares", "tokens requests size scale window_codec")                  \

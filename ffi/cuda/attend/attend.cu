@@ -2,6 +2,7 @@
 
 #include "cuda/attend/hopper.h"
 #include "cuda/attend/portable_launch.cuh"
+#include "cuda/core/launch.cuh"
 #include "ops/signatures.h"
 
 namespace dsv4::cuda {
@@ -14,18 +15,6 @@ bool is_of(const Pool& pool) {
   return same;
 }
 
-#if defined(DSV4_HOPPER)
-bool on_hopper() {
-  int device = 0, major = 0, minor = -1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return major == 9 && minor == 0;
-}
-#endif
-
-const char* text(cudaError_t status) { return status == cudaSuccess ? nullptr : cudaGetErrorString(status); }
-
 }  // namespace
 
 const char* attend(CUstream_st* stream, const AttendParams& params) {
@@ -33,18 +22,17 @@ const char* attend(CUstream_st* stream, const AttendParams& params) {
     return test(params.window) && (params.entries.data == nullptr || test(params.entries));
   };
   const bool coded = all_of([](const Pool& pool) { return !is_of<Fp32<kHeadDim>>(pool); });
-#if defined(DSV4_HOPPER)
-  if (coded && on_hopper()) {
+  if (coded && is_hopper()) {
     if (is_of<Bf16<kHeadDim>>(params.window)) return attention::attend_bf16_window(stream, params);
     if (is_of<Fp8<kHeadDim>>(params.window)) return attention::attend_fp8_window(stream, params);
     return attention::attend_fp8_ds_mla_window(stream, params);
   }
-#endif
   // The portable tensor-core kernel multiplies dequantized rows: only those that bfloat16 holds as they are.
   const bool held_by_bfloat16 =
       coded && all_of([](const Pool& pool) { return is_of<Bf16<kHeadDim>, Fp8DsMla<kHeadDim>>(pool); });
-  return text(held_by_bfloat16 ? attention::launch_portable<attention::TensorProducts>(stream, params)
-                               : attention::launch_portable<attention::ExactProducts>(stream, params));
+  return launch_error("attend", held_by_bfloat16
+                                    ? attention::launch_portable<attention::TensorProducts>(stream, params)
+                                    : attention::launch_portable<attention::ExactProducts>(stream, params));
 }
 
 }  // namespace dsv4::cuda

@@ -5,6 +5,7 @@
 
 #include "cuda/attend/hopper.cuh"
 #include "cuda/attend/parts.cuh"
+#include "cuda/core/launch.cuh"
 
 namespace dsv4::cuda::attention {
 
@@ -57,10 +58,7 @@ bool rows_at_16_bytes(const Pool& pool) {
 
 template <class WindowCodec, class... EntryCodecs>
 const char* launch_for_entries(CUstream_st* stream, const AttendParams& params, CodecList<EntryCodecs...>) {
-  int device = 0, multiprocessors = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  const int blocks = params.parts > 1 ? kLargestCluster : blocks_of_token(params, multiprocessors);
+  const int blocks = params.parts > 1 ? kLargestCluster : blocks_of_token(params, static_cast<int>(multiprocessors()));
   cudaError_t status = cudaErrorNotSupported;
   const auto launch = [&](auto entry) {
     using EntryCodec = decltype(entry);
@@ -79,7 +77,7 @@ const char* launch_for_entries(CUstream_st* stream, const AttendParams& params, 
   const char* name = nullptr;
   visit_codec(HeadCodecs{}, codec, [&](auto known) { name = decltype(known)::kName; });
   static_cast<void>(((strcmp(EntryCodecs::kName, name) == 0 ? (launch(EntryCodecs{}), true) : false) || ...));
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  return launch_error("attend", status);
 }
 
 template <class WindowCodec>

@@ -58,6 +58,13 @@ struct ClusterBarrier {
 #endif
   }
 
+  // Tells the cluster that this thread reads no more of what others have; `wait` waits until none does.
+  __device__ __forceinline__ static void leave() {
+#if __CUDA_ARCH__ >= 900
+    if constexpr (kBlocks > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+  }
+
   // Waits for all threads of the cluster, and makes what they wrote known to each other.
   __device__ __forceinline__ static void sync() {
     if constexpr (kBlocks == 1) {

@@ -24,6 +24,15 @@ inline unsigned multiprocessors() {
   return static_cast<unsigned>(count);
 }
 
+// Whether this device runs machine code of sm_90a, which none but compute capability 9.0 does.
+inline bool is_hopper() {
+  int device = 0, major = 0, minor = -1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return major == 9 && minor == 0;
+}
+
 // What an op's launch met, by name; null if nothing. The text lives until the thread's next error.
 inline const char* launch_error(const char* op, cudaError_t status = cudaGetLastError()) {
   if (status == cudaSuccess) return nullptr;

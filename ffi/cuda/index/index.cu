@@ -1,0 +1,77 @@
+// index_topk on the GPU: scores of a slab of tokens at a time, then the best of each; by what the device has.
+
+#include "cuda/core/launch.cuh"
+#include "cuda/index/hopper.h"
+#include "cuda/index/portable.cuh"
+#include "cuda/index/select.cuh"
+#include "ops/signatures.h"
+
+namespace dsv4::cuda {
+namespace index {
+namespace {
+
+template <class Codec>
+cudaError_t score_portable(cudaStream_t stream, const IndexTopkParams& params, int first, int end) {
+  const int tokens = end - first;
+  const unsigned most = blocks_for(params.capacity, kPortableThreads);
+  const dim3 grid(std::clamp(blocks_for(4 * multiprocessors(), tokens), 1u, most), tokens);
+  portable_score_kernel<Codec><<<grid, kPortableThreads, 0, stream>>>(params, first);
+  return cudaGetLastError();
+}
+
+template <class Codec>
+cudaError_t score(cudaStream_t stream, const IndexTopkParams& params, bool hopper, int first, int end) {
+  if constexpr (!std::is_same_v<Codec, Fp32<kKeyDim>>) {
+    if (hopper && params.heads <= kHopperHeads) {
+      if constexpr (std::is_same_v<Codec, Fp8Pow2<kKeyDim>>) return score_fp8(stream, params, first, end);
+      if constexpr (std::is_same_v<Codec, Mxfp4<kKeyDim>>) return score_mxfp4(stream, params, first, end);
+      if constexpr (std::is_same_v<Codec, Nvfp4<kKeyDim>>) return score_nvfp4(stream, params, first, end);
+      if constexpr (std::is_same_v<Codec, Nvfp4Static<kKeyDim>>) return score_nvfp4_static(stream, params, first, end);
+      if constexpr (std::is_same_v<Codec, Bf16<kKeyDim>>) return score_bf16(stream, params, first, end);
+    }
+  }
+  return score_portable<Codec>(stream, params, first, end);
+}
+
+template <int kEach, int kCluster>
+cudaError_t launch_select(cudaStream_t stream, const IndexTopkParams& params, int first, int tokens) {
+  select_kernel<kEach, kCluster><<<tokens * kCluster, kSelectThreads, 0, stream>>>(params, first);
+  return cudaGetLastError();
+}
+
+cudaError_t select(cudaStream_t stream, const IndexTopkParams& params, int first, int end) {
+  const int tokens = end - first, places = static_cast<int>(multiprocessors());
+  const int64_t most = params.capacity;
+  if (most <= 4096) return launch_select<4, 1>(stream, params, first, tokens);
+  if (most <= 16384) return launch_select<16, 1>(stream, params, first, tokens);
+  if (most <= 32768) return launch_select<32, 1>(stream, params, first, tokens);
+  if (!has_clusters(select_kernel<32, 8>) || most > 32 * 8 * kSelectThreads) {
+    portable_select_kernel<<<tokens, kDigitThreads, 0, stream>>>(params, first);
+    return cudaGetLastError();
+  }
+  // More blocks for a token where there are few tokens.
+  if (most <= 65536 && 4 * tokens > places) return launch_select<32, 2>(stream, params, first, tokens);
+  if (most <= 65536) return launch_select<16, 4>(stream, params, first, tokens);
+  if (most <= 131072 && 8 * tokens > places) return launch_select<32, 4>(stream, params, first, tokens);
+  if (most <= 131072) return launch_select<16, 8>(stream, params, first, tokens);
+  return launch_select<32, 8>(stream, params, first, tokens);
+}
+
+}  // namespace
+}  // namespace index
+
+const char* index_topk(CUstream_st* stream, const IndexTopkParams& params) {
+  const bool hopper = is_hopper();
+  cudaError_t status = cudaSuccess;
+  for (int first = 0; first < params.plan.tokens && status == cudaSuccess; first += static_cast<int>(params.slab)) {
+    const int end = std::min(params.plan.tokens, first + static_cast<int>(params.slab));
+    if (params.k < params.capacity || params.scores != nullptr) {
+      visit_codec(KeyCodecs{}, params.pool.codec,
+                  [&](auto codec) { status = index::score<decltype(codec)>(stream, params, hopper, first, end); });
+    }
+    if (status == cudaSuccess) status = index::select(stream, params, first, end);
+  }
+  return status == cudaSuccess ? nullptr : launch_error("index_topk", status);
+}
+
+}  // namespace dsv4::cuda

@@ -1,0 +1,170 @@
+// Queries as the second operand of Hopper's products: transformed where keys are, rounded, and put where keys want
+// them.
+#pragma once
+
+#include "cuda/index/keys.cuh"
+#include "math/index.h"
+
+namespace dsv4::cuda::index {
+
+// Bytes of a token's queries as the second operand: 64 rows (heads) of 128 channels.
+template <class Keys>
+constexpr int kQueryBytes = 64 * kKeyDim * Keys::kBytes;
+
+// Rounds a row (head) that kLanes neighbouring lanes have, N = 128 / kLanes neighbouring channels each, and stores it.
+// Returns its scale. The same numbers as round_query's: butterflies come in the same order.
+template <class Keys, int N>
+__device__ __forceinline__ float store_query(float (&x)[N], bool hadamard, uint8_t* rows, int row, int part) {
+  constexpr int kLanes = kKeyDim / N;
+  if (hadamard) {
+#pragma unroll
+    for (int step = 1; step < N; step *= 2) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if ((i & step) == 0) {
+          const float a = x[i], b = x[i + step];
+          x[i] = a + b, x[i + step] = a - b;
+        }
+      }
+    }
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const float other = __shfl_xor_sync(kAll, x[i], step);
+        x[i] = (part & step) != 0 ? other - x[i] : x[i] + other;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] *= kHadamardScale;
+  }
+  float scale = 1.0f;
+  if constexpr (!Keys::kPlain) {
+    float amax = 0.0f;
+#pragma unroll
+    for (int i = 0; i < N; ++i) amax = fmaxf(amax, fabsf(x[i]));
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(kAll, amax, step));
+    const uint32_t exponent = query_exponent(query_form<typename Keys::Codec>(), amax);
+    scale = __uint_as_float(exponent << 23);
+    const float inverse = __uint_as_float((254u - exponent) << 23);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] *= inverse;
+  }
+  // Blocks of 128 bytes of a row lie 64 rows apart; within one, 16-byte chunks are swizzled by the row.
+  const auto put = [&](int offset, uint32_t word) {
+    *reinterpret_cast<uint32_t*>(rows + offset / 128 * 8192 + row * 128 + ((offset % 128) ^ ((row & 7) << 4))) = word;
+  };
+#pragma unroll
+  for (int i = 0; i < N; i += 8) {
+    const int dim = part * N + i;
+    if constexpr (Keys::kBytes == 1) {
+#pragma unroll
+      for (int h = 0; h < 8; h += 4) {
+        const uint32_t low = e4m3x2_from_float(x[i + h], x[i + h + 1]);
+        const uint32_t high = e4m3x2_from_float(x[i + h + 2], x[i + h + 3]);
+        put(Keys::offset_of(dim + h), low | high << 16);
+      }
+    } else {
+#pragma unroll
+      for (int h = 0; h < 4; ++h) {
+        // The two channels of a word.
+        const int first = Keys::kApart == 1 ? 2 * h : h;
+        const float a = x[i + first], b = x[i + first + Keys::kApart];
+        uint32_t word;
+        if constexpr (query_form<typename Keys::Codec>() == QueryForm::kE4m3) {
+          word = halves_from_e4m3x2(e4m3x2_from_float(a, b));
+        } else if constexpr (Keys::kPlain) {
+          asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
+        } else {
+          asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
+        }
+        put(Keys::offset_of(dim + first), word);
+      }
+    }
+  }
+  return scale;
+}
+
+// A token's queries and head weights (their scales included) into `rows` and `weights`, by kThreads threads. Heads that
+// the model lacks are zeros.
+template <class Keys, int kThreads>
+__device__ __forceinline__ void prepare(const IndexTopkParams& params, int token, uint8_t* rows, float* weights) {
+  constexpr int kLanes = kThreads / 64, N = kKeyDim / kLanes;
+  const int head = threadIdx.x / kLanes, part = threadIdx.x % kLanes;
+  float x[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = 0.0f;
+  float weight = 0.0f;
+  if (head < params.heads) {
+    const int64_t row = static_cast<int64_t>(token) * params.heads + head, first = row * kKeyDim + part * N;
+    weight = params.head_weights[row];
+    if (params.element == Element::kFloat32) {
+      const auto* from = reinterpret_cast<const float4*>(static_cast<const float*>(params.queries) + first);
+#pragma unroll
+      for (int i = 0; i < N / 4; ++i) {
+        const float4 v = from[i];
+        x[4 * i] = v.x, x[4 * i + 1] = v.y, x[4 * i + 2] = v.z, x[4 * i + 3] = v.w;
+      }
+    } else {
+      const auto* from = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(params.queries) + first);
+#pragma unroll
+      for (int i = 0; i < N / 8; ++i) {
+        const uint4 v = from[i];
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          const uint32_t two = word_of(v, w);
+          x[8 * i + 2 * w] = __uint_as_float(two << 16), x[8 * i + 2 * w + 1] = __uint_as_float(two & 0xFFFF0000u);
+        }
+      }
+    }
+  }
+  const float scale = store_query<Keys, N>(x, params.hadamard, rows, head, part);
+  if (part == 0) weights[head] = weight * scale;
+}
+
+// A token's, prepared once where several blocks want them.
+template <class Keys>
+struct Prepared {
+  uint8_t queries[kQueryBytes<Keys>];
+  float weights[64];
+};
+
+constexpr int kPrepareThreads = 256;
+
+// A block a token, 256 threads, no shared memory.
+template <class Keys>
+__global__ void __launch_bounds__(kPrepareThreads)
+    prepare_kernel(const __grid_constant__ IndexTopkParams params, int first_token) {
+  static_assert(sizeof(Prepared<Keys>) <= kPreparedBytes && sizeof(Prepared<Keys>) % 16 == 0);
+  auto& to = reinterpret_cast<Prepared<Keys>*>(params.prepared)[blockIdx.x];
+  prepare<Keys, kPrepareThreads>(params, first_token + blockIdx.x, to.queries, to.weights);
+}
+
+// Head weights as the second product's operand, by one warp; `scale` is a power of two that its sums are multiplied by.
+// Column 0 has them as halves, column 1 what those leave, times kRestScale.
+constexpr float kRestScale = 4096.0f;
+
+__device__ __forceinline__ void store_weights(uint8_t* columns, float* scale, const float* weights, int lane) {
+  const float two[2] = {weights[2 * lane], weights[2 * lane + 1]};
+  float largest = fmaxf(fabsf(two[0]), fabsf(two[1]));
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, step));
+  largest = fminf(fmaxf(largest, 1e-30f), 1e38f);
+  const uint32_t exponent = (__float_as_uint(largest) >> 23) + 1u;
+  const float inverse = __uint_as_float((254u - exponent) << 23);
+  if (lane == 0) *scale = __uint_as_float(exponent << 23);
+  uint32_t high, low;
+  const float a = two[0] * inverse, b = two[1] * inverse;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(high) : "f"(b), "f"(a));
+  float high_a, high_b;
+  floats_from_halves(high, high_a, high_b);
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(low) : "f"((b - high_b) * kRestScale), "f"((a - high_a) * kRestScale));
+  // Row n (a column of the product) has 128 bytes, swizzled by 16.
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    *reinterpret_cast<uint32_t*>(columns + n * 128 + ((4 * lane) ^ (n << 4))) = n == 0 ? high : n == 1 ? low : 0u;
+  }
+}
+
+}  // namespace dsv4::cuda::index

@@ -1,0 +1,12 @@
+// The indexer's scores on Hopper over bf16 keys.
+
+#include "cuda/index/hopper.h"
+#include "cuda/index/score.cuh"
+
+namespace dsv4::cuda::index {
+
+cudaError_t score_bf16(cudaStream_t stream, const IndexTopkParams& params, int first, int end) {
+  return launch_score<Bf16Keys>(stream, params, first, end);
+}
+
+}  // namespace dsv4::cuda::index

@@ -1,0 +1,12 @@
+// The indexer's scores on Hopper over mxfp4 keys.
+
+#include "cuda/index/hopper.h"
+#include "cuda/index/score.cuh"
+
+namespace dsv4::cuda::index {
+
+cudaError_t score_mxfp4(cudaStream_t stream, const IndexTopkParams& params, int first, int end) {
+  return launch_score<Mxfp4Keys>(stream, params, first, end);
+}
+
+}  // namespace dsv4::cuda::index
