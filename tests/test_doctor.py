@@ -26,6 +26,7 @@ TARGETS = {
     "dsv4_attend_window",
     "dsv4_attend_entries",
     "dsv4_attend_all_entries",
+    "dsv4_index_topk",
     "dsv4_normalize",
     "dsv4_update_swa",
     "dsv4_update_csa",
