@@ -1,6 +1,8 @@
 """Tables that Python and the native module both keep, and what is said where they differ."""
 
+import re
 import types
+from pathlib import Path
 
 import dsv4_jax_native
 import numpy as np
@@ -11,6 +13,9 @@ from dsv4_jax.native import digest
 from dsv4_jax.native.call import call
 from dsv4_jax.native.compatibility import REBUILD, NativeModuleError
 from dsv4_jax.native.signatures import SIGNATURES
+from dsv4_jax.ops.attend import api as attend
+
+ATTEND = Path(__file__).parents[1] / "ffi/cuda/attend"
 
 
 def test_the_tables_are_equal():
@@ -67,3 +72,14 @@ def test_every_result_and_attribute_has_to_be_named():
         call(signature, rows, codec="fp32", global_scale=1.0)
     with pytest.raises(TypeError, match="quantize has the attributes codec, global_scale; got codec"):
         call(signature, rows, results={"page": ((1, 512), np.float32)}, codec="fp32")
+
+
+def test_what_attend_plans_with_is_what_its_kernels_have():
+    """Partial results are allocated in Python; Hopper's kernels that fill them have the same tiles and clusters."""
+    sources = "".join((ATTEND / name).read_text() for name in ("rows.cuh", "shared.cuh"))
+    in_kernels = {name: int(value) for name, value in re.findall(r"^constexpr int (k\w+) = (\d+);", sources, re.M)}
+    assert (
+        in_kernels["kTileRows"],
+        in_kernels["kTileHeads"],
+        in_kernels["kLargestCluster"],
+    ) == (attend._TILE_ROWS, attend._TILE_HEADS, attend._CLUSTER)
