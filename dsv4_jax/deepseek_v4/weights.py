@@ -6,7 +6,7 @@ which ``expand`` turns into numbers where the step needs it.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from dsv4_jax import LayerKind
 from dsv4_jax.deepseek_v4.config import DeepseekV4Config
 
 
-@runtime_checkable
 class QuantizedWeight(Protocol):
     """A weight that is kept as codes and scales: a pytree of arrays, which a step expands where it needs the numbers.
 
@@ -116,7 +115,7 @@ class ModelWeights(NamedTuple):
 
 def expand(weight: Matrix, dtype: Any) -> jax.Array:
     """The numbers of a weight, plain or quantized, as ``dtype``."""
-    return weight.expand(dtype) if isinstance(weight, QuantizedWeight) else weight.astype(dtype)
+    return weight.astype(dtype) if isinstance(weight, jax.Array) else weight.expand(dtype)
 
 
 def weight_shapes(config: DeepseekV4Config) -> ModelWeights:

@@ -1,0 +1,41 @@
+"""Attention of one layer through the cache: update the layer, choose entries, attend over rows where they lie."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+
+from dsv4_jax import LayerCache, apply_rotary
+from dsv4_jax.deepseek_v4.config import DeepseekV4Config
+from dsv4_jax.deepseek_v4.gathered import attend_gathered
+from dsv4_jax.deepseek_v4.projections import Projections, merge_heads
+from dsv4_jax.deepseek_v4.weights import AttentionWeights
+
+Attention = Literal["attend", "gather"]
+"""How rows are attended to: where they lie in the cache, or read out of it first, see ``gathered.py``."""
+
+
+def attend(
+    layer: LayerCache,
+    weights: AttentionWeights,
+    config: DeepseekV4Config,
+    made: Projections,
+    attention: Attention,
+) -> tuple[LayerCache, jax.Array, jax.Array | None]:
+    """Put the step's tokens into the layer's cache and attend.
+
+    Returns:
+      The handle; the sublayer's output [T, hidden]; a CSA layer's choice of entries, int32 [T, K] (-1 = none).
+    """
+    dtype, tokens = made.queries.dtype, made.rows.rotary
+    if attention == "gather":
+        layer, attended, selected = attend_gathered(layer, made, weights.sinks)
+        output = apply_rotary(attended, tokens, inverse=True).astype(dtype)
+    else:
+        layer = layer.update(made.rows, made.compressor, made.indexer)
+        selected = None
+        if made.index_query is not None:
+            layer, selected = layer.index_topk(made.index_query.queries, made.index_query.head_weights)
+        layer, (output, _) = layer.attend(made.queries, weights.sinks, indices=selected, rotary=tokens, dtype=dtype)
+    return layer, merge_heads(weights, config, output), selected

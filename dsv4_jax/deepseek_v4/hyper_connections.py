@@ -1,0 +1,78 @@
+"""Manifold-constrained hyper-connections (mHC): several residual streams, mixed around every sublayer.
+
+A sublayer reads one weighted sum of the streams, and its output is added to all of them by weights, beside the streams
+mixed among themselves by a matrix that Sinkhorn's iterations make (nearly) doubly stochastic. All weights come from the
+streams of the token itself, and are computed in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.deepseek_v4.config import DeepseekV4Config
+from dsv4_jax.deepseek_v4.layers import rms_norm
+from dsv4_jax.deepseek_v4.weights import HyperConnectionWeights
+
+
+class Mixing(NamedTuple):
+    """The weights of one sublayer for every token; n streams."""
+
+    into: jax.Array  # fp32 [T, n], of each stream in the sublayer's input
+    out: jax.Array  # fp32 [T, n], of the sublayer's output in each stream
+    beside: jax.Array  # fp32 [T, n (from), n (to)], of the streams among themselves
+
+
+def mixing(weights: HyperConnectionWeights, config: DeepseekV4Config, streams: jax.Array) -> Mixing:
+    """The weights with which a sublayer is connected to the streams [T, n, hidden]."""
+    n = config.hc_mult
+    products = _products(weights, config, streams)
+    into, out, beside = jnp.split(products, [n, 2 * n], axis=-1)
+    into_base, out_base, beside_base = jnp.split(weights.base.astype(jnp.float32), [n, 2 * n])
+    scale = weights.scale.astype(jnp.float32)
+    logits = (beside * scale[2] + beside_base).reshape(-1, n, n)
+    return Mixing(
+        into=jax.nn.sigmoid(into * scale[0] + into_base) + config.hc_eps,
+        out=2 * jax.nn.sigmoid(out * scale[1] + out_base),
+        beside=sinkhorn(jax.nn.softmax(logits, axis=-1) + config.hc_eps, config.hc_sinkhorn_iters, config.hc_eps),
+    )
+
+
+def sinkhorn(matrices: jax.Array, iterations: int, eps: float) -> jax.Array:
+    """Sinkhorn's normalization of positive matrices [..., n, n].
+
+    Columns are divided by their sum plus ``eps`` ``iterations`` times, and between two such rounds rows are.
+    """
+
+    def divide(matrices: jax.Array, axis: int) -> jax.Array:
+        return matrices / (matrices.sum(axis=axis, keepdims=True) + eps)
+
+    def iterate(_: int, matrices: jax.Array) -> jax.Array:
+        return divide(divide(matrices, -1), -2)
+
+    return jax.lax.fori_loop(0, iterations - 1, iterate, divide(matrices, -2))
+
+
+def collapse(streams: jax.Array, into: jax.Array) -> jax.Array:
+    """The sublayer's input [T, hidden]: the streams [T, n, hidden], weighted by ``into`` [T, n]."""
+    return jnp.einsum("tn,tnd->td", into, streams.astype(jnp.float32)).astype(streams.dtype)
+
+
+def connect(streams: jax.Array, output: jax.Array, mixing: Mixing) -> jax.Array:
+    """The streams after a sublayer, [T, n, hidden], from those before it and its output [T, hidden]."""
+    mixed = jnp.einsum("tjk,tjd->tkd", mixing.beside, streams.astype(jnp.float32))
+    return (mixed + mixing.out[:, :, None] * output[:, None, :]).astype(streams.dtype)
+
+
+def collapse_last(weights: HyperConnectionWeights, config: DeepseekV4Config, streams: jax.Array) -> jax.Array:
+    """The streams [T, n, hidden] become one, [T, hidden], behind the last layer."""
+    products = _products(weights, config, streams)
+    return collapse(streams, jax.nn.sigmoid(products * weights.scale + weights.base) + config.hc_eps)
+
+
+def _products(weights: HyperConnectionWeights, config: DeepseekV4Config, streams: jax.Array) -> jax.Array:
+    """fp32 [T, m]: what the mixing weights are made of."""
+    flat = streams.astype(jnp.float32).reshape(streams.shape[0], -1)
+    return rms_norm(flat, config.spec.norm_eps) @ weights.fn.astype(jnp.float32).T

@@ -1,0 +1,110 @@
+"""One step of the whole model: the same function for prefill, decode and any mixture of the two."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax import Cache, ConfigError, Rotary, StepPlan, begin, closing_rotary, token_rotary
+from dsv4_jax.deepseek_v4.attention import Attention, attend
+from dsv4_jax.deepseek_v4.config import DeepseekV4Config
+from dsv4_jax.deepseek_v4.hyper_connections import collapse, collapse_last, connect, mixing
+from dsv4_jax.deepseek_v4.layers import linear, rms_norm
+from dsv4_jax.deepseek_v4.mixture import mixture
+from dsv4_jax.deepseek_v4.projections import project
+from dsv4_jax.deepseek_v4.weights import ModelWeights
+
+Implementation = Literal["native", "reference"]
+
+
+def step(
+    weights: ModelWeights,
+    cache: Cache,
+    plan: StepPlan,
+    tokens: jax.Array,
+    *,
+    config: DeepseekV4Config,
+    implementation: Implementation = "native",
+    attention: Attention = "attend",
+    dtype: Any = jnp.bfloat16,
+) -> tuple[Cache, jax.Array, jax.Array]:
+    """Run the tokens of one plan through the model. Jit it with the cache donated.
+
+    Args:
+      weights: of the model.
+      cache: as the step before left it.
+      plan: of this step, from ``CacheManager.prepare_forward``.
+      tokens: int32 [T] token ids in the plan's order; padding may hold any id.
+      config: of the model (static).
+      implementation: which implementation of the cache operations runs (static).
+      attention: how rows are attended to (static).
+      dtype: of activations, bfloat16 or float32; weights are rounded to it (static).
+
+    Returns:
+      The cache; fp32 logits [R, vocabulary] after each request's last token; int32 [CSA layers, T, K], the entries
+      that the indexer chose (-1 = none).
+
+    Raises:
+      ConfigError: the cache is of another model.
+    """
+    cache, streams, selected = run_layers(
+        weights, cache, plan, tokens, config=config, implementation=implementation, attention=attention, dtype=dtype
+    )
+    return cache, logits(weights, config, streams[plan.last_token]), selected
+
+
+def run_layers(
+    weights: ModelWeights,
+    cache: Cache,
+    plan: StepPlan,
+    tokens: jax.Array,
+    *,
+    config: DeepseekV4Config,
+    implementation: Implementation = "native",
+    attention: Attention = "attend",
+    dtype: Any = jnp.bfloat16,
+) -> tuple[Cache, jax.Array, jax.Array]:
+    """As ``step``, but up to the residual streams of every token behind the last layer, ``dtype`` [T, n, hidden]."""
+    spec = config.spec
+    if cache.schema.spec != spec:
+        raise ConfigError(
+            f"the cache is of {cache.schema.spec.name}, the weights are of {spec.name}, which differs from it; make "
+            "the cache's schema with config.spec."
+        )
+    with jax.default_matmul_precision("highest"):  # fp32 products stay fp32 on GPUs too
+        cache_step = begin(cache, plan, implementation=implementation)
+        plan = cache_step.plan
+        angles = {layer: _angles(plan, layer) for layer in set(spec.layers)}
+        embedded = weights.embed[tokens].astype(dtype)
+        streams = jnp.broadcast_to(embedded[:, None], (embedded.shape[0], config.hc_mult, embedded.shape[1]))
+        selections = []
+        for index, (layer, layer_weights) in enumerate(zip(spec.layers, weights.layers, strict=True)):
+            mixed = mixing(layer_weights.hc_attn, config, streams)
+            x = rms_norm(collapse(streams, mixed.into), spec.norm_eps, layer_weights.attn_norm)
+            made = project(layer_weights.attention, config, x, *angles[layer])
+            handle, output, selected = attend(cache_step.layer(index), layer_weights.attention, config, made, attention)
+            cache_step = handle.step
+            if selected is not None:
+                selections.append(selected)
+            streams = connect(streams, output, mixed)
+
+            mixed = mixing(layer_weights.hc_ffn, config, streams)
+            x = rms_norm(collapse(streams, mixed.into), spec.norm_eps, layer_weights.ffn_norm)
+            streams = connect(streams, mixture(layer_weights.ffn, config, x, tokens), mixed)
+        chosen = jnp.stack(selections) if selections else jnp.zeros((0, tokens.shape[0], spec.index_topk), jnp.int32)
+        return cache_step.end(), streams, chosen
+
+
+def logits(weights: ModelWeights, config: DeepseekV4Config, streams: jax.Array) -> jax.Array:
+    """fp32 [N, vocabulary] from the residual streams [N, n, hidden] of N tokens."""
+    with jax.default_matmul_precision("highest"):
+        hidden = rms_norm(collapse_last(weights.hc_head, config, streams), config.spec.norm_eps, weights.norm)
+        return linear(hidden, weights.head, dtype=jnp.float32)
+
+
+def _angles(plan: StepPlan, layer: Any) -> tuple[Rotary, Rotary | None]:
+    """The rotary of the step's tokens, and of its closing entries where the layer makes any."""
+    closing = closing_rotary(plan, layer.kind.ratio, layer.rope) if layer.kind.compression else None
+    return token_rotary(plan, layer.rope), closing

@@ -1,0 +1,88 @@
+"""What a layer's attention computes of its tokens alone, before and behind the cache: queries, what the cache is
+updated with, and the output projection.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax import CompressorInputs, RawRows, Rotary, apply_rotary
+from dsv4_jax.deepseek_v4.config import DeepseekV4Config
+from dsv4_jax.deepseek_v4.layers import linear, rms_norm
+from dsv4_jax.deepseek_v4.weights import AttentionWeights, CompressorWeights, IndexerWeights, expand
+
+
+class IndexQuery(NamedTuple):
+    """What a token asks the indexer."""
+
+    queries: jax.Array  # [T, index heads, 128], rotated
+    head_weights: jax.Array  # fp32 [T, index heads], scale included
+
+
+class Projections(NamedTuple):
+    """Everything that one layer makes of its tokens."""
+
+    queries: jax.Array  # [T, heads, 512], normed and rotated
+    rows: RawRows
+    compressor: CompressorInputs | None
+    indexer: CompressorInputs | None
+    index_query: IndexQuery | None
+
+
+def project(
+    weights: AttentionWeights, config: DeepseekV4Config, x: jax.Array, tokens: Rotary, closing: Rotary | None
+) -> Projections:
+    """The projections of one layer.
+
+    Args:
+      weights: of the layer's attention.
+      config: of the model.
+      x: [T, hidden], normed.
+      tokens: the rotary of the step's tokens, with the layer's RoPE.
+      closing: that of its closing entries; None in SWA layers.
+    """
+    spec = config.spec
+    low_rank = rms_norm(linear(x, weights.wq_a), spec.norm_eps, weights.q_norm)
+    queries = linear(low_rank, weights.wq_b).reshape(-1, spec.num_heads, spec.head_dim)
+    compressor, indexer, index_query = None, None, None
+    if weights.compressor is not None and closing is not None:
+        compressor = _compressor_inputs(weights.compressor, x, closing)
+        if weights.indexer is not None:
+            indexer = _compressor_inputs(weights.indexer.compressor, x, closing)
+            index_query = _index_query(weights.indexer, config, x, low_rank, tokens)
+    return Projections(
+        queries=apply_rotary(rms_norm(queries, spec.norm_eps), tokens),
+        rows=RawRows(linear(x, weights.wkv), weights.kv_norm, tokens),
+        compressor=compressor,
+        indexer=indexer,
+        index_query=index_query,
+    )
+
+
+def merge_heads(weights: AttentionWeights, config: DeepseekV4Config, attended: jax.Array) -> jax.Array:
+    """The sublayer's output [T, hidden] from the attention's [T, heads, 512], which is rotated back.
+
+    Every group of heads has a low-rank projection of its own; one matrix makes the output of them all.
+    """
+    grouped = attended.reshape(attended.shape[0], config.o_groups, -1)
+    blocks = expand(weights.wo_a, attended.dtype).reshape(config.o_groups, config.o_lora_rank, -1)
+    low_rank = jnp.einsum("tgi,gri->tgr", grouped, blocks, preferred_element_type=jnp.float32)
+    return linear(low_rank.astype(attended.dtype).reshape(attended.shape[0], -1), weights.wo_b)
+
+
+def _compressor_inputs(weights: CompressorWeights, x: jax.Array, closing: Rotary) -> CompressorInputs:
+    # fp32, as the tails keep them.
+    kv, gate = linear(x, weights.kv, dtype=jnp.float32), linear(x, weights.gate, dtype=jnp.float32)
+    return CompressorInputs(kv, gate, weights.position_bias, weights.norm, closing)
+
+
+def _index_query(
+    weights: IndexerWeights, config: DeepseekV4Config, x: jax.Array, low_rank: jax.Array, tokens: Rotary
+) -> IndexQuery:
+    heads, width = config.spec.index_num_heads, config.spec.index_head_dim
+    queries = linear(low_rank, weights.query).reshape(-1, heads, width)
+    head_weights = linear(x, weights.head_weights, dtype=jnp.float32) * (width * heads) ** -0.5
+    return IndexQuery(apply_rotary(queries, tokens), head_weights)
