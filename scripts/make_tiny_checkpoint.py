@@ -24,7 +24,7 @@ SEED = 1
 RATIOS = [0, 0, 4, 128, 4]
 PRO = [3, 3, 2, 3]
 LENGTHS = [300, 269]  # an HCA layer closes two windows in each
-GREEDY_PROMPT, GREEDY_NEW = 250, 16
+GREEDY_PROMPT, GREEDY_NEW = 290, 16
 
 CONFIG = {
     "vocab_size": 128,
@@ -77,6 +77,7 @@ def main() -> None:
     for _ in range(GREEDY_NEW):
         text = torch.cat([text, torch.tensor([logits_of(flash, text)[-1].argmax()])])
     expected["flash.greedy"] = text.numpy().astype(np.int32)
+    check_effects(flash, prompts[1], expected["flash.logits.1"])
     print({name: value.std() for name, value in expected.items() if ".logits." in name})
 
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -113,6 +114,20 @@ def fill(name: str, value: torch.Tensor) -> None:
         # An average over a hundred rows is small: the gain brings it back to the size of the residual streams.
         noise = noise * (4.0 if "o_b_proj" in name else 1.0) / math.sqrt(value.shape[-1])
     value.copy_(noise.bfloat16() if value.is_floating_point() else noise)
+
+
+@torch.no_grad()
+def check_effects(model: DeepseekV4ForCausalLM, tokens: torch.Tensor, expected: np.ndarray) -> None:
+    """Assert that other numbers in any one weight give other logits, by far more than a test tolerates."""
+    effects = {}
+    for name, value in model.state_dict().items():
+        kept = value.clone()
+        value.copy_((kept + 1) % CONFIG["n_routed_experts"] if name.endswith("tid2eid") else kept + 0.1 * kept.flip(0))
+        effects[name] = float(np.abs(model(tokens[None], use_cache=False).logits[0].numpy() - expected).max())
+        value.copy_(kept)
+    weakest = sorted(effects, key=effects.__getitem__)[:5]
+    print("smallest effects:", {name: effects[name] for name in weakest})
+    assert effects[weakest[0]] > 1e-3
 
 
 @torch.no_grad()
