@@ -1,0 +1,73 @@
+"""The model is what a user could have written: it imports the public interface alone, and nothing needs it."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import dsv4_jax
+
+PACKAGE = Path(dsv4_jax.__file__).parent
+MODEL = PACKAGE / "deepseek_v4"
+COMMAND_LINE = PACKAGE / "tools" / "cli"
+NAME = "dsv4_jax.deepseek_v4"
+
+
+def imports(path: Path) -> Iterator[tuple[str, str | None, bool]]:
+    """Module, name (None for ``import module``) and whether it is inside a function, of everything imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {id(node) for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            yield from ((node.module, alias.name, id(node) in inside) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, None, id(node) in inside) for alias in node.names)
+
+
+def is_model(module: str, name: str | None) -> bool:
+    return f"{module}.{name}.".startswith(f"{NAME}.")
+
+
+def breaches_of_the_public_interface(path: Path) -> list[tuple[str, str | None]]:
+    return [
+        (module, name)
+        for module, name, _ in imports(path)
+        if module.split(".")[0] == "dsv4_jax"
+        and not is_model(module, name)
+        and (module != "dsv4_jax" or name not in dsv4_jax.__all__)
+    ]
+
+
+def test_the_model_imports_the_public_interface_alone():
+    files = sorted(MODEL.rglob("*.py"))
+    assert len(files) > 8
+    assert {path.name: breaches for path in files if (breaches := breaches_of_the_public_interface(path))} == {}
+
+
+def test_only_the_command_line_imports_the_model_and_only_when_it_runs_it():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if MODEL in path.parents:
+            continue
+        for module, name, inside_a_function in imports(path):
+            if is_model(module, name):
+                assert COMMAND_LINE in path.parents, f"{path} imports {module}"
+                assert inside_a_function, f"{path} imports {module} before it is asked to run it"
+
+
+def test_breaches_are_seen(tmp_path):
+    path = tmp_path / "file.py"
+    path.write_text(
+        "import dsv4_jax.ops\n"
+        "from dsv4_jax import begin, ops\n"
+        "from dsv4_jax.deepseek_v4 import model\n"
+        "from dsv4_jax.deepseek_v4.model import step\n"
+        "def f():\n    from dsv4_jax.spec.rotary import rotary\n"
+    )
+    assert breaches_of_the_public_interface(path) == [
+        ("dsv4_jax.ops", None),
+        ("dsv4_jax", "ops"),
+        ("dsv4_jax.spec.rotary", "rotary"),
+    ]
+    assert [is_model(module, name) for module, name, _ in imports(path)] == [False, False, False, True, True, False]
+    assert [inside for *_, inside in imports(path)] == [False] * 5 + [True]
