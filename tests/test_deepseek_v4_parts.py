@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import dsv4_jax.deepseek_v4.mixture as mixture_module
 from dsv4_jax import tiny_spec
 from dsv4_jax.deepseek_v4.config import DeepseekV4Config
 from dsv4_jax.deepseek_v4.hyper_connections import collapse, connect, mixing, sinkhorn
@@ -119,9 +120,10 @@ def test_bias_chooses_and_weighs_nothing(rng):
     assert np.std(routing.shares) > 0.01
 
 
-@pytest.mark.parametrize("tokens", [1, 40, 700])
-def test_experts_in_tiles(tokens, rng):
-    """From one row of an expert to many tiles of it, and experts that nobody chose."""
+@pytest.mark.parametrize(("tokens", "at_once"), [(1, 100), (40, 100), (40, 1), (700, 4)])
+def test_experts_in_tiles(tokens, at_once, rng, monkeypatch):
+    """From one row of an expert to many tiles of it, experts that nobody chose, and many batches of experts."""
+    monkeypatch.setattr(mixture_module, "_EXPANDED_BYTES", at_once * 3 * CONFIG.expert_width * HIDDEN * 4)
     weights, x, shares = expert_weights(rng, CONFIG.num_experts), normal(rng, tokens, HIDDEN), normal(rng, tokens, 2)
     outputs = [
         numpy_expert(ExpertWeights(*(stack[expert] for stack in weights)), x.astype(np.float64), CONFIG.swiglu_limit)

@@ -57,12 +57,12 @@ def sinkhorn(matrices: jax.Array, iterations: int, eps: float) -> jax.Array:
 
 def collapse(streams: jax.Array, into: jax.Array) -> jax.Array:
     """The sublayer's input [T, hidden]: the streams [T, n, hidden], weighted by ``into`` [T, n]."""
-    return jnp.einsum("tn,tnd->td", into, streams.astype(jnp.float32)).astype(streams.dtype)
+    return (into[:, :, None] * streams).sum(axis=1).astype(streams.dtype)
 
 
 def connect(streams: jax.Array, output: jax.Array, mixing: Mixing) -> jax.Array:
     """The streams after a sublayer, [T, n, hidden], from those before it and its output [T, hidden]."""
-    mixed = jnp.einsum("tjk,tjd->tkd", mixing.beside, streams.astype(jnp.float32))
+    mixed = (mixing.beside[:, :, :, None] * streams[:, :, None, :]).sum(axis=1)
     return (mixed + mixing.out[:, :, None] * output[:, None, :]).astype(streams.dtype)
 
 

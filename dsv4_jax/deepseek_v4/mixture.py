@@ -1,8 +1,9 @@
-"""The mixture of experts: who computes a token, and the experts that were chosen, one after the other.
+"""The mixture of experts: who computes a token, and the experts that were chosen, a few at a time.
 
-Experts may be quantized, and all of them expanded would take many times the memory that a step has to spare. So tokens
-are sorted by expert, and a loop takes a tile of one expert's tokens at a time: it expands that expert alone, and no
-expert that nobody chose.
+Experts may be quantized, and all of them expanded would take many times the memory that a step has to spare. So rows
+are laid out in tiles, each of one expert's rows, and a loop takes a few tiles at a time: it expands their experts
+alone. (``jax.lax.ragged_dot`` needs all experts expanded at once, and multiplies every row with every one of them where
+XLA has no kernel for it.)
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def _score(products: jax.Array, config: DeepseekV4Config) -> jax.Array:
 def apply_experts(weights: ExpertWeights, x: jax.Array, routing: Routing, limit: float) -> jax.Array:
     """The routed experts' part of every token, fp32 [T, hidden].
 
-    Temporary memory: one expert expanded to x's dtype, and two rows [hidden] for each of a token's experts.
+    Temporary memory: 512 MiB of experts expanded to x's dtype, or one expert if that is more; and for each of a token's
+    experts, and for each tile, a few rows [hidden].
 
     Args:
       weights: of all experts, stacked.
@@ -71,33 +73,41 @@ def apply_experts(weights: ExpertWeights, x: jax.Array, routing: Routing, limit:
       limit: of the SwiGLU.
     """
     tokens, per_token = routing.experts.shape
-    assigned, experts = tokens * per_token, weights.gate.shape[0]
-    tile, tiles = _tiles(assigned, experts)
+    experts, width, hidden = weights.gate.shape
+    at_once = max(1, _EXPANDED_BYTES // (3 * width * hidden * x.dtype.itemsize))
+    tile, tiles = _tiles(tokens * per_token, experts, at_once)
 
-    order = jnp.argsort(routing.experts.reshape(-1), stable=True)
-    counts = jnp.bincount(routing.experts.reshape(-1), length=experts)
-    tile_ends = jnp.cumsum(-(-counts // tile))
-    # A tile may reach beyond its expert's rows: what it computes there, the next one writes over.
-    rows = jnp.pad(x[order // per_token], ((0, tile), (0, 0)))
+    assigned = routing.experts.reshape(-1)
+    ends = jnp.cumsum(-(-jnp.bincount(assigned, length=experts) // tile))  # of each expert's tiles
+    expert_of_tile = jnp.minimum(jnp.searchsorted(ends, jnp.arange(tiles), side="right"), experts - 1)
+    order = jnp.argsort(assigned, stable=True)
+    in_order = assigned[order]
+    rank = jnp.arange(len(order)) - jnp.searchsorted(in_order, in_order)  # among the expert's rows
+    first_tile = jnp.searchsorted(expert_of_tile, in_order)
+    place = jnp.zeros_like(order).at[order].set(tile * first_tile + rank)  # of each assignment among all tiles' rows
 
-    def compute(made: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-        expert = jnp.minimum(jnp.searchsorted(tile_ends, index, side="right"), experts - 1)
-        later = tile_ends[expert] - index  # tiles of this expert from this one on; none are left at the end
-        first = jnp.where(later > 0, jnp.cumsum(counts)[expert] - counts[expert], assigned)
-        first = first + tile * jnp.where(later > 0, -(-counts[expert] // tile) - later, 0)
+    def compute(tile_of_one: tuple[jax.Array, jax.Array]) -> jax.Array:
+        expert, rows = tile_of_one
         one = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False), weights)
-        output = swiglu(one, jax.lax.dynamic_slice_in_dim(rows, first, tile), limit)
-        return jax.lax.dynamic_update_slice_in_dim(made, output, first, axis=0), None
+        return swiglu(one, rows, limit)
 
-    made, _ = jax.lax.scan(compute, jnp.zeros_like(rows), jnp.arange(tiles))
-    place = jnp.argsort(order).reshape(tokens, per_token)
-    return jnp.einsum("tk,tkd->td", routing.shares, made[place].astype(jnp.float32))
+    token_of_row = jnp.zeros(tiles * tile, jnp.int32).at[place].set(jnp.arange(len(place)) // per_token)
+    rows = x[token_of_row].reshape(tiles, tile, hidden)
+    made = jax.lax.map(compute, (expert_of_tile, rows), batch_size=min(tiles, at_once)).reshape(-1, hidden)
+    return jnp.einsum("tk,tkd->td", routing.shares, made[place].reshape(tokens, per_token, hidden).astype(jnp.float32))
 
 
-def _tiles(assigned: int, experts: int) -> tuple[int, int]:
-    """Rows of a tile, and how many tiles there can be: one for each expert that is chosen, and those that are full."""
+_EXPANDED_BYTES = 2**29
+
+
+def _tiles(assigned: int, experts: int, at_once: int) -> tuple[int, int]:
+    """Rows of a tile, and how many tiles there can be, in whole batches of ``at_once``.
+
+    There is one for each expert that is chosen, and those that are full.
+    """
     chosen = min(assigned, experts)
     tile = 8
     while tile < min(128, assigned // chosen):
         tile *= 2
-    return tile, chosen + (assigned - chosen) // tile
+    tiles = chosen + (assigned - chosen) // tile
+    return tile, tiles if tiles <= at_once else -(-tiles // at_once) * at_once
