@@ -224,7 +224,7 @@ def _power_of_two_above(x: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDAr
     return (exponent + 127).astype(np.uint8), np.ldexp(np.float32(1), exponent)
 
 
-def _packed_e2m1(groups: NDArray[np.float32]) -> NDArray[np.uint8]:
+def _packed_e2m1(groups: NDArray[np.float32]) -> NDArray[Any]:
     """float32 [..., groups, size], at most 6 but for rounding, as packed codes [..., n / 2]."""
     codes = groups.astype(_E2M1).view(np.uint8)
     codes = codes.reshape(*groups.shape[:-2], -1)

@@ -93,15 +93,16 @@ def _read_index(index: Path) -> dict[str, StoredTensor]:
     places = content.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise CheckpointError(f"{index} has no weight_map from names to files.")
+    files = sorted(set(places.values()))
+    for file in files:
+        if Path(file).name != file or not (index.parent / file).is_file():
+            raise CheckpointError(f"{index} names the file {file!r}, which is not beside it.")
     tensors: dict[str, StoredTensor] = {}
-    for name in sorted(set(places.values())):
-        file = index.parent / name
-        if Path(name).name != name or not file.is_file():
-            raise CheckpointError(f"{index} names the file {name!r}, which is not beside it.")
-        for tensor in read_file(file).values():
-            if places.get(tensor.name) != name:
-                raise CheckpointError(f"{file} holds {tensor.name!r}, which {index.name} does not place there.")
-            tensors[tensor.name] = tensor
+    for file in files:
+        for name, tensor in read_file(index.parent / file).items():
+            if places.get(name) != file:
+                raise CheckpointError(f"{tensor.file} holds {name!r}, which {index.name} does not place there.")
+            tensors[name] = tensor
     for name, file in places.items():
         if name not in tensors:
             raise CheckpointError(f"{index} places {name!r} in {file}, which does not hold it.")
@@ -154,24 +155,29 @@ def _place(file: Path, name: str, entry: Any) -> _Place:
     """What a header says about a tensor, checked but for its place among the others."""
     if not isinstance(entry, dict):
         raise CheckpointError(f"{file}: the header's {name!r} is {entry!r}, expected dtype, shape and data_offsets.")
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    dtype, shape, offsets = entry.get("dtype"), _counts(entry.get("shape")), _counts(entry.get("data_offsets"))
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise CheckpointError(f"{file}: {name!r} has dtype {dtype!r}; known are {', '.join(_DTYPES)}.")
-    if not _are_counts(shape):
-        raise CheckpointError(f"{file}: {name!r} has shape {shape!r}, expected a list of sizes.")
-    if not _are_counts(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{file}: {name!r} has data_offsets {offsets!r}, expected where it begins and ends.")
+    if shape is None:
+        raise CheckpointError(f"{file}: {name!r} has shape {entry.get('shape')!r}, expected a list of sizes.")
+    if offsets is None or len(offsets) != 2:
+        raise CheckpointError(
+            f"{file}: {name!r} has data_offsets {entry.get('data_offsets')!r}, expected where it begins and ends."
+        )
     begin, end = offsets
     expected = math.prod(shape) * _DTYPES[dtype].itemsize
     if end - begin != expected:
         raise CheckpointError(
-            f"{file}: {name!r} lies from byte {begin} to {end}, but {dtype} {shape} takes {expected} bytes."
+            f"{file}: {name!r} lies from byte {begin} to {end}, but {dtype} {list(shape)} takes {expected} bytes."
         )
-    return _Place(dtype, tuple(shape), begin, end)
+    return _Place(dtype, shape, begin, end)
 
 
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
+def _counts(value: Any) -> tuple[int, ...] | None:
+    """A list of sizes or places; None if it is something else."""
+    if not isinstance(value, list) or not all(type(number) is int and 0 <= number < 2**63 for number in value):
+        return None
+    return tuple(value)
 
 
 def _parse(text: bytes, file: Path) -> dict[str, Any]:

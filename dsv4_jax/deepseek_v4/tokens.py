@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import importlib
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,13 +92,13 @@ class FileTokenizer:
 
     def __init__(self, file: Path) -> None:
         try:
-            import tokenizers
+            tokenizers: Any = importlib.import_module("tokenizers")
         except ImportError as error:
             raise ImportError(
                 f"{file} is read by the package tokenizers, which is missing: pip install 'dsv4-jax[text]'."
             ) from error
         try:
-            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(file))
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises nothing more special
             raise CheckpointError(f"{file} is no tokenizer: {error}") from error
 
@@ -117,10 +118,8 @@ class FileTokenizer:
 
 class _FileStream:
     def __init__(self, tokenizer: Any) -> None:
-        from tokenizers.decoders import DecodeStream
-
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream: Any = importlib.import_module("tokenizers.decoders").DecodeStream(skip_special_tokens=True)
         self._held: list[int] = []
 
     def push(self, token: int) -> str:
