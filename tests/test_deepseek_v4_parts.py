@@ -10,7 +10,14 @@ import pytest
 import dsv4_jax.deepseek_v4.mixture as mixture_module
 from dsv4_jax import tiny_spec
 from dsv4_jax.deepseek_v4.config import DeepseekV4Config
-from dsv4_jax.deepseek_v4.hyper_connections import collapse, connect, mixing, sinkhorn
+from dsv4_jax.deepseek_v4.hyper_connections import (
+    collapse,
+    connect,
+    mixing,
+    sinkhorn,
+    sinkhorn_looped,
+    sinkhorn_unrolled,
+)
 from dsv4_jax.deepseek_v4.mixture import Routing, apply_experts, mixture, route
 from dsv4_jax.deepseek_v4.weights import ExpertWeights, HyperConnectionWeights, MixtureWeights
 
@@ -166,8 +173,9 @@ def test_quantized_experts_are_expanded_one_at_a_time(rng):
     np.testing.assert_allclose(mixture(on_device(halved), CONFIG, x, tokens), plain, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("normalize", [sinkhorn, sinkhorn_looped, sinkhorn_unrolled])
 @pytest.mark.parametrize("iterations", [1, 2, 20])
-def test_sinkhorn(iterations, rng):
+def test_sinkhorn(iterations, normalize, rng):
     matrices = np.exp(rng.standard_normal((5, 4, 4)))
     expected, eps = matrices.copy(), 1e-6
     for iteration in range(iterations):
@@ -177,7 +185,7 @@ def test_sinkhorn(iterations, rng):
                     matrix[row] /= matrix[row].sum() + eps
             for column in range(4):
                 matrix[:, column] /= matrix[:, column].sum() + eps
-    made = np.asarray(sinkhorn(jnp.asarray(matrices, jnp.float32), iterations, eps))
+    made = np.asarray(normalize(jnp.asarray(matrices, jnp.float32), iterations=iterations, eps=eps))
     np.testing.assert_allclose(made, expected, rtol=0, atol=2e-6)
     if iterations == 20:
         np.testing.assert_allclose(made.sum(axis=1), 1, atol=1e-3)

@@ -7,6 +7,7 @@ streams of the token itself, and are computed in fp32.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -43,16 +44,34 @@ def mixing(weights: HyperConnectionWeights, config: DeepseekV4Config, streams: j
 def sinkhorn(matrices: jax.Array, iterations: int, eps: float) -> jax.Array:
     """Sinkhorn's normalization of positive matrices [..., n, n].
 
-    Columns are divided by their sum plus ``eps`` ``iterations`` times, and between two such rounds rows are.
+    Columns are divided by their sum plus ``eps`` ``iterations`` times, and between two such rounds rows are. A loop of
+    kernels this small is bound by its launches, and splits a step's CUDA graph in two, so on GPUs it is unrolled.
     """
+    return jax.lax.platform_dependent(
+        matrices,
+        cuda=functools.partial(sinkhorn_unrolled, iterations=iterations, eps=eps),
+        default=functools.partial(sinkhorn_looped, iterations=iterations, eps=eps),
+    )
 
-    def divide(matrices: jax.Array, axis: int) -> jax.Array:
-        return matrices / (matrices.sum(axis=axis, keepdims=True) + eps)
 
-    def iterate(_: int, matrices: jax.Array) -> jax.Array:
-        return divide(divide(matrices, -1), -2)
+def sinkhorn_looped(matrices: jax.Array, *, iterations: int, eps: float) -> jax.Array:
+    """``sinkhorn`` as a loop."""
+    columns = _divide(matrices, -2, eps)
+    return jax.lax.fori_loop(0, iterations - 1, lambda _, made: _divide(_divide(made, -1, eps), -2, eps), columns)
 
-    return jax.lax.fori_loop(0, iterations - 1, iterate, divide(matrices, -2))
+
+def sinkhorn_unrolled(matrices: jax.Array, *, iterations: int, eps: float) -> jax.Array:
+    """``sinkhorn`` as one operation after another."""
+    made = _divide(matrices, -2, eps)
+    for _ in range(iterations - 1):
+        # Without a barrier XLA fuses all iterations, each computed again for every number that the next one reads.
+        made = jax.lax.optimization_barrier(made)
+        made = _divide(_divide(made, -1, eps), -2, eps)
+    return made
+
+
+def _divide(matrices: jax.Array, axis: int, eps: float) -> jax.Array:
+    return matrices / (matrices.sum(axis=axis, keepdims=True) + eps)
 
 
 def collapse(streams: jax.Array, into: jax.Array) -> jax.Array:

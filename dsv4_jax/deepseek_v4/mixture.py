@@ -77,21 +77,22 @@ def apply_experts(weights: ExpertWeights, x: jax.Array, routing: Routing, limit:
     at_once = max(1, _EXPANDED_BYTES // (3 * width * hidden * x.dtype.itemsize))
     tile, tiles = _tiles(tokens * per_token, experts, at_once)
 
+    # Each expert's rows begin a tile, so its last tile has rows of nobody at its end; so have tiles that are left over.
     assigned = routing.experts.reshape(-1)
-    ends = jnp.cumsum(-(-jnp.bincount(assigned, length=experts) // tile))  # of each expert's tiles
-    expert_of_tile = jnp.minimum(jnp.searchsorted(ends, jnp.arange(tiles), side="right"), experts - 1)
-    order = jnp.argsort(assigned, stable=True)
-    in_order = assigned[order]
-    rank = jnp.arange(len(order)) - jnp.searchsorted(in_order, in_order)  # among the expert's rows
-    first_tile = jnp.searchsorted(expert_of_tile, in_order)
-    place = jnp.zeros_like(order).at[order].set(tile * first_tile + rank)  # of each assignment among all tiles' rows
+    counts = (assigned[:, None] == jnp.arange(experts)).sum(axis=0)
+    tiles_of = -(-counts // tile)
+    tile_ends, row_ends = jnp.cumsum(tiles_of), jnp.cumsum(counts)
+    expert_of_tile = jnp.minimum((tile_ends <= jnp.arange(tiles)[:, None]).sum(axis=1), experts - 1)
+    order = jnp.argsort(assigned)
+    shift = tile * (tile_ends - tiles_of) - (row_ends - counts)
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)) + shift[assigned[order]])
+    token_of_row = jnp.zeros(tiles * tile, jnp.int32).at[place].set(jnp.arange(len(place)) // per_token)
 
     def compute(tile_of_one: tuple[jax.Array, jax.Array]) -> jax.Array:
         expert, rows = tile_of_one
         one = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False), weights)
         return swiglu(one, rows, limit)
 
-    token_of_row = jnp.zeros(tiles * tile, jnp.int32).at[place].set(jnp.arange(len(place)) // per_token)
     rows = x[token_of_row].reshape(tiles, tile, hidden)
     made = jax.lax.map(compute, (expert_of_tile, rows), batch_size=min(tiles, at_once)).reshape(-1, hidden)
     return jnp.einsum("tk,tkd->td", routing.shares, made[place].reshape(tokens, per_token, hidden).astype(jnp.float32))
