@@ -384,6 +384,18 @@ def test_files_are_mapped_and_not_read(tmp_path, release, tensors):
     assert_same(weights, load_checkpoint(release)[1])
 
 
+def test_weights_do_not_change_with_their_file(release):
+    file = release / "model.safetensors"
+    _, expected = load_checkpoint(release)
+    expected = jax.tree.map(np.array, expected)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    loaded = [load_checkpoint(release, sharding=sharding)[1] for sharding in (None, device)]
+    with file.open("r+b") as out:
+        out.write(b"\x55" * file.stat().st_size)
+    for weights in loaded:
+        assert_same(weights, expected)
+
+
 # --- the file format ---
 
 

@@ -60,4 +60,4 @@ def test_entries_and_keys(tmp_path, seed, rng):
         np.testing.assert_allclose(found, expected(nvfp4, stored), rtol=0, atol=1e-4)
         exact = expected(original, before)
         error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
-        assert error < 0.2  # of each weight NVFP4 leaves 0.10
+        assert error < 0.15  # rounding the weights alone makes 0.1 of it

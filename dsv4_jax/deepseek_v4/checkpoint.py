@@ -2,8 +2,8 @@
 
 Everything is checked against the config before the first weight is read. Weights then go one at a time from the mapped
 files to the device, with the sharding asked for: of a sharded weight, each device's part alone is read for it.
-Quantized weights stay as they are. Beside the mapped files this takes host memory for one weight, and only where it is
-not in the files as it is on the device: a stack of experts that are stored one by one (Flash: 1 GiB).
+Quantized weights stay as they are. Beside the mapped files this takes host memory for one weight, which of experts is
+a layer's stack (Flash: 1 GiB).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def load_checkpoint(
 
     total, read, weights = sum(weight.nbytes for weight in stored.values()), 0, []
     for path, weight in stored.items():
-        weights.append(load(path, weight))
+        weights.append(jax.block_until_ready(load(path, weight)))
         read += weight.nbytes
         if progress:
             progress(path, read, total)

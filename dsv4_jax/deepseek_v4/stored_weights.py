@@ -40,11 +40,14 @@ class StoredArray(NamedTuple):
         return sum(part.nbytes for part in self.parts)
 
     def read(self, index: tuple[slice, ...] | None = None) -> NDArray[Any]:
-        """What an index picks, one slice per axis; None: the whole. Of stacked parts, a copy."""
+        """What an index picks, one slice per axis; None: the whole.
+
+        Always a copy: on the CPU, JAX keeps the memory that it is given, and a mapped file may change.
+        """
         if index is None:
             index = (slice(None),) * len(self.shape)
         if not self.stacked:
-            return self.parts[0][index]
+            return np.array(self.parts[0][index])
         return np.stack([part[index[1:]] for part in self.parts[index[0]]])
 
 
