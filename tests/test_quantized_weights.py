@@ -173,6 +173,14 @@ def test_one_index_picks_an_expert_of_every_array(rng):
         np.testing.assert_array_equal(expand_to[jnp.float32](one), expand_to[jnp.float32](stack)[2])
 
 
+def test_expansion_takes_no_memory_beside_its_result():
+    numbers = np.zeros((3, 200, 320), np.float32)
+    for quantize in (quantize_block_fp8, quantize_packed_fp4, quantize_nvfp4):
+        memory = expand_to[jnp.bfloat16].lower(quantize(numbers)).compile().memory_analysis()
+        assert memory.output_size_in_bytes == 2 * numbers.size
+        assert memory.temp_size_in_bytes == 0
+
+
 def test_bytes_are_those_of_codes_and_scales():
     weight = np.zeros((4, 256, 512), np.float32)
     assert quantize_block_fp8(weight).nbytes == 4 * (256 * 512 + 2 * 4)
