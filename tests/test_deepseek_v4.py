@@ -131,12 +131,12 @@ def assert_hugging_faces(order: str, found: list[np.ndarray]) -> None:
         ("flash", {}, (2, 160)),
         ("pro", {}, (160,)),
         ("flash", {"attention": "gather"}, (160,)),
-        ("pro", {"implementation": "reference"}, (160,)),
+        ("pro", {"implementation": "reference"}, (64,)),
     ],
     ids=["flash", "pro", "gather", "reference"],
 )
 def test_ragged_prefill_and_decode(order, options, buckets, rng):
-    steps = ragged(rng, 150)
+    steps = ragged(rng, buckets[-1] - 10)
     found = serve(order, steps, buckets, **options)
     assert [len(ours) for ours in found] == lengths()
     assert_hugging_faces(order, found)
