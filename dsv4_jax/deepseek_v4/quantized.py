@@ -27,18 +27,8 @@ _E4M3_SMALLEST = 2.0**-9
 _AMAX_FLOOR = 2.0**-100  # of a block of zeros: every scale made from it is a normal number
 
 
-class _Quantized:
+class _Arrays:
     """What every quantized weight has beside its arrays, which are the fields of a dataclass."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the expanded weight, [..., out, in]."""
-        raise NotImplementedError
-
-    @property
-    def ndim(self) -> int:
-        """Axes of the expanded weight."""
-        return len(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -48,7 +38,7 @@ class _Quantized:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class BlockFp8(_Quantized):
+class BlockFp8(_Arrays):
     """E4M3 codes with one scale for every 128 x 128 block; the last blocks of a row or column may be smaller.
 
     Attributes:
@@ -79,7 +69,7 @@ class BlockFp8(_Quantized):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PackedFp4(_Quantized):
+class PackedFp4(_Arrays):
     """E2M1 codes with one UE8M0 scale for 32 columns of a row.
 
     Attributes:
@@ -102,7 +92,7 @@ class PackedFp4(_Quantized):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Nvfp4(_Quantized):
+class Nvfp4(_Arrays):
     """E2M1 codes with one E4M3 scale for 16 columns of a row, in units of one float32 number for the matrix.
 
     Attributes:
