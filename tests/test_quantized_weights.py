@@ -154,6 +154,16 @@ def test_nvfp4_takes_the_nearest_code(rng):
     assert (np.abs(ratio - 1) <= 1 / 17)[in_range].all()
 
 
+def test_a_power_of_two_that_just_suffices_is_the_scale(rng):
+    """The largest number is then the largest code."""
+    exponent = int(rng.integers(-20, 20))
+    fp8 = quantize_block_fp8(np.full((1, 32), np.ldexp(448.0, exponent)))
+    fp4 = quantize_packed_fp4(np.full((1, 32), np.ldexp(6.0, exponent)))
+    assert fp8.scales.item() == fp4.scales.item() == exponent + 127
+    assert (np.asarray(fp8.codes).astype(float) == 448).all()
+    assert (np.asarray(fp4.codes) == 0x77).all()
+
+
 @pytest.mark.parametrize("quantize", [quantize_packed_fp4, quantize_nvfp4])
 def test_columns_that_fall_into_no_groups_are_refused(quantize):
     with pytest.raises(ValueError, match="40 columns"):
