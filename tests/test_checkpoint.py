@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -320,6 +322,38 @@ def test_where_weights_go(release):
     assert len(asked) == len(jax.tree.leaves(chosen))
     assert_same(alike, expected)
     assert_same(chosen, expected)
+
+
+ON_THREE_DEVICES = """
+import sys
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from dsv4_jax.deepseek_v4.checkpoint import load_checkpoint
+from dsv4_jax.deepseek_v4.stored_weights import StoredArray
+
+mesh, read, reads = jax.make_mesh((3,), ("experts",)), StoredArray.read, []
+
+def sharding(path, shape):
+    return NamedSharding(mesh, PartitionSpec("experts") if ".experts." in path else PartitionSpec())
+
+_, whole = load_checkpoint(sys.argv[1])
+StoredArray.read = lambda array, index=None: reads.append(read(array, index)) or reads[-1]
+_, sharded = load_checkpoint(sys.argv[1], sharding=sharding)
+for one, other in zip(jax.tree.leaves(sharded), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    assert len(one.addressable_shards) == 3
+codes = sharded.layers[1].ffn.experts.up.codes
+assert [shard.data.shape for shard in codes.addressable_shards] == [(1, 32, 80)] * 3
+# The experts' codes and scales alone have three axes. Each was read expert by expert.
+assert {array.shape[0] for array in reads if array.ndim == 3} == {1}
+"""
+
+
+def test_each_device_gets_its_experts_and_no_others(release):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "JAX_PLATFORMS": "cpu"}
+    program = [sys.executable, "-c", ON_THREE_DEVICES, str(release)]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_part_of_a_stored_array_is_that_of_the_whole(rng):
