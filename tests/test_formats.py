@@ -39,17 +39,42 @@ def jitted(operation, **options):
     return jax.jit(functools.partial(operation, **options))
 
 
+def resized(page, vector_format, rows, wanted):
+    """A page of so many rows with the first rows of this one; what it has not is zero."""
+    if not vector_format.quantized:
+        return np.concatenate([page[:wanted], np.zeros((max(0, wanted - rows), page.shape[1]), page.dtype)])
+    made, kept = np.zeros(vector_format.page_shape(wanted), np.uint8), min(rows, wanted)
+    for part, to in zip(split_page(page, vector_format, rows), split_page(made, vector_format, wanted), strict=True):
+        to[:kept] = part[:kept]
+    return made
+
+
 class Codec:
-    """quantize and dequantize of one implementation on the test's device, NumPy in and out."""
+    """quantize and dequantize of one implementation on the test's device, NumPy in and out.
+
+    The definition is slow to compile, so it works on pages of one size, of which the first rows count; test_ops.py has
+    it make pages of other sizes.
+    """
+
+    ROWS = 1024
 
     def __init__(self, module):
         self.module = module
 
     def quantize(self, rows, vector_format):
-        return np.asarray(jitted(self.module.quantize, format=vector_format)(rows))
+        count = len(rows)
+        if self.module.implementation == "native":
+            return np.asarray(jitted(self.module.quantize, format=vector_format)(rows))
+        rows = np.concatenate([rows, np.zeros((self.ROWS - count, rows.shape[1]), rows.dtype)])
+        page = np.asarray(jitted(self.module.quantize, format=vector_format)(rows))
+        return resized(page, vector_format, self.ROWS, count)
 
     def dequantize(self, page, vector_format, rows, dtype=jnp.float32):
-        return np.asarray(jitted(self.module.dequantize, format=vector_format, rows=rows, dtype=dtype)(page))
+        if self.module.implementation == "native":
+            return np.asarray(jitted(self.module.dequantize, format=vector_format, rows=rows, dtype=dtype)(page))
+        page = resized(page, vector_format, rows, self.ROWS)
+        read = jitted(self.module.dequantize, format=vector_format, rows=self.ROWS, dtype=dtype)(page)
+        return np.asarray(read)[:rows]
 
     def round_trip(self, rows, vector_format):
         return self.dequantize(self.quantize(rows, vector_format), vector_format, len(rows))

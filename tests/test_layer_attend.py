@@ -1,5 +1,6 @@
 """layer.attend: what it sees is what the gathers read, and what it refuses."""
 
+import dataclasses
 import functools
 
 import jax
@@ -43,6 +44,11 @@ class Given:
     def trace(self, program):
         """Traces program(step)."""
         return jax.eval_shape(lambda cache: program(begin(cache, self.plan)), self.driver.cache)
+
+
+def displaces_nothing(plan):
+    """The plan with a layout that says so, whatever it does."""
+    return dataclasses.replace(plan, layout=dataclasses.replace(plan.layout, displaces=False))
 
 
 def _attend_and_read(cache, plan, given, layer, sinks, implementation):
@@ -101,9 +107,41 @@ def test_drafts_see_what_single_tokens_see(seed, layer):
 
 @EACH
 @pytest.mark.parametrize("layer", [SWA, CSA, HCA])
+def test_long_chunks_see_what_the_gathers_read(rng, implementation, layer):
+    """Chunks that overwrite ring rows which their early tokens see, and rows of their own."""
+    given = Given(rng, (131, 20), tokens=140)
+
+    def run(cache, plan):
+        step = begin(cache, plan, implementation=implementation)
+        before = step.layer(layer).window_before(dtype=jnp.float32)[1]
+        handle = given.written(step, layer)
+        own = handle.stored(given.brought[layer]["rows"], dtype=jnp.float32)
+        attended = handle.attend(given.queries, dtype=jnp.float32, **given.chosen(layer))[1]
+        if layer == CSA:
+            return attended, before, own, handle.entries(given.indices, dtype=jnp.float32)[1]
+        return attended, before, own, handle.all_entries(2, dtype=jnp.float32)[1] if layer == HCA else None
+
+    attended, before, own, entries = jax.jit(run)(given.driver.cache, given.plan)
+    visible = (given.plan.token_position + 1) // 128
+    for token in (0, 1, 12, 100, 138, 139, 140, 141, 180, 279):
+        request = token // 140
+        earlier = np.asarray(before.values[request])[np.asarray(before.valid[request])]
+        rows = np.concatenate([earlier, own[140 * request : token + 1]])[-128:]
+        if layer == CSA:
+            rows = np.concatenate([rows, np.asarray(entries.values[token])[np.asarray(entries.valid[token])]])
+        elif layer == HCA:
+            rows = np.concatenate([rows, entries.values[request, : visible[token]]])
+        output, lse = softmax_attention(given.queries[token], rows.astype(np.float64), None, None, token)
+        np.testing.assert_allclose(attended.output[token], output, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(attended.lse[token], lse, rtol=0, atol=1e-5)
+
+
+@EACH
+@pytest.mark.parametrize("layer", [SWA, CSA, HCA])
 def test_a_token_that_lacks_rows_is_nan(rng, implementation, layer):
     """Without lookahead, the first two of three tokens see rows that later ones overwrite; in a ring not full, none."""
     given = Given(rng, (260, 20), tokens=3)
+    given.plan = displaces_nothing(given.plan)
     sinks = jnp.asarray(rng.normal(size=HEADS), jnp.float32)
     run = jax.jit(functools.partial(_attend_and_read, given=given, layer=layer, implementation=implementation))
     attended, _, _ = run(given.driver.cache, given.plan, sinks=sinks)
@@ -152,6 +190,7 @@ def test_a_rotary_of_something_else_is_refused(rng):
 def run_debug_step(rng, length, tokens):
     """A debug step of one request whose ring has 131 rows; what the device finds wrong is raised here."""
     given = Given(rng, (length,), tokens=tokens, lookahead=3)
+    given.plan = displaces_nothing(given.plan)
 
     def run(cache):
         return given.written(begin(cache, given.plan, debug=True), SWA).attend(given.queries)[1]

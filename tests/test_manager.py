@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -173,7 +174,7 @@ def test_token_buckets_are_checked(buckets, error):
 def test_token_buckets_of_numpy():
     for buckets in (np.array([8, 2]), [np.int64(8), np.int32(2)]):
         manager = make_manager(token_buckets=buckets)
-        assert [layout.tokens for layout in manager.layouts] == [2, 8]
+        assert [layout.tokens for layout in manager.layouts] == [2, 2, 8, 8]
         assert all(type(layout.tokens) is int for layout in manager.layouts)
 
 
@@ -225,9 +226,27 @@ def test_a_reset_is_due_until_a_plan_of_it_stands():
     assert manager.prepare_forward({two: 2, three: 2}).request_reset.tolist() == [1, 1]
 
 
-def test_layouts_are_every_shape_a_plan_can_have():
+@pytest.mark.parametrize("lookahead", [0, 1, 3])
+@pytest.mark.parametrize("buckets", [(2, 9), (1, 3, 9), (9,), (4, 5, 9)], ids=str)
+def test_layouts_are_those_of_all_plans(buckets, lookahead):
+    """Of all counts that three requests can bring; rows are displaced where one brings more than there is to spare."""
+    schema = dataclasses.replace(make_manager(slots=3).schema, lookahead=lookahead)
+    manager = CacheManager(schema, token_buckets=buckets)
+    requests, seen = [manager.admit() for _ in range(3)], set()
+    for counts in itertools.product(range(10), repeat=3):
+        if sum(counts) > 9:
+            continue
+        plan = manager.prepare_forward({r: n for r, n in zip(requests, counts, strict=True) if n})
+        assert plan.layout.displaces == (max(counts) > lookahead + 1)
+        seen.add(plan.layout)
+        manager.cancel(plan)
+    assert set(manager.layouts) == seen
+    assert len(manager.layouts) == len(seen)
+
+
+def test_layouts_have_the_buckets_sizes():
     manager = make_manager(slots=4, token_buckets=(64, 2, 64))
-    assert [(layout.tokens, layout.requests) for layout in manager.layouts] == [(2, 2), (64, 4)]
+    assert [(layout.tokens, layout.requests) for layout in manager.layouts] == [(2, 2), (2, 2), (64, 4), (64, 4)]
     assert {layout.fingerprint for layout in manager.layouts} == {getattr(manager.schema, "fingerprint", "")}
 
 

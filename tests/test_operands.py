@@ -14,6 +14,7 @@ from dsv4_jax import CompressorInputs, OperandError, Rotary, ops
 from dsv4_jax.host.planning import build_plan
 from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
 from dsv4_jax.layout.plan import PlanLayout
+from dsv4_jax.native.registration import REGISTERED
 from dsv4_jax.ops.operands import Compressed, Window
 
 EACH = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -60,12 +61,16 @@ def test_entries_and_keys_have_a_global_scale_each(device, seed, implementation)
     made = _update_csa(implementation, np.random.default_rng(seed), *scaled)
     exact = _update_csa(implementation, np.random.default_rng(seed), ENTRY_FORMATS["fp32"], KEY_FORMATS["fp32"])
     for index, vector_format in ((1, scaled[0]), (2, scaled[1])):
-        options = {"format": vector_format, "dtype": jnp.float32, "ratio": 4, "implementation": implementation}
-        _, read = ops.gather_all_entries(made[index].pool, jnp.zeros((1, 1), jnp.int32), PLAN, 0, entries=2, **options)
         expected = np.asarray(exact[index].pool)[0, 0, :2]
-        page = ops.quantize(expected, format=vector_format, implementation=implementation)
-        stored = ops.dequantize(page, format=vector_format, rows=2, implementation=implementation)
-        np.testing.assert_array_equal(read.values[0], stored)
+
+        @jax.jit
+        def read_both(pool, expected, f=vector_format):
+            by = {"format": f, "implementation": implementation}
+            table = jnp.zeros((1, 1), jnp.int32)
+            _, read = ops.gather_all_entries(pool, table, PLAN, 0, entries=2, ratio=4, dtype=jnp.float32, **by)
+            return read.values[0], ops.dequantize(ops.quantize(expected, **by), rows=2, **by)
+
+        np.testing.assert_array_equal(*read_both(made[index].pool, expected))
 
 
 @EACH
@@ -113,6 +118,7 @@ def test_a_window_of_a_format_that_windows_do_not_have_is_refused(implementation
 
 
 def test_the_handler_refuses_such_a_window_too():
+    assert "dsv4_append_window" in REGISTERED["cpu"]
     page = ENTRY_FORMATS["nvfp4"].page_shape(128)
     window = jax.ShapeDtypeStruct((1, 1, *page), jnp.uint8)
     positions = jax.ShapeDtypeStruct((1, 1, 128), jnp.int32)

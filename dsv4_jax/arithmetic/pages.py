@@ -94,11 +94,42 @@ def read_rows(
     if not vector_format.quantized:
         rows = cast(pool[layer, page, row], dtype)
     else:
-        data_at, scales_at = _offsets(row, rows_per_page, vector_format)
-        data = _read_bytes(pool, layer, page, data_at, vector_format.data_bytes)
-        scales = _read_bytes(pool, layer, page, scales_at, vector_format.scale_bytes)
-        rows = cast(decode(data, scales, vector_format), dtype)
+        stored = read_stored(pool, layer, page, row, rows_per_page=rows_per_page, vector_format=vector_format)
+        rows = cast(decode(stored[0], stored[1], vector_format), dtype)
     return jnp.where(valid[:, None], rows, 0), valid
+
+
+def read_stored(
+    pool: jax.Array,
+    layer: jax.Array | int,
+    page: jax.Array,
+    row: jax.Array,
+    *,
+    rows_per_page: int,
+    vector_format: VectorFormat,
+) -> tuple[jax.Array, ...]:
+    """Rows as they are stored at pool[layer, page], place `row` of the page; the caller keeps all indices in range.
+
+    Returns:
+      For a quantized format the rows' data, uint8 [N, data_bytes], and scales, uint8 [N, scale_bytes]; for another the
+      rows, [N, width].
+    """
+    if not vector_format.quantized:
+        return (_as_bits(pool)[layer, page, row],)
+    data_at, scales_at = _offsets(row, rows_per_page, vector_format)
+    layer = jnp.broadcast_to(jnp.asarray(layer, jnp.int32), row.shape)
+    data = _read_bytes(pool, layer, page, data_at, vector_format.data_bytes)
+    return data, _read_bytes(pool, layer, page, scales_at, vector_format.scale_bytes)
+
+
+def page_of(stored: tuple[jax.Array, ...], vector_format: VectorFormat) -> jax.Array:
+    """One page of rows as `read_stored` gives them; padding is zero."""
+    if not vector_format.quantized:
+        (rows,) = stored
+        return lax.bitcast_convert_type(rows, vector_format.dtype)
+    (count,) = {len(part) for part in stored}
+    page = jnp.concatenate([part.ravel() for part in stored])
+    return jnp.pad(page, (0, vector_format.page_bytes(count) - len(page)))
 
 
 def _as_bits(x: jax.Array) -> jax.Array:

@@ -59,8 +59,8 @@ def _check_chunks(packed: Any, *, layout: PlanLayout, schema: CacheSchema) -> No
         if positions.size and max(0, positions[0] - window + 1) <= positions[-1] - ring:
             raise StepError(
                 f"attend: request {request} of the plan brings {positions.size} tokens, more than a ring of {ring} "
-                f"rows can take and still have the first one's window of {window}: cut the chunk into ones of "
-                f"{schema.lookahead + 1}, give the schema more lookahead, or read window_before."
+                f"rows can take and still have the first one's window of {window}, and the plan's layout says that it "
+                "displaces nothing: make the plan of one that does, as CacheManager.prepare_forward picks it."
             )
 
 

@@ -20,7 +20,7 @@ from dsv4_jax.cache.pools import Cache
 from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.layout.schema import CacheSchema
-from dsv4_jax.ops.attend.operands import Attended
+from dsv4_jax.ops.attend.operands import Attended, Displaced
 from dsv4_jax.ops.operands import Compressed, CompressorInputs, RawRows, Rows, Window
 from dsv4_jax.spec.kinds import HEAD_DIM, LayerKind, entries_per_block
 from dsv4_jax.spec.rotary import Purpose, Rotary
@@ -49,6 +49,8 @@ class LayerCache:
       layer: index of the layer in the model; None where it is traced.
       traced: the traced index, int32 scalar.
       written: the parts of the layer that were written, see ``parts_of``.
+      displaced: window rows that the step took the place of and that its tokens still see, for ``attend``; None where
+        the plan's layout says that there are none.
     """
 
     step: Step
@@ -56,6 +58,7 @@ class LayerCache:
     layer: int | None = dataclasses.field(metadata={"static": True})
     traced: Any = None
     written: frozenset[str] = dataclasses.field(default=frozenset(), metadata={"static": True})
+    displaced: Displaced | None = None
 
     @property
     def plan(self) -> StepPlan:
@@ -125,11 +128,17 @@ class LayerCache:
         """
         self._check_inputs(compressor, indexer)
         format = self.schema.formats.window_format
-        window, positions = self._cache.window, self._cache.window_positions
+        handle = self._written(APPEND)._save_displaced(rows)
         window, positions = ops.append_window(
-            window, positions, rows, self.plan, self._window_row, format=format, **self._by
+            handle._cache.window,
+            handle._cache.window_positions,
+            rows,
+            self.plan,
+            self._window_row,
+            format=format,
+            **self._by,
         )
-        handle = self._written(APPEND)._with(window=window, window_positions=positions)
+        handle = handle._with(window=window, window_positions=positions)
         for name, inputs in self._tails(compressor, indexer).items():
             handle = handle._append_tail(name, inputs)
         return handle
@@ -181,8 +190,8 @@ class LayerCache:
         self._check_inputs(compressor, indexer)
         if isinstance(rows, RawRows):
             self._check_rotary("rows", rows.rotary, "tokens")
-        handle = self._written(*parts_of(self.kind))
-        cache, formats, eps = self._cache, self.schema.formats, self.schema.spec.norm_eps
+        handle = self._written(*parts_of(self.kind))._save_displaced(rows)
+        cache, formats, eps = handle._cache, self.schema.formats, self.schema.spec.norm_eps
         window = Window(cache.window, cache.window_positions)
         if self.kind.compression is None:
             window = ops.update_swa(
@@ -239,9 +248,9 @@ class LayerCache:
         """Attention of the step's tokens over the layer's rows where they are stored; call after ``update``.
 
         A token sees its window, itself included, and of entries those that are complete at its position: the chosen
-        ones (CSA), all (HCA), none (SWA). Of a chunk of more than ``schema.lookahead + 1`` tokens, later tokens take
-        the place of ring rows that earlier ones would still see: those tokens get NaN, output and lse. Read such
-        chunks by ``window_before`` and the gathers. ``begin(debug=True)`` names them.
+        ones (CSA), all (HCA), none (SWA). Rows that a long chunk has displaced from the ring were saved by ``update``.
+        A plan whose layout says that it ``displaces`` nothing, and that does, gives NaN, output and lse, to tokens that
+        lack rows; ``begin(debug=True)`` names them. ``CacheManager`` makes no such plan.
 
         Args:
           queries: [tokens, heads, 512] float32 or bfloat16, rotated.
@@ -269,12 +278,13 @@ class LayerCache:
                 self._require_written(part, "attend")
         if rotary is not None:
             self._check_rotary("the output", rotary, "tokens")
-        if self.step.debug:
+        if self.step.debug and self.displaced is None:
             run_time.check_chunks(self.plan, self.schema)
         cache, formats = self._cache, self.schema.formats
         window = Window(cache.window, cache.window_positions)
         options: dict[str, Any] = {
             "size": self.schema.spec.window,
+            "displaced": self.displaced,
             "sinks": sinks,
             "rotary": rotary,
             "scale": scale,
@@ -505,6 +515,21 @@ class LayerCache:
             )
 
     # One op on one of the layer's arrays.
+
+    def _save_displaced(self, rows: jax.Array | RawRows) -> LayerCache:
+        if not self.plan.layout.displaces:
+            return self
+        window, displaced = ops.save_displaced(
+            Window(self._cache.window, self._cache.window_positions),
+            self.normalize(rows) if isinstance(rows, RawRows) else rows,
+            self.plan,
+            self._window_row,
+            format=self.schema.formats.window_format,
+            size=self.schema.spec.window,
+            **self._by,
+        )
+        handle = dataclasses.replace(self, displaced=displaced)
+        return handle._with(window=window.window, window_positions=window.positions)
 
     def _window(self, dtype: Any, *, before: bool) -> tuple[LayerCache, Rows]:
         window, positions, read = ops.gather_window(

@@ -43,8 +43,9 @@ class CacheManager:
 
     Args:
       schema: the cache the plans are for.
-      token_buckets: the token counts T that steps are padded to. A step is compiled once for each bucket in use; the
-        largest is the most tokens of a step.
+      token_buckets: the token counts T that steps are padded to; the largest is the most tokens of a step. A step is
+        compiled once for each of ``layouts`` in use: a bucket has one for steps in which no request brings more than
+        ``lookahead + 1`` tokens, as in decoding, and one for all others.
     """
 
     def __init__(self, schema: CacheSchema, *, token_buckets: Sequence[int]) -> None:
@@ -52,7 +53,10 @@ class CacheManager:
         fingerprint = schema.fingerprint
         self._schema = schema
         self._buckets = buckets
-        self._layouts = [PlanLayout(bucket, min(schema.slots, bucket), fingerprint) for bucket in buckets]
+        self._layouts = [
+            tuple(PlanLayout(bucket, min(schema.slots, bucket), fingerprint, displaces) for displaces in (False, True))
+            for bucket in buckets
+        ]
         has_csa = schema.spec.count(LayerKind.CSA) > 0
         self._has_blocks = has_csa or schema.spec.count(LayerKind.HCA) > 0
         # A request needs block i once it has this many tokens more than i blocks hold.
@@ -86,8 +90,13 @@ class CacheManager:
 
     @property
     def layouts(self) -> tuple[PlanLayout, ...]:
-        """The layout of each token bucket, smallest first: all the shapes a plan of this manager can have."""
-        return tuple(self._layouts)
+        """All the layouts that a plan of this manager can have, smallest token bucket first."""
+        spare, fewest = self._schema.lookahead + 1, 0
+        possible: list[PlanLayout] = []
+        for bucket, (keeps, displaces) in zip(self._buckets, self._layouts, strict=True):
+            possible += [keeps] * (fewest < self._schema.slots * spare) + [displaces] * (bucket > spare)
+            fewest = bucket
+        return tuple(possible)
 
     @property
     def free_slots(self) -> int:
@@ -267,7 +276,8 @@ class CacheManager:
         total = table.check_growth(handles, slots, counts, step_count(steps), self._schema.max_context)
         if total > self._buckets[-1]:
             raise StepTooLarge(total, self._buckets[-1])
-        layout = self._layouts[bisect.bisect_left(self._buckets, total)]
+        displaces = total > counts.size and bool(counts.max() > self._schema.lookahead + 1)
+        layout = self._layouts[bisect.bisect_left(self._buckets, total)][displaces]
         starts = table.lengths.take(slots)
         ends = starts + (counts if steps is None else counts * steps)
         changes, writes = self._reserve(slots, starts, counts, ends)

@@ -32,11 +32,15 @@ class PlanLayout:
       requests: R, how many requests it holds, padding included.
       fingerprint: of the schema whose slots and blocks the plan names, "" if that is not known. Plans of another schema
         have another layout, and so nothing compiled for one takes the other's.
+      displaces: whether a request may bring more tokens than the ring has rows to spare, ``lookahead + 1``. They take
+        the place of window rows that earlier ones of the same step still see, which the step then saves; a step of a
+        layout that says no saves nothing.
     """
 
     tokens: int
     requests: int
     fingerprint: str = ""
+    displaces: bool = True
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.requests < 1:

@@ -6,6 +6,7 @@ any platform. The two store the same bytes wherever the fp32 rows are equal; poo
 
 from dsv4_jax.ops.append.api import append_tail, append_window
 from dsv4_jax.ops.attend.api import attend_all_entries, attend_entries, attend_window
+from dsv4_jax.ops.attend.displaced import save_displaced
 from dsv4_jax.ops.begin.api import begin_step
 from dsv4_jax.ops.checks import Implementation, OperandError
 from dsv4_jax.ops.compress.api import compress
@@ -38,6 +39,7 @@ __all__ = [
     "normalize",
     "quantize",
     "rotate",
+    "save_displaced",
     "transfer",
     "update_csa",
     "update_hca",

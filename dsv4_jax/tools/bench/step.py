@@ -307,7 +307,7 @@ def reset_slots(reset: bool, scale: Scale, implementation: Implementation) -> Wo
     """``begin`` of the whole model, with nothing to do or with every slot to reset."""
     schema = schema_of(model(scale), scale.step_requests, scale.context)
     requests = scale.step_requests
-    layout, ones = PlanLayout(requests, requests), np.ones(requests, np.int64)
+    layout, ones = PlanLayout(requests, requests, displaces=False), np.ones(requests, np.int64)
     host = build_plan(layout, np.arange(requests), ones * 128, ones, np.full(requests, reset))
     calls = max(scale.calls // 8, 1)
 

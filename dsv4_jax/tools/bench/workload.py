@@ -195,9 +195,9 @@ def noisy_cache(schema: CacheSchema) -> Cache:
 
 
 def plan_of(shape: StepShape, slots: np.ndarray) -> StepPlan:
-    """The plan of a step, on the device; nothing is reset."""
-    tokens, requests = shape.tokens, len(shape.starts)
-    plan = build_plan(PlanLayout(tokens, requests), slots, shape.starts, shape.counts, np.zeros(requests, bool))
+    """The plan of a step, on the device; nothing is reset, and no displaced row is saved."""
+    layout = PlanLayout(shape.tokens, len(shape.starts), displaces=False)
+    plan = build_plan(layout, slots, shape.starts, shape.counts, np.zeros(layout.requests, bool))
     return StepPlan(jnp.asarray(plan.packed), plan.layout)
 
 
