@@ -219,7 +219,9 @@ def smallest_pool(cache) -> int:
     return min(size for name, size in sizes.items() if name not in ("block_table", "window_positions"))
 
 
-LAYOUT = pytest.mark.parametrize("layout", [PlanLayout(8, 8), PlanLayout(200, 8)], ids=["decode", "prefill"])
+LAYOUT = pytest.mark.parametrize(
+    "layout", [PlanLayout(8, 8, displaces=False), PlanLayout(200, 8)], ids=["decode", "prefill"]
+)
 
 
 @LAYOUT
