@@ -5,9 +5,10 @@ Host, between steps: ``CacheManager`` admits requests, reserves blocks and makes
 read in place, ``step.end()`` is the cache for the next step.
 
 These are the names that a model or a server needs. What they are made of is in the modules: ``dsv4_jax.host`` (more
-errors), ``dsv4_jax.layout``, ``dsv4_jax.spec``, ``dsv4_jax.cache``, ``dsv4_jax.ops``.
+errors), ``dsv4_jax.layout``, ``dsv4_jax.spec``, ``dsv4_jax.cache``; ``ops`` are the operations on plain arrays.
 """
 
+from dsv4_jax import ops
 from dsv4_jax.cache.errors import StepError
 from dsv4_jax.cache.layer import LayerCache
 from dsv4_jax.cache.pools import Cache, init_cache
@@ -28,7 +29,7 @@ from dsv4_jax.spec.config_json import model_spec
 from dsv4_jax.spec.kinds import LayerKind
 from dsv4_jax.spec.model import ConfigError, ModelSpec
 from dsv4_jax.spec.presets import deepseek_v4_flash, deepseek_v4_pro, tiny_spec
-from dsv4_jax.spec.rotary import Rotary, apply_rotary
+from dsv4_jax.spec.rotary import Rotary, apply_rotary, rotary
 
 __all__ = [
     "PROFILES",
@@ -66,7 +67,9 @@ __all__ = [
     "init_cache",
     "keys_view",
     "model_spec",
+    "ops",
     "requests_that_fit",
+    "rotary",
     "tiny_spec",
     "token_rotary",
     "window_view",

@@ -73,6 +73,10 @@ def on_device(weights):
     return jax.tree.map(jnp.asarray, weights)
 
 
+def run_mixture(weights: MixtureWeights, config: DeepseekV4Config, x: jax.Array, tokens: jax.Array) -> jax.Array:
+    return mixture(weights, config, x, route(weights, config, x, tokens))
+
+
 def numpy_expert(weights: ExpertWeights, x: np.ndarray, limit: float) -> np.ndarray:
     gate, up = x @ weights.gate.T.astype(np.float64), x @ weights.up.T.astype(np.float64)
     gate, up = np.minimum(gate, limit), np.maximum(np.minimum(up, limit), -limit)
@@ -107,13 +111,13 @@ def numpy_mixture(weights: MixtureWeights, config: DeepseekV4Config, x: np.ndarr
 def test_mixture_with_every_score(scoring, norm, rng):
     config = dataclasses.replace(CONFIG, scoring=scoring, norm_topk_prob=norm)
     weights, x, tokens = mixture_weights(rng), normal(rng, 9, HIDDEN), rng.integers(0, 50, 9)
-    made = mixture(on_device(weights), config, jnp.asarray(x), jnp.asarray(tokens))
+    made = run_mixture(on_device(weights), config, jnp.asarray(x), jnp.asarray(tokens))
     np.testing.assert_allclose(made, numpy_mixture(weights, config, x, tokens), rtol=0, atol=2e-5)
 
 
 def test_hash_layers_look_the_token_up(rng):
     weights, x, tokens = mixture_weights(rng, hashed=True), normal(rng, 9, HIDDEN), rng.integers(0, 50, 9)
-    made = mixture(on_device(weights), CONFIG, jnp.asarray(x), jnp.asarray(tokens))
+    made = run_mixture(on_device(weights), CONFIG, jnp.asarray(x), jnp.asarray(tokens))
     np.testing.assert_allclose(made, numpy_mixture(weights, CONFIG, x, tokens), rtol=0, atol=2e-5)
 
 
@@ -168,9 +172,9 @@ class Doubled:
 
 def test_quantized_experts_are_expanded_one_at_a_time(rng):
     weights, x, tokens = mixture_weights(rng), jnp.asarray(normal(rng, 30, HIDDEN)), jnp.zeros(30, jnp.int32)
-    plain = mixture(on_device(weights), CONFIG, x, tokens)
+    plain = run_mixture(on_device(weights), CONFIG, x, tokens)
     halved = weights._replace(experts=ExpertWeights(*(Doubled(jnp.asarray(stack / 2)) for stack in weights.experts)))
-    np.testing.assert_allclose(mixture(on_device(halved), CONFIG, x, tokens), plain, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(run_mixture(on_device(halved), CONFIG, x, tokens), plain, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("normalize", [sinkhorn, sinkhorn_looped, sinkhorn_unrolled])

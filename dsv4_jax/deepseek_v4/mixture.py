@@ -25,36 +25,42 @@ class Routing(NamedTuple):
     shares: jax.Array  # fp32 [T, experts per token]
 
 
-def mixture(weights: MixtureWeights, config: DeepseekV4Config, x: jax.Array, tokens: jax.Array) -> jax.Array:
-    """The sublayer: routed experts and the shared one, [T, hidden] to the same.
-
-    Args:
-      weights: of the layer's mixture.
-      config: of the model.
-      x: [T, hidden], normed.
-      tokens: int32 [T], the ids, by which hash layers route.
-    """
-    routing = route(weights, config, x, tokens)
+def mixture(weights: MixtureWeights, config: DeepseekV4Config, x: jax.Array, routing: Routing) -> jax.Array:
+    """The sublayer: routed experts and the shared one, [T, hidden] to the same; x is normed."""
     routed = apply_experts(weights.experts, x, routing, config.swiglu_limit)
     shared = swiglu(weights.shared, x, config.swiglu_limit)
     return (routed + shared.astype(jnp.float32)).astype(x.dtype)
 
 
 def route(weights: MixtureWeights, config: DeepseekV4Config, x: jax.Array, tokens: jax.Array) -> Routing:
-    """The choice of experts, in fp32: by the best scores with bias, or by the token's id. Shares have no bias."""
-    scores = _score(linear(x.astype(jnp.float32), weights.gate), config)
+    """Who computes each token: the experts with the best scores, bias added, or those of its id.
+
+    Args:
+      weights: of the layer's mixture.
+      config: of the model.
+      x: [T, hidden], normed; scores are fp32.
+      tokens: int32 [T], the ids, by which hash layers route.
+    """
+    scores = expert_scores(weights, config, x)
     if weights.token_experts is not None:
         experts = weights.token_experts[tokens].astype(jnp.int32)
     else:
         biased = scores if weights.bias is None else scores + weights.bias
         experts = jax.lax.top_k(biased, config.experts_per_token)[1].astype(jnp.int32)
+    return routing_to(experts, scores, config)
+
+
+def routing_to(experts: jax.Array, scores: jax.Array, config: DeepseekV4Config) -> Routing:
+    """The routing to experts [T, experts per token] that are chosen already; shares come of scores without bias."""
     shares = jnp.take_along_axis(scores, experts, axis=1)
     if config.norm_topk_prob:
         shares = shares / (shares.sum(axis=1, keepdims=True) + 1e-20)
     return Routing(experts, shares * config.routed_scaling)
 
 
-def _score(products: jax.Array, config: DeepseekV4Config) -> jax.Array:
+def expert_scores(weights: MixtureWeights, config: DeepseekV4Config, x: jax.Array) -> jax.Array:
+    """fp32 [T, experts], without bias."""
+    products = linear(x.astype(jnp.float32), weights.gate)
     if config.scoring == "softmax":
         return jax.nn.softmax(products, axis=-1)
     return jax.nn.sigmoid(products) if config.scoring == "sigmoid" else jnp.sqrt(jax.nn.softplus(products))

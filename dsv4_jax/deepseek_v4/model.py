@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,18 @@ from dsv4_jax.deepseek_v4.attention import Attention, attend
 from dsv4_jax.deepseek_v4.config import DeepseekV4Config
 from dsv4_jax.deepseek_v4.hyper_connections import collapse, collapse_last, connect, mixing
 from dsv4_jax.deepseek_v4.layers import linear, rms_norm
-from dsv4_jax.deepseek_v4.mixture import mixture
+from dsv4_jax.deepseek_v4.mixture import mixture, route
 from dsv4_jax.deepseek_v4.projections import project
 from dsv4_jax.deepseek_v4.weights import ModelWeights
 
 Implementation = Literal["native", "reference"]
+
+
+class Choices(NamedTuple):
+    """What the model chose for every token of a step."""
+
+    entries: jax.Array  # int32 [CSA layers, T, K], by the indexer; -1 = none
+    experts: jax.Array  # int32 [layers, T, experts per token], by the routing
 
 
 def step(
@@ -29,7 +36,7 @@ def step(
     implementation: Implementation = "native",
     attention: Attention = "attend",
     dtype: Any = jnp.bfloat16,
-) -> tuple[Cache, jax.Array, jax.Array]:
+) -> tuple[Cache, jax.Array, Choices]:
     """Run the tokens of one plan through the model. Jit it with the cache donated.
 
     Args:
@@ -43,16 +50,15 @@ def step(
       dtype: of activations, bfloat16 or float32; weights are rounded to it (static).
 
     Returns:
-      The cache; fp32 logits [R, vocabulary] after each request's last token; int32 [CSA layers, T, K], the entries
-      that the indexer chose (-1 = none).
+      The cache; fp32 logits [R, vocabulary] after each request's last token; what was chosen on the way.
 
     Raises:
       ConfigError: the cache is of another model.
     """
-    cache, streams, selected = run_layers(
+    cache, streams, choices = run_layers(
         weights, cache, plan, tokens, config=config, implementation=implementation, attention=attention, dtype=dtype
     )
-    return cache, logits(weights, config, streams[plan.last_token]), selected
+    return cache, logits(weights, config, streams[plan.last_token]), choices
 
 
 def run_layers(
@@ -65,7 +71,7 @@ def run_layers(
     implementation: Implementation = "native",
     attention: Attention = "attend",
     dtype: Any = jnp.bfloat16,
-) -> tuple[Cache, jax.Array, jax.Array]:
+) -> tuple[Cache, jax.Array, Choices]:
     """As ``step``, but up to the residual streams of every token behind the last layer, ``dtype`` [T, n, hidden]."""
     spec = config.spec
     if cache.schema.spec != spec:
@@ -79,7 +85,7 @@ def run_layers(
         angles = {layer: _angles(plan, layer) for layer in set(spec.layers)}
         embedded = weights.embed[tokens].astype(dtype)
         streams = jnp.broadcast_to(embedded[:, None], (embedded.shape[0], config.hc_mult, embedded.shape[1]))
-        selections = []
+        selections, experts = [], []
         for index, (layer, layer_weights) in enumerate(zip(spec.layers, weights.layers, strict=True)):
             mixed = mixing(layer_weights.hc_attn, config, streams)
             x = rms_norm(collapse(streams, mixed.into), spec.norm_eps, layer_weights.attn_norm)
@@ -92,9 +98,11 @@ def run_layers(
 
             mixed = mixing(layer_weights.hc_ffn, config, streams)
             x = rms_norm(collapse(streams, mixed.into), spec.norm_eps, layer_weights.ffn_norm)
-            streams = connect(streams, mixture(layer_weights.ffn, config, x, tokens), mixed)
-        chosen = jnp.stack(selections) if selections else jnp.zeros((0, tokens.shape[0], spec.index_topk), jnp.int32)
-        return cache_step.end(), streams, chosen
+            routing = route(layer_weights.ffn, config, x, tokens)
+            experts.append(routing.experts)
+            streams = connect(streams, mixture(layer_weights.ffn, config, x, routing), mixed)
+        entries = jnp.stack(selections) if selections else jnp.zeros((0, tokens.shape[0], spec.index_topk), jnp.int32)
+        return cache_step.end(), streams, Choices(entries, jnp.stack(experts))
 
 
 def logits(weights: ModelWeights, config: DeepseekV4Config, streams: jax.Array) -> jax.Array:

@@ -1,28 +1,30 @@
-"""`dsv4-jax decode`: serve a text to several requests through the cache, and check every logit if asked to."""
+"""`dsv4-jax decode`: serve requests with a DeepSeek-V4 checkpoint, and check every logit if asked to."""
 
 from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dsv4_jax import CacheFormats, CacheSchema, tiny_spec
-from dsv4_jax.example.serve import Request, Served, Server, server_schema
-from dsv4_jax.example.text import load_text, text_requests
-from dsv4_jax.example.verify import Verification, verify
-from dsv4_jax.example.weights import init_weights
+from dsv4_jax import CacheFormats, ConfigError
 from dsv4_jax.layout.formats import ENTRY_FORMATS, HCA_TAILS, KEY_FORMATS, WINDOW_FORMATS
 from dsv4_jax.layout.schema import SchemaError
+from dsv4_jax.tools.cli._decode_output import StreamedText, memory_table, run_table, verification_table
 from dsv4_jax.tools.cli._limits import LONGEST_CONTEXT, MOST_REQUESTS, require_memory
 from dsv4_jax.tools.cli._output import print_table
 
 if TYPE_CHECKING:
+    from dsv4_jax.deepseek_v4.config import DeepseekV4Config
+    from dsv4_jax.deepseek_v4.serve import Listener, Phase, Request, Served, Server
+    from dsv4_jax.deepseek_v4.tokens import Tokenizer
+    from dsv4_jax.deepseek_v4.weights import ModelWeights
+
     # A type checker sees no members in an enum made of a table; every one of them is a str.
     EntryFormat = str
     WindowFormat = str
@@ -39,7 +41,7 @@ class NewTokens(enum.StrEnum):
     """Where the tokens after the prompt come from."""
 
     TEXT = "text"
-    GREEDY = "greedy"
+    MODEL = "model"
 
 
 class Implementation(enum.StrEnum):
@@ -49,37 +51,72 @@ class Implementation(enum.StrEnum):
     REFERENCE = "reference"
 
 
+class Attention(enum.StrEnum):
+    """How rows are attended to."""
+
+    ATTEND = "attend"
+    GATHER = "gather"
+
+
+class Dtype(enum.StrEnum):
+    """Of activations."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 _DEFAULTS = CacheFormats()
 _ENTRIES, _WINDOW = EntryFormat(_DEFAULTS.entries), WindowFormat(_DEFAULTS.window)
 _KEYS, _HCA_TAIL = KeyFormat(_DEFAULTS.keys), HcaTail(_DEFAULTS.hca_tail)
-_LONG_CONTEXTS = (65_536, 1_048_576)
 
 
 def decode(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Folder with config.json, safetensors and perhaps tokenizer.json; by default a small random one, "
+            "which is made in the cache folder.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to go on from; may be given several times, a request each.")
+    ] = None,
     text: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="File to read; by default a text in the package.")
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="File to read requests from; without --prompt one in the package."
+        ),
     ] = None,
     requests: Annotated[
-        int, typer.Option(min=1, max=MOST_REQUESTS, help="Requests, each at its own place in the text.")
+        int, typer.Option(min=1, max=MOST_REQUESTS, help="Requests over the text, each at its own place.")
     ] = 6,
     slots: Annotated[
         int, typer.Option(min=1, max=MOST_REQUESTS, help="Requests served at once; the others wait for a slot.")
     ] = 4,
     prompt_tokens: Annotated[
-        int, typer.Option(min=1, max=LONGEST_CONTEXT, help="The longest prompt; others have 3/7 of it or more.")
+        int, typer.Option(min=1, max=LONGEST_CONTEXT, help="The text's longest prompt; others have 3/7 of it or more.")
     ] = 700,
     new_tokens: Annotated[
-        int, typer.Option(min=1, max=LONGEST_CONTEXT, help="Tokens after each prompt, one per step.")
+        int, typer.Option(min=1, max=LONGEST_CONTEXT, help="The most tokens after each prompt, one per step.")
     ] = 40,
     chunk: Annotated[
         int, typer.Option(min=1, max=LONGEST_CONTEXT, help="The most tokens of a step, prompts and new ones together.")
     ] = 256,
     tokens_from: Annotated[
-        NewTokens,
+        NewTokens | None,
         typer.Option(
-            help="New tokens: as the text goes on, or greedily the model's own (noise: its weights are random)."
+            help="New tokens: as the text goes on, or the model's own; by default the text's, but for --prompt "
+            "and --temperature."
         ),
-    ] = NewTokens.TEXT,
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=100, help="The model's tokens are drawn at this temperature; 0: the likeliest.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw among the likeliest tokens that together have this probability, above 0 to 1.")
+    ] = 1.0,
     entries: Annotated[EntryFormat, typer.Option(help="How compressed entries are stored.")] = _ENTRIES,
     window: Annotated[WindowFormat, typer.Option(help="How window rows are stored.")] = _WINDOW,
     keys: Annotated[KeyFormat, typer.Option(help="How indexer keys are stored.")] = _KEYS,
@@ -90,88 +127,230 @@ def decode(
     check: Annotated[
         bool, typer.Option("--verify", help="Recompute everything without a cache; exit 1 if the logits differ.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the weights and the prompts' lengths.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of random weights, of prompts' lengths, of what is drawn.")
+    ] = 0,
     implementation: Annotated[
         Implementation, typer.Option(help="native: the compiled kernels. reference: plain jax.numpy.")
     ] = Implementation.NATIVE,
+    attention: Annotated[
+        Attention, typer.Option(help="attend: over rows where they lie. gather: rows are read out first, in jax.numpy.")
+    ] = Attention.ATTEND,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of activations; by default float32 on CPUs and with --verify, else bfloat16.")
+    ] = None,
 ) -> None:
-    """Serve several concurrent requests over a text (a token is a byte) with a small DeepSeek-V4 attention stack.
+    """Serve several concurrent requests with a DeepSeek-V4 checkpoint.
 
-    The stack has the cache geometry of the real models, few heads, a narrow residual stream and random weights.
     Requests are admitted as slots become free, their prompts are prefilled in chunks, each then decodes one token a
-    step, in a jitted step that owns the cache, and is released. Runs on the GPU if JAX has one.
+    step, in a jitted step that owns the cache, and is released. Text is split by the checkpoint's tokenizer.json, and
+    into bytes where there is none. The random checkpoint has a release's form: quantized weights, hyper-connections,
+    experts, and the cache geometry of the real models. Runs on the GPU if JAX has one.
     """
     console = Console()
-    spec = tiny_spec()
+    forced = _forced(prompt, text, tokens_from, temperature)
+    if not 0 < top_p <= 1:
+        raise typer.BadParameter(f"{top_p} is not above 0 and at most 1.", param_hint="--top-p")
+    config = _config(checkpoint)
+    tokenizer = _tokenizer(checkpoint, config)
+    prompts = [_encoded(tokenizer, one) for one in prompt or []]
+    longest = max(map(len, prompts)) if prompts else prompt_tokens
     formats = CacheFormats(str(entries), str(window), str(keys), keys_hadamard=hadamard, hca_tail=str(hca_tail))
-    longest = prompt_tokens + new_tokens
-    try:
-        schema = server_schema(spec, formats, slots=slots, max_context=longest)
-    except SchemaError as error:
-        raise typer.BadParameter(f"--prompt-tokens and --new-tokens make {longest:,} tokens: {error}") from error
-    fewer = "Fewer --slots, --prompt-tokens or --new-tokens take less."
-    require_memory(schema.memory_bytes, f"A cache of {slots:,} slots of {longest:,} tokens takes", fewer)
-    if check:
-        # Every head's scores of queries by keys in float32, before and after the softmax.
-        scores = 2 * 4 * spec.num_heads * schema.max_context**2
-        require_memory(scores, f"--verify of {longest:,} tokens, which compares all with all, takes", fewer)
-    require_memory(8 * requests * longest, f"The text of {requests:,} requests takes", "Fewer --requests take less.")
-    try:
-        read = load_text(text)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint="--text") from error
-    weights = init_weights(spec, seed)
-    work = text_requests(
-        read,
-        requests,
-        longest_prompt=prompt_tokens,
-        new_tokens=new_tokens,
-        seed=seed,
-        greedy=tokens_from is NewTokens.GREEDY,
+    _require_room(
+        config,
+        formats,
+        checkpoint,
+        requests=len(prompts) or requests,
+        slots=slots,
+        longest=longest + new_tokens,
+        check=check,
     )
+    work = _work(tokenizer, prompts, text, requests, longest, new_tokens, seed, forced)
+    weights = _load(console, checkpoint, seed)
+    on_cpu = jax.devices()[0].platform == "cpu"
+    chosen = dtype or (Dtype.FLOAT32 if on_cpu or check else Dtype.BFLOAT16)
+
+    from dsv4_jax.deepseek_v4.sampling import Sampling
+    from dsv4_jax.deepseek_v4.serve import Server
+
     server = Server(
+        config,
         weights,
-        spec,
         formats,
         slots=slots,
         max_context=max(len(request.prompt) + request.new_tokens for request in work),
-        chunk=min(chunk, slots * longest),  # more can never come
+        chunk=min(chunk, slots * (longest + new_tokens)),  # more can never come
+        sampling=Sampling(temperature, top_p),
         implementation=implementation.value,
+        attention=attention.value,
+        dtype=jnp.dtype(chosen.value),
         record=check,
     )
     try:
-        served = _serve(console, server, work)
-        print_table(console, _run_table(server, requests))
-        print_table(console, _memory_table(server))
+        if forced:
+            served = _serve_text(console, server, work)
+        else:
+            titles = _titles(prompt or [], len(work))
+            served = server.serve(work, StreamedText(console, tokenizer, titles))
+        print_table(console, run_table(server, len(work)))
+        print_table(console, memory_table(server))
         if check:
             _check(console, server, served)
     except KeyboardInterrupt:
         tokens = sum(one.tokens for one in server.statistics.values())
-        console.print(f"Interrupted after {tokens:,} tokens.", highlight=False)
+        console.print(f"\nInterrupted after {tokens:,} tokens.", highlight=False)
         raise typer.Exit(130) from None
 
 
-def _serve(console: Console, server: Server, work: list[Request]) -> list[Served]:
-    with _progress(console) as progress:
-        total = sum(len(request.prompt) + request.new_tokens for request in work)
-        task = progress.add_task("compile", total=total)
-        return server.serve(
-            work, lambda phase, tokens: progress.update(task, description=phase, advance=tokens, refresh=True)
+def _forced(prompt: list[str] | None, text: Path | None, tokens_from: NewTokens | None, temperature: float) -> bool:
+    """Whether new tokens are the text's own."""
+    if prompt and text:
+        raise typer.BadParameter("give --prompt or --text, not both.")
+    if tokens_from is None:
+        return not prompt and temperature == 0
+    if tokens_from is NewTokens.TEXT and prompt:
+        raise typer.BadParameter("a --prompt has no text to go on with.", param_hint="--tokens-from")
+    if tokens_from is NewTokens.TEXT and temperature > 0:
+        raise typer.BadParameter(
+            "the text's own tokens are not drawn; leave out --temperature.", param_hint="--tokens-from"
         )
+    return tokens_from is NewTokens.TEXT
+
+
+def _config(checkpoint: Path | None) -> DeepseekV4Config:
+    from dsv4_jax.deepseek_v4.config import read_config
+    from dsv4_jax.deepseek_v4.random_checkpoint import SMALL_CONFIG
+
+    try:
+        return read_config(SMALL_CONFIG if checkpoint is None else checkpoint)
+    except (ConfigError, OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--checkpoint") from error
+
+
+def _tokenizer(checkpoint: Path | None, config: DeepseekV4Config) -> Tokenizer:
+    from dsv4_jax.deepseek_v4.tensor_files import CheckpointError
+    from dsv4_jax.deepseek_v4.tokens import ByteTokenizer, load_tokenizer
+
+    if checkpoint is None:
+        return ByteTokenizer()
+    try:
+        return load_tokenizer(checkpoint, config.vocabulary)
+    except (CheckpointError, ImportError) as error:
+        raise typer.BadParameter(str(error), param_hint="--checkpoint") from error
+
+
+def _encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    tokens = tokenizer.encode(prompt)
+    if not tokens:
+        raise typer.BadParameter(f"{prompt!r} has no tokens; give some text.", param_hint="--prompt")
+    return tokens
+
+
+def _require_room(
+    config: DeepseekV4Config,
+    formats: CacheFormats,
+    checkpoint: Path | None,
+    *,
+    requests: int,
+    slots: int,
+    longest: int,
+    check: bool,
+) -> None:
+    """Refuses what the device, or the model, has no room for."""
+    from dsv4_jax.deepseek_v4.serve import server_schema
+
+    try:
+        schema = server_schema(config.spec, formats, slots=slots, max_context=longest)
+    except SchemaError as error:
+        raise typer.BadParameter(f"prompt and --new-tokens make {longest:,} tokens: {error}") from error
+    fewer = "Fewer --slots, --prompt-tokens or --new-tokens take less."
+    require_memory(schema.memory_bytes, f"A cache of {slots:,} slots of {longest:,} tokens takes", fewer)
+    if checkpoint is not None:
+        weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+        require_memory(weights + schema.memory_bytes, f"{checkpoint} and the cache take", fewer)
+    if check:
+        # Every head's scores of queries by keys in float32, before and after the softmax.
+        scores = 2 * 4 * config.spec.num_heads * schema.max_context**2
+        require_memory(scores, f"--verify of {longest:,} tokens, which compares all with all, takes", fewer)
+    require_memory(8 * requests * longest, f"The text of {requests:,} requests takes", "Fewer --requests take less.")
+
+
+def _work(
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    text: Path | None,
+    requests: int,
+    longest_prompt: int,
+    new_tokens: int,
+    seed: int,
+    forced: bool,
+) -> list[Request]:
+    from dsv4_jax.deepseek_v4.text import load_text, prompt_requests, text_requests
+
+    if prompts:
+        return prompt_requests(prompts, new_tokens=new_tokens, seed=seed)
+    try:
+        read = tokenizer.encode(load_text(text))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--text") from error
+    options: dict[str, Any] = {"longest_prompt": longest_prompt, "new_tokens": new_tokens, "seed": seed}
+    return text_requests(read, requests, forced=forced, **options)
+
+
+def _load(console: Console, checkpoint: Path | None, seed: int) -> ModelWeights:
+    """The weights, with a bar of the bytes read."""
+    from dsv4_jax.deepseek_v4.checkpoint import load_checkpoint
+    from dsv4_jax.deepseek_v4.random_checkpoint import random_checkpoint
+    from dsv4_jax.deepseek_v4.tensor_files import CheckpointError
+
+    columns = (TextColumn("{task.description:8}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    try:
+        folder = checkpoint or random_checkpoint(seed)
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("load", total=None)
+            read = lambda path, done, total: progress.update(task, completed=done, total=total)  # noqa: E731
+            return load_checkpoint(folder, progress=read)[1]
+    except (CheckpointError, ConfigError, OSError) as error:
+        raise typer.BadParameter(str(error), param_hint="--checkpoint") from error
+
+
+def _titles(prompts: list[str], requests: int) -> list[str]:
+    """A line above each request's text; none above the only one."""
+    if requests == 1:
+        return [""]
+    begins = [f": {prompt[:60]}{'…' * (len(prompt) > 60)}".replace("\n", " ") for prompt in prompts] or [""] * requests
+    return [f"Request {number}{begin}" for number, begin in enumerate(begins, 1)]
+
+
+class _Bar:
+    """Shows how many tokens have run: a ``Listener``."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._task = progress, progress.add_task("compile", total=total)
+
+    def ran(self, phase: Phase, tokens: int) -> None:
+        self._progress.update(self._task, description=phase, advance=tokens, refresh=True)
+
+    def chose(self, number: int, token: int) -> None:
+        pass
+
+    def ended(self, number: int) -> None:
+        pass
+
+
+def _serve_text(console: Console, server: Server, work: list[Request]) -> list[Served]:
+    with _progress(console) as progress:
+        listener: Listener = _Bar(progress, sum(len(request.prompt) + request.new_tokens for request in work))
+        return server.serve(work, listener)
 
 
 def _check(console: Console, server: Server, served: list[Served]) -> None:
+    from dsv4_jax.deepseek_v4.verify import verify
+
     with _progress(console) as progress:
         task = progress.add_task("verify", total=len(served))
-        result = verify(
-            server.weights,
-            server.schema.spec,
-            server.schema.formats,
-            served,
-            max_context=server.schema.max_context,
-            progress=lambda: progress.advance(task),
-        )
-    print_table(console, _verification_table(result))
+        result = verify(server, served, progress=lambda: progress.advance(task))
+    print_table(console, verification_table(result))
     if not result.passed:
         console.print("[bold red]The cached run does not agree with the computation without a cache.[/]")
         raise typer.Exit(1)
@@ -180,59 +359,3 @@ def _check(console: Console, server: Server, served: list[Served]) -> None:
 def _progress(console: Console) -> Progress:
     columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console)
-
-
-def _run_table(server: Server, requests: int) -> Table:
-    device = jax.devices()[0]
-    table = Table("", "steps", "tokens", "seconds", "tokens/s", title=f"{requests} requests on {device.device_kind}")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for phase, one in server.statistics.items():
-        table.add_row(phase, str(one.steps), str(one.tokens), f"{one.seconds:.2f}", f"{one.tokens_per_second:,.0f}")
-    compiles = ", ".join(f"{count} for {bucket} tokens" for bucket, count in sorted(server.compiles.items()))
-    table.add_section()
-    table.add_row("compiles", str(server.compiles.total()), "", f"{server.compile_seconds:.2f}", "")
-    table.caption = f"Compiles: {compiles}. A prefill step also carries the new tokens of requests that decode already."
-    return table
-
-
-def _memory_table(server: Server) -> Table:
-    schema = server.schema
-    table = Table("cache", "bytes", title=f"Memory of {schema.slots} slots of {schema.max_context:,} tokens")
-    table.columns[1].justify = "right"
-    components = server.cache.memory_bytes()
-    for name, size in components.items():
-        table.add_row(name, f"{size:,}")
-    table.add_section()
-    table.add_row("together", f"{sum(components.values()):,}")
-    table.add_row("uncompressed BF16 instead", f"{schema.slots * _uncompressed_bytes(schema, schema.max_context):,}")
-    table.add_section()
-    for context in (schema.max_context, *_LONG_CONTEXTS):
-        size = schema.bytes_per_slot + schema.bytes_per_block * -(-context // 128)
-        uncompressed = _uncompressed_bytes(schema, context)
-        table.add_row(f"a request of {context:,} tokens", f"{size:,} of {uncompressed:,} ({size / uncompressed:.1%})")
-    table.caption = (
-        f"A slot takes {schema.bytes_per_slot:,} bytes (window and tails) whatever its length, "
-        f"a token {schema.bytes_per_token:,.0f} more; uncompressed it takes {_uncompressed_bytes(schema, 1):,}."
-    )
-    return table
-
-
-def _uncompressed_bytes(schema: CacheSchema, tokens: int) -> int:
-    """Bytes of one BF16 row, key and value at once, per token and layer."""
-    return tokens * len(schema.spec.layers) * schema.spec.head_dim * 2
-
-
-def _verification_table(result: Verification) -> Table:
-    table = Table("verified against no cache", "found", "accepted")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    table.add_row("logit vectors compared", f"{result.positions}", "")
-    table.add_row("largest logit", f"{result.scale:.4g}", "")
-    table.add_row("largest logit difference", f"{result.difference:.3g}", "")
-    table.add_row("  relative to the largest logit", f"{result.relative:.3g}", f"{result.logit_tolerance:.3g}")
-    table.add_row("entries chosen by the indexer", f"{result.chosen:,}", "")
-    table.add_row("  that would not be chosen without a cache", f"{result.flips:,}", f"{result.flip_tolerance:,}")
-    table.add_row("  by how much they score lower, at most", f"{result.gap:.3g}", f"{result.score_tolerance:.3g}")
-    table.add_row("tokens with an impossible choice", f"{result.malformed}", "0")
-    return table

@@ -1,0 +1,167 @@
+"""Hold what a server computed with its cache against the same tokens computed without one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv4_jax import CacheFormats
+from dsv4_jax.deepseek_v4.full_context import ChoiceCheck, full_context
+from dsv4_jax.deepseek_v4.model import Choices
+from dsv4_jax.deepseek_v4.serve import Served, Server
+
+_full_context = jax.jit(full_context, static_argnames=("config", "formats", "dtype"))
+
+
+@dataclasses.dataclass
+class Chosen:
+    """Choices of one kind (entries, or experts), all tokens and layers together, and what is accepted.
+
+    Attributes:
+      score_tolerance: how far below the last chosen one's score a flipped choice may lie, relative to the largest
+        score magnitude that the token sees.
+      chosen: how many there were.
+      flips: how many of them would not have been made without a cache.
+      gap: the most by which one of those scores lower than the last one that would, relative as above.
+      malformed: tokens with a choice that no scores explain, see ``ChoiceCheck``.
+    """
+
+    score_tolerance: float
+    chosen: int = 0
+    flips: int = 0
+    gap: float = 0.0
+    malformed: int = 0
+
+    @property
+    def flip_tolerance(self) -> int:
+        """How many flipped choices are accepted."""
+        return int(_FLIPS * self.chosen)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is further off than accepted (NaN counts as further off)."""
+        return self.malformed == 0 and self.flips <= self.flip_tolerance and self.gap <= self.score_tolerance
+
+    def add(self, check: ChoiceCheck) -> None:
+        """Takes in what was found of one request."""
+        self.chosen += int(np.sum(check.chosen))
+        self.flips += int(np.sum(check.flips))
+        # Not max(): a NaN must stay, whatever is compared with it.
+        self.gap = float(np.maximum(self.gap, np.max(check.gap, initial=0.0)))
+        self.malformed += int(np.sum(check.malformed))
+
+
+@dataclasses.dataclass
+class Verification:
+    """The largest differences found over all requests, and what is accepted.
+
+    Attributes:
+      logit_tolerance: the largest logit difference accepted, relative to the largest logit magnitude.
+      entries: what the indexer chose.
+      experts: what the routing chose.
+      positions: logit vectors compared.
+      difference: the largest logit difference.
+      scale: the largest logit magnitude.
+    """
+
+    logit_tolerance: float
+    entries: Chosen
+    experts: Chosen
+    positions: int = 0
+    difference: float = 0.0
+    scale: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        """The largest logit difference by the largest logit magnitude."""
+        return self.difference / self.scale if self.scale else 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether anything was compared and nothing is further off than accepted (NaN counts as further off)."""
+        close = self.relative <= self.logit_tolerance
+        return self.positions > 0 and close and self.entries.passed and self.experts.passed
+
+
+_LOGITS = {"fp32": 1e-5, "bf16": 5e-4, "fp8": 3e-3, "fp8_ds_mla": 3e-3, "nvfp4": 1e-2, "nvfp4_static": 1e-2}
+_SCORES = {"fp32": 0.0, "bf16": 5e-3, "fp8": 2e-2, "nvfp4": 0.5, "nvfp4_static": 0.5, "mxfp4": 0.5}
+_ACTIVATIONS = {"float32": 0.0, "bfloat16": 0.1}
+_FLIPS = 1e-2
+
+
+def tolerances(formats: CacheFormats, dtype: Any = jnp.float32) -> tuple[float, float, float]:
+    """The differences of logits, index scores and routing scores to accept: those of the coarsest rounding in each.
+
+    Raises:
+      ValueError: nobody has measured what a format of ``formats``, or ``dtype``, amounts to.
+    """
+    logits = max(
+        _measured(_LOGITS, formats.entries),
+        _measured(_LOGITS, formats.window),
+        _measured(_ACTIVATIONS, jnp.dtype(dtype).name),
+    )
+    return logits, 10 * logits + _measured(_SCORES, formats.keys), 10 * logits
+
+
+def _measured(table: Mapping[str, float], name: str) -> float:
+    if name not in table:
+        raise ValueError(
+            f"how far {name} may move a result was never measured; known are {', '.join(table)}. Measure it, and add "
+            "it to the tables of dsv4_jax/deepseek_v4/verify.py."
+        )
+    return table[name]
+
+
+def verify(
+    server: Server, served: Sequence[Served], *, weights: Any = None, progress: Callable[[], None] | None = None
+) -> Verification:
+    """Recompute every served request without a cache and compare the logits after each of its steps.
+
+    Args:
+      server: one that recorded.
+      served: what it served.
+      weights: to recompute with, instead of the server's.
+      progress: called after each request.
+    """
+    schema, weights = server.schema, server.weights if weights is None else weights
+    of_logits, of_entries, of_experts = tolerances(schema.formats, server.dtype)
+    result = Verification(of_logits, Chosen(of_entries), Chosen(of_experts))
+    # Padded to the same lengths, so that one compilation serves all.
+    most = max((len(one.steps) for one in served), default=0)
+    for one in served:
+        tokens, wanted = np.zeros(schema.max_context, np.int32), np.zeros(most, np.int32)
+        tokens[: one.done] = one.tokens[: one.done]
+        wanted[: len(one.steps)] = [record.first + record.tokens - 1 for record in one.steps]
+        options: dict[str, Any] = {"config": server.config, "formats": schema.formats, "dtype": server.dtype}
+        recorded = _recorded(one, schema.max_context)
+        logits, checks = _full_context(weights, tokens, np.int32(one.done), wanted, recorded, **options)
+        cached = np.stack([np.asarray(record.logits)[record.row] for record in one.steps])
+        expected = np.asarray(logits)[: len(one.steps)]
+        result.difference = float(np.maximum(result.difference, np.abs(cached - expected).max()))
+        result.scale = max(result.scale, float(np.abs(expected).max()))
+        result.positions += len(one.steps)
+        result.entries.add(checks.entries)
+        result.experts.add(checks.experts)
+        if progress:
+            progress()
+    return result
+
+
+def _recorded(one: Served, max_context: int) -> Choices:
+    """What was chosen for each token of the request, as the model has it for the tokens of a step; -1 after its end."""
+
+    def joined(records: list[np.ndarray]) -> np.ndarray:
+        layers, _, width = records[0].shape
+        whole = np.full((layers, max_context, width), -1, np.int32)
+        for record, array in zip(one.steps, records, strict=True):
+            columns = slice(record.column, record.column + record.tokens)
+            whole[:, record.first : record.first + record.tokens] = array[:, columns]
+        return whole
+
+    entries = joined([np.asarray(record.choices.entries) for record in one.steps])
+    return Choices(entries, joined([np.asarray(record.choices.experts) for record in one.steps]))
