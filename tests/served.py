@@ -17,10 +17,10 @@ from dsv4_jax.deepseek_v4.text import load_text, text_requests
 from dsv4_jax.deepseek_v4.verify import Verification, verify
 from dsv4_jax.deepseek_v4.weights import ModelWeights
 
-# A layer of each kind; the first one looks its experts up.
+# A layer of each kind that compresses; the first one looks its experts up.
 TINY_CONFIG = dict(SMALL_CONFIG) | {
-    "num_hidden_layers": 3,
-    "compress_ratios": [0, 4, 128],
+    "num_hidden_layers": 2,
+    "compress_ratios": [4, 128],
     "num_nextn_predict_layers": 0,
     "num_hash_layers": 1,
     "hidden_size": 128,

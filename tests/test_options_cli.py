@@ -9,8 +9,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from served import TINY_CONFIG
 from typer.testing import CliRunner
 
+from dsv4_jax.deepseek_v4.random_checkpoint import write_random_checkpoint
 from dsv4_jax.tools.cli.main import application
 
 HUGE = ["1000000000", "99999999999", str(10**30)]
@@ -21,6 +23,8 @@ NO_FOLDER = "/proc/no-such-folder/file.png"  # nobody, not even root, makes fold
 # For each command and option: values that must be refused, each with exit code 2 and no traceback.
 REFUSED = {
     "decode": {
+        "--checkpoint": [NO_SUCH, ".", "/dev/null"],
+        "--prompt": [""],
         "--text": [NO_SUCH, "."],
         "--requests": ["0", *BELOW, *HUGE],
         "--slots": ["0", *BELOW, *HUGE],
@@ -34,6 +38,10 @@ REFUSED = {
         "--hca-tail": ["none"],
         "--seed": [*BELOW, *HUGE[1:]],
         "--implementation": ["other"],
+        "--attention": ["other"],
+        "--dtype": ["float16"],
+        "--temperature": ["-1", "nan", "inf", "1e9", "hot"],
+        "--top-p": ["-1", "0", "1.1", "nan", "all"],
     },
     "capacity": {
         "--context": ["0", *BELOW, *HUGE],
@@ -92,7 +100,8 @@ def test_what_cannot_be_is_refused_before_any_work(command, option, value, monke
     def work(*arguments, **options):
         raise AssertionError("the command began to work")
 
-    monkeypatch.setattr("dsv4_jax.tools.cli.decode.init_weights", work)
+    monkeypatch.setattr("dsv4_jax.deepseek_v4.checkpoint.load_checkpoint", work)
+    monkeypatch.setattr("dsv4_jax.deepseek_v4.random_checkpoint.random_checkpoint", work)
     monkeypatch.setattr("dsv4_jax.tools.cli.bench.run_cases", work)
     monkeypatch.setattr("dsv4_jax.tools.cli.trace.trace_steps", work)
     monkeypatch.setattr("dsv4_jax.tools.cli.capacity.draw", work)
@@ -145,13 +154,15 @@ def test_numbers_are_whole_in_a_narrow_terminal():
     assert "…" not in narrow.output
 
 
-def test_ctrl_c_ends_decode_with_one_line():
+def test_ctrl_c_ends_decode_with_one_line(tmp_path):
+    write_random_checkpoint(tmp_path / "checkpoint", TINY_CONFIG, 0)
     # A background process may have been started with SIGINT ignored; a user's has not.
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "from dsv4_jax.tools.cli.main import main; sys.exit(main())"
     )
     arguments = ["decode", "--requests", "64", "--slots", "2", "--prompt-tokens", "300", "--new-tokens", "4000"]
+    arguments += ["--checkpoint", str(tmp_path / "checkpoint")]
     with subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         env=os.environ | {"COLUMNS": "100", "FORCE_COLOR": "1", "TERM": "xterm"},
@@ -174,31 +185,6 @@ def _pieces(stream):
     """What a stream says, as it comes."""
     while piece := stream.read(64):
         yield piece
-
-
-def test_no_more_than_a_few_steps_are_in_flight(monkeypatch):
-    """Every step is waited for before the third one after it is sent."""
-    from dsv4_jax import CacheFormats, tiny_spec
-    from dsv4_jax.example import serve
-    from dsv4_jax.example.text import load_text, text_requests
-    from dsv4_jax.example.weights import init_weights
-
-    sent, waited, most = [], set(), []
-
-    class Logits:
-        def __init__(self):
-            sent.append(self)
-            most.append(len(sent) - len(waited))
-
-        def block_until_ready(self):
-            waited.add(id(self))
-
-    server = serve.Server(init_weights(tiny_spec(), 0), tiny_spec(), CacheFormats(), slots=2, max_context=128, chunk=32)
-    server._step = lambda weights, cache, plan, tokens: (cache, Logits(), None)
-    requests = text_requests(load_text(), 3, longest_prompt=40, new_tokens=30, seed=0)
-    server.serve(requests)
-    assert len(sent) > 30
-    assert max(most) <= serve.STEPS_IN_FLIGHT + 1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from served import EXACT, check, exact_run, exact_server, make_requests, make_server
+from served import EXACT, check, exact_run, exact_server, make_server
 
 from dsv4_jax import PROFILES, CacheFormats
 from dsv4_jax.deepseek_v4.model import Choices
@@ -17,7 +17,7 @@ from dsv4_jax.deepseek_v4.verify import tolerances
 from dsv4_jax.layout.formats import ENTRY_FORMATS, HCA_TAILS, KEY_FORMATS, WINDOW_FORMATS
 
 TEXT = np.frombuffer(load_text().encode(), np.uint8).astype(np.int32)
-DEFAULT = CacheFormats()
+DEFAULT = CacheFormats()  # test_decode_cli.py verifies it, in chunks
 TOKEN_BY_TOKEN = [
     CacheFormats("bf16", "fp8", "bf16", keys_hadamard=True),
     CacheFormats("fp8_ds_mla", "fp8_ds_mla", "fp8"),
@@ -40,11 +40,6 @@ def test_chunks_mixed_with_decode_agree(seed):
     assert result.positions >= 3 * 12
     assert result.passed
     assert result.entries.flips == result.experts.flips == 0
-
-
-def test_the_default_formats_agree(seed):
-    server = make_server(DEFAULT, seed)
-    assert check(server, server.serve(make_requests(seed))).passed
 
 
 @pytest.mark.parametrize("formats", TOKEN_BY_TOKEN, ids=lambda one: f"{one.entries}-{one.window}-{one.keys}")
@@ -77,7 +72,9 @@ def test_what_was_lost_is_seen(component, seed, monkeypatch):
                 "csa_tail": (0, slot, 0, (start - 1) % 8),
                 "hca_tail": (0, slot, 0, (start - 1) % 128),
             }[component]
-            cache = cache.with_arrays({component: cache.arrays[component].at[where].set(0)})
+            pool = np.array(cache.arrays[component])
+            pool[where] = 0
+            cache = cache.with_arrays({component: jnp.asarray(pool)})
         return run(weights, cache, plan, *rest)
 
     monkeypatch.setattr(server, "_step", losing)
@@ -92,8 +89,9 @@ def changed(weights, path: str):
     """The weights, one of them shifted along its last axis, or negative where it is one number."""
 
     def change(key, leaf):
-        shifted = jnp.roll(leaf, 1, axis=-1) if leaf.size > 1 else -leaf
-        return shifted if path_of(key) == path else leaf
+        if path_of(key) != path:
+            return leaf
+        return np.roll(np.asarray(leaf), 1, axis=-1) if leaf.size > 1 else -np.asarray(leaf)
 
     return jax.tree_util.tree_map_with_path(change, weights)
 
@@ -137,7 +135,7 @@ def test_an_impossible_choice_of_entries_is_seen(defect, seed):
     assert not result.passed
 
 
-@pytest.mark.parametrize(("defect", "layer"), [("repeated", 2), ("beyond", 1), ("another", 0)])
+@pytest.mark.parametrize(("defect", "layer"), [("repeated", 1), ("beyond", 1), ("another", 0)])
 def test_an_impossible_choice_of_experts_is_seen(defect, layer, seed):
     """Layer 0 looks its experts up, so that any other choice is wrong."""
     one = exact_run(seed)[0]

@@ -175,13 +175,13 @@ def verify(
 def _recorded(one: Served, max_context: int) -> Choices:
     """What was chosen for each token of the request, as the model has it for the tokens of a step; -1 after its end."""
 
-    def joined(records: list[np.ndarray]) -> np.ndarray:
+    def joined(records: list[np.ndarray]) -> jax.Array:
         layers, _, width = records[0].shape
         whole = np.full((layers, max_context, width), -1, np.int32)
         for record, array in zip(one.steps, records, strict=True):
             columns = slice(record.column, record.column + record.tokens)
             whole[:, record.first : record.first + record.tokens] = array[:, columns]
-        return whole
+        return jnp.asarray(whole)
 
     entries = joined([np.asarray(record.choices.entries) for record in one.steps])
     return Choices(entries, joined([np.asarray(record.choices.experts) for record in one.steps]))
