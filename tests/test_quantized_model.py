@@ -37,7 +37,7 @@ def prefill(folder: Path, tokens: np.ndarray) -> np.ndarray:
     schema = Model(config, weights).schema()
     manager = CacheManager(schema, token_buckets=(len(tokens),))
     plan = manager.prepare_forward({manager.admit(): len(tokens)})
-    run = all_logits("flash", dtype=jnp.float32, attention="gather")
+    run = all_logits("flash", dtype=jnp.float32)
     return np.asarray(run(weights, init_cache(schema), plan, plan.pack_tokens([tokens]))[1])
 
 

@@ -11,8 +11,10 @@ import dsv4_jax_native
 import numpy as np
 import pytest
 import typer
+from served import TINY_CONFIG
 
 from dsv4_jax import ops
+from dsv4_jax.deepseek_v4.random_checkpoint import write_random_checkpoint
 from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
 from dsv4_jax.tools.cli.main import application
 
@@ -30,10 +32,13 @@ def rows_of_table(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
+def examples() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
 def example() -> str:
-    """The README's example, as a reader saves it."""
-    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    return code
+    """The README's first example, as a reader saves it."""
+    return examples()[0]
 
 
 def test_the_example_is_short_and_runs():
@@ -53,6 +58,20 @@ def test_the_example_is_short_and_runs():
     assert [names["manager"].length(request) for request in names["requests"]] == [5, 5]
     layout = names["plan"].layout
     assert (layout.tokens, layout.requests) == (4, 4)
+
+
+def test_the_model_says_something(tmp_path, capsys):
+    """The second example, with a smaller checkpoint."""
+    _, code = examples()
+    write_random_checkpoint(tmp_path / "checkpoint", TINY_CONFIG, 0)
+    assert "folder = random_checkpoint()" in code
+    code = code.replace("random_checkpoint()", f"{str(tmp_path / 'checkpoint')!r}")
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "Once upon a time" in printed
+    assert "The cache is" in printed
+    assert len(names["served"].tokens) == len("The cache is") + 16
 
 
 @pytest.fixture(scope="module")
