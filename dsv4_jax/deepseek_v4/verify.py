@@ -26,7 +26,7 @@ class Chosen:
     Attributes:
       score_tolerance: how far below the last chosen one's score a flipped choice may lie, relative to the largest
         score magnitude that the token sees.
-      flip_share: what share of choices may flip.
+      flip_share: what share of choices may flip, beside a few.
       chosen: how many there were.
       flips: how many of them would not have been made without a cache.
       gap: the most by which one of those scores lower than the last one that would, relative as above.
@@ -43,7 +43,7 @@ class Chosen:
     @property
     def flip_tolerance(self) -> int:
         """How many flipped choices are accepted."""
-        return int(self.flip_share * self.chosen)
+        return _ODD_FLIPS + int(self.flip_share * self.chosen)
 
     @property
     def passed(self) -> bool:
@@ -97,21 +97,24 @@ class Verification:
 # largest logit, measured with fp32 storage. With rounding on top, a value that falls close to the border between two
 # codes is stored as one code here and as the other there: a whole step of the format in one of 512 channels of one row,
 # or in 16 of them where it is the code of a scale, which then goes through the layers above. What that amounts to was
-# measured over 96 runs of the random checkpoint with other seeds, texts and formats: at most 1.6e-4 (bf16), 1.6e-3
+# measured over 124 runs of the random checkpoint with other seeds, texts and formats: at most 1.6e-4 (bf16), 1.6e-3
 # (fp8, both kinds) and 7e-3 (nvfp4, both kinds). The bounds are five times that or more. For comparison, one row
 # missing from the window or one entry moves a logit by 2e-2, one row missing from a CSA tail by 2e-3, from an HCA tail
 # by 5e-4: with fp32 storage nothing of that kind can hide.
 _LOGITS = {"fp32": 1e-5, "bf16": 1e-3, "fp8": 8e-3, "fp8_ds_mla": 8e-3, "nvfp4": 4e-2, "nvfp4_static": 4e-2}
-# Of activations, measured likewise: at most 8.5e-3 with bfloat16, whose last bit is up to 8e-3 of a number.
-_ACTIVATIONS = {"float32": 0.0, "bfloat16": 5e-2}
+# Of activations, measured likewise: at most 2.4e-2 with bfloat16, whose last bit is up to 8e-3 of a number. So a run in
+# float32 is the sharper test of the cache.
+_ACTIVATIONS = {"float32": 0.0, "bfloat16": 0.12}
 # What rounding the keys adds to a score of the indexer, and with quantized keys rounding the queries, which
 # ``index_topk`` does: at most 4e-3 (bf16), 0.08 (fp8 and mxfp4) and 0.05 (nvfp4, both kinds).
 _SCORES = {"fp32": 0.0, "bf16": 2e-2, "fp8": 0.4, "nvfp4": 0.3, "nvfp4_static": 0.3, "mxfp4": 0.4}
 # The share of choices of entries that may flip: at most 1.3e-2 did with fp8 and mxfp4 keys, whose queries are rounded
 # to E4M3, and 2.8e-3 with all others, bfloat16 activations included. A choice by other scores differs in far more.
 _FLIPS = {"fp32": 1.5e-2, "bf16": 1.5e-2, "fp8": 7e-2, "nvfp4": 1.5e-2, "nvfp4_static": 1.5e-2, "mxfp4": 7e-2}
-# Of experts: at most 2.5e-3 did.
-_EXPERT_FLIPS = 1.5e-2
+# Of experts: at most 5e-3 did, and scored lower by at most what logits may differ.
+_EXPERT_FLIPS = 2.5e-2
+# Where there are so few choices that a share of them is less than one.
+_ODD_FLIPS = 3
 
 
 def tolerances(formats: CacheFormats, dtype: Any = jnp.float32) -> Verification:
@@ -126,7 +129,7 @@ def tolerances(formats: CacheFormats, dtype: Any = jnp.float32) -> Verification:
         _measured(_ACTIVATIONS, jnp.dtype(dtype).name),
     )
     entries = Chosen(2 * logits + _measured(_SCORES, formats.keys), _measured(_FLIPS, formats.keys))
-    return Verification(logits, entries, Chosen(2 * logits, _EXPERT_FLIPS))
+    return Verification(logits, entries, Chosen(logits, _EXPERT_FLIPS))
 
 
 def _measured(table: Mapping[str, float], name: str) -> float:
