@@ -196,6 +196,41 @@ def test_append_window(other, rng, name, dtype, ring):
     )
 
 
+@pytest.mark.parametrize("name", WINDOW_FORMATS)
+@pytest.mark.parametrize("ring", [RING, RING + 5])
+def test_save_displaced(other, rng, name, ring):
+    """What is saved, and of which positions: the window before each request's first token, and its own tokens."""
+    vector_format, plan, size = WINDOW_FORMATS[name], random_plan(rng), 120
+    window = random_pool(rng, vector_format, ring, SLOTS)
+    newest = int(rng.integers(0, 600))
+    held = newest - (newest - np.arange(ring)) % ring  # what a ring holds after position `newest`
+    positions = np.broadcast_to(np.where(rng.random(ring) < 0.9, held, -1), (LAYERS, SLOTS, ring)).astype(np.int32)
+    operands = (Window(window, positions), random_rows(rng, (LAYOUT.tokens, 512), np.float32), plan, 2)
+    attributes = {"format": vector_format, "size": size}
+    results = [run("save_displaced", *operands, **attributes) for run in (native, other)]
+    wanted = np.full((size - 1) * LAYOUT.requests + LAYOUT.tokens, -1)
+    for request, (slot, brought, tokens) in enumerate(tokens_of(plan)):
+        if slot < 0 or not len(brought):
+            continue
+        first = (size - 1) * (request + 1) + tokens[0]
+        before = brought[0] - size + 1 + np.arange(size - 1)
+        wanted[first - size + 1 : first] = np.where(np.isin(before, positions[2, 0]), before, -1)
+        wanted[first : first + len(brought)] = brought
+    kept = []
+    for after, saved in results:
+        assert_same(after, operands[0])
+        np.testing.assert_array_equal(saved.positions, np.maximum(wanted, -1))
+        rows = native("dequantize", saved.rows[0, 0], format=vector_format, rows=len(wanted), dtype=jnp.float32)
+        kept.append(np.asarray(rows)[wanted >= 0])
+    np.testing.assert_array_equal(*kept)
+    expected = native("quantize", operands[1], format=vector_format)
+    expected = native("dequantize", expected, format=vector_format, rows=LAYOUT.tokens, dtype=jnp.float32)
+    for request, (slot, brought, tokens) in enumerate(tokens_of(plan)):
+        if slot >= 0 and len(brought):
+            own = np.flatnonzero(wanted >= 0).searchsorted((size - 1) * (request + 1) + tokens[0])
+            np.testing.assert_array_equal(kept[0][own : own + len(brought)], np.asarray(expected)[list(tokens)])
+
+
 @DTYPES
 @EACH_COMPRESSOR
 def test_append_tail(other, rng, ratio, width, hca_tail, dtype):
