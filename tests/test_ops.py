@@ -355,12 +355,17 @@ def update_two_ways(other, rng, kind, *settings):
     return [run(f"update_{kind}", *operands, **attributes) for run in (native, other)]
 
 
-# Kernels are built for each, the definition is one: on the CPU each of the two settings once is enough.
+# Kernels are built for each, the definition is one: on the CPU a step has one of them.
 RAW_AND_DTYPE = pytest.mark.parametrize(
-    ("other", "raw", "dtype"),
-    [("reference", False, np.float32), ("reference", True, ml_dtypes.bfloat16)]
+    ("other", "step", "raw", "dtype"),
+    [
+        ("reference", "prefill", True, ml_dtypes.bfloat16),
+        ("reference", "decode", False, np.float32),
+        ("reference", "decode of several tokens", True, np.float32),
+    ]
     + [
-        pytest.param("cuda", raw, dtype, marks=pytest.mark.gpu)
+        pytest.param("cuda", step, raw, dtype, marks=pytest.mark.gpu)
+        for step in STEPS
         for raw in (False, True)
         for dtype in (np.float32, ml_dtypes.bfloat16)
     ],
@@ -369,7 +374,6 @@ RAW_AND_DTYPE = pytest.mark.parametrize(
 
 
 @RAW_AND_DTYPE
-@EACH_STEP
 @pytest.mark.parametrize(("kind", "hca_tail"), KINDS)
 def test_update(other, rng, kind, hca_tail, step, raw, dtype):
     """One op for all writes of a layer, in fp32, where values that differ in their last bit are stored as such.
@@ -380,11 +384,11 @@ def test_update(other, rng, kind, hca_tail, step, raw, dtype):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), left, right)
 
 
-@DTYPES
 @EACH_STEP
 @EACH_PROFILE
-def test_update_of_finished_rows_to_the_bit(other, rng, step, dtype, profile):
+def test_update_of_finished_rows_to_the_bit(other, rng, step, profile):
     """Nothing but window rows, and nothing to compute but codes."""
+    dtype = np.float32 if step == "decode" else ml_dtypes.bfloat16
     assert_same(*update_two_ways(other, rng, "swa", None, step, False, dtype, profile))
 
 
@@ -464,8 +468,9 @@ def test_gather_entries(other, rng, ratio, vector_format):
         assert (np.asarray(rows.values)[~valid] == 0).all()
 
 
-@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["to_fp32", "to_bf16"])
+@pytest.mark.parametrize(
+    ("before", "dtype"), [(False, jnp.float32), (True, jnp.bfloat16)], ids=["after, to_fp32", "before, to_bf16"]
+)
 @pytest.mark.parametrize("name", WINDOW_FORMATS)
 def test_gather_window(other, rng, name, dtype, before):
     vector_format, plan = WINDOW_FORMATS[name], random_plan(rng)
@@ -486,12 +491,11 @@ def test_gather_window(other, rng, name, dtype, before):
     np.testing.assert_array_equal(left[2].positions, np.where(present, wanted, -1))
 
 
-@DTYPES
 @pytest.mark.parametrize(
     "vector_format", [*ENTRY_FORMATS.values(), *KEY_FORMATS.values()], ids=lambda f: f"{f.name}-{f.width}"
 )
-def test_quantize_and_dequantize(other, rng, vector_format, dtype):
-    for rows, back in ((1, jnp.float32), (37, jnp.bfloat16)):
+def test_quantize_and_dequantize(other, rng, vector_format):
+    for rows, dtype, back in ((1, np.float32, jnp.float32), (37, ml_dtypes.bfloat16, jnp.bfloat16)):
         values = random_rows(rng, (rows, vector_format.width), dtype)
         page = native("quantize", values, format=vector_format)
         assert_same(page, other("quantize", values, format=vector_format), "quantize")
