@@ -26,7 +26,7 @@ from dsv4_jax.spec.model import ModelSpec
 from dsv4_jax.spec.presets import deepseek_v4_flash, tiny_spec
 from dsv4_jax.tools.bench import traffic
 from dsv4_jax.tools.bench.decode import update_bytes
-from dsv4_jax.tools.bench.measure import MOST_REPLAYS, Outcome, native_calls
+from dsv4_jax.tools.bench.measure import MOST_REPLAYS, Outcome, Timing, native_calls
 from dsv4_jax.tools.bench.step import (
     compile_step,
     layer_inputs,
@@ -74,11 +74,11 @@ def attended_step(cache: Cache, plan: StepPlan, inputs: dict[str, Any], parts: t
             handle = handle.update(*given[index])
         if "index_topk" in parts and layer.kind is LayerKind.CSA:
             with jax.named_scope(f"{kind}.index_topk"):
-                handle, chosen = handle.index_topk(inputs["index_queries"], inputs["head_weights"])
+                handle, chosen, *_ = handle.index_topk(inputs["index_queries"], inputs["head_weights"])
         if "attend" in parts:
             with jax.named_scope(f"{kind}.attend"):
-                options = {"indices": chosen, "rotary": rotary[layer.rope]}
-                handle, _ = handle.attend(inputs["queries"], inputs["sinks"], **options)
+                turned = rotary[layer.rope]
+                handle, _ = handle.attend(inputs["queries"], inputs["sinks"], indices=chosen, rotary=turned)
         step = handle.step
     return step.end()
 
@@ -133,7 +133,8 @@ def whole_decode(requests: int, scale: Scale, implementation: Implementation) ->
     plans = [manager.prepare_forward((handles, np.ones(requests, np.int64))) for _ in range(planned)]
     cache, inputs = placed_cache(schema, plans[0]), attended_inputs(spec, plans[0])
     on_device = iter([sent(plan) for plan in plans])
-    times, timing, remarks = [], None, {}
+    timings: list[Timing] = []
+    remarks: dict[str, Any] = {}
     for count in range(1, len(PARTS) + 1):
 
         def run(cache: Cache, plan: StepPlan, inputs: Any, parts: Any = PARTS[:count]) -> Cache:
@@ -150,17 +151,18 @@ def whole_decode(requests: int, scale: Scale, implementation: Implementation) ->
             jax.block_until_ready(cache)
             return time.perf_counter() - begun, dispatched - begun
 
-        timing = time_dispatches(seconds, replays, trials, compile_seconds=compile_seconds)
-        times.append(timing.microseconds)
+        timings.append(time_dispatches(seconds, replays, trials, compile_seconds=compile_seconds))
+        memory = compiled.memory_analysis()
         remarks = {
             "cuda_graphs": graphs,
             "native_calls": native_calls(compiled),
             "layers": len(spec.layers),
-            "temporary_megabytes": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 2),
+            "temporary_megabytes": None if memory is None else round(memory.temp_size_in_bytes / 1e6, 2),
         }
     shapes = [StepShape(np.array(plan.token_position, np.int64), np.ones(requests, np.int64)) for plan in plans]
     moved, operations = np.mean([step_traffic(schema, shape) for shape in shapes[-dispatches:]], axis=0)
-    return Outcome(timing, remarks | added(times), int(moved), int(operations))
+    remarks |= added([timing.microseconds for timing in timings])
+    return Outcome(timings[-1], remarks, int(moved), int(operations))
 
 
 def added(microseconds: Sequence[float]) -> dict[str, float]:

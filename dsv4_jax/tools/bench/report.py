@@ -120,8 +120,11 @@ def _case_json(result: Result, run: Run) -> dict[str, Any]:
         "evictions": timing.evictions,
         "compile_seconds": round(timing.compile_seconds, 3),
     }
-    if of_matmul is not None:
-        made |= {"operations": result.operations, "percent_of_matmul": round(of_matmul, 2)}
+    if result.operations:
+        made |= {
+            "operations": result.operations,
+            "percent_of_matmul": None if of_matmul is None else round(of_matmul, 2),
+        }
     if result.target is not None:
         made |= {"at_most": round(result.target.at_most, 4), "try_for": round(result.target.try_for, 4)}
     if result.reference is not None:
