@@ -207,8 +207,9 @@ def test_bench_runs_every_case_and_writes_json_and_a_picture(run, tmp_path):
     for case in found["cases"]:
         assert {"microseconds", "spread", "bytes", "gigabytes_per_second"} <= case.keys()
         assert "error" not in case
-        assert ("percent_of_read" if case["name"].startswith(("attend", "index_topk")) else "percent_of_copy") in case
-        assert ("percent_of_matmul" in case) == case["name"].startswith(("attend", "index_topk", "step/flash"))
+        reads = case["name"].startswith(("attend", "index_topk", "step/flash"))
+        assert ("percent_of_read" if reads else "percent_of_copy") in case
+        assert ("percent_of_matmul" in case) == reads
         assert case["name"] in result.output
     step = next(case for case in found["cases"] if case["name"] == "step/pro/b2")
     assert step["native_calls"] == 1 + 4

@@ -162,7 +162,7 @@ def whole_decode(requests: int, scale: Scale, implementation: Implementation) ->
     shapes = [StepShape(np.array(plan.token_position, np.int64), np.ones(requests, np.int64)) for plan in plans]
     moved, operations = np.mean([step_traffic(schema, shape) for shape in shapes[-dispatches:]], axis=0)
     remarks |= added([timing.microseconds for timing in timings])
-    return Outcome(timings[-1], remarks, int(moved), int(operations))
+    return Outcome(timings[-1], remarks, int(moved), int(operations), reads=True)
 
 
 def added(microseconds: Sequence[float]) -> dict[str, float]:

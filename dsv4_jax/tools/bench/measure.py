@@ -63,12 +63,16 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a case that measures by itself found, remarks on it, and its bytes and operations where they are counted."""
+    """What a case that measures by itself found, remarks on it, and its bytes and operations where they are counted.
+
+    ``bytes_moved``, ``operations`` and ``reads`` are as in ``Workload``.
+    """
 
     timing: Timing
     remarks: dict[str, Any] = dataclasses.field(default_factory=dict)
     bytes_moved: int | None = None
     operations: int = 0
+    reads: bool = False
 
 
 def make_scratch(scale: Scale) -> jax.Array:

@@ -29,8 +29,8 @@ def table(run: Run) -> Table:
     for result in (run.roofs.copy, run.roofs.read, run.roofs.matmul, *run.results):
         made.add_row(*_cells(result, run, with_reference))
     made.caption = (
-        "bytes: the fewest that the op must move, read and written. copy: a device copy in the same run; for attend "
-        "and index_topk a device read. matmul: a product of bfloat16 matrices in the same run. "
+        "bytes: the fewest that the op must move, read and written. copy: a device copy in the same run; for attend, "
+        "index_topk and step/flash a device read. matmul: a product of bfloat16 matrices in the same run. "
         "step/ and host/: what host and device take together, and the host alone."
     )
     return made

@@ -18,6 +18,7 @@ from dsv4_jax.tools.bench.targets import Target
 from dsv4_jax.tools.bench.workload import Scale, Workload
 
 REFERENCE_CALLS = 1
+COUNTED = ("bytes_moved", "operations", "reads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,13 +175,13 @@ def _run(case: Case, scale: Scale, states: _States, reference: bool) -> Result:
             states.drop()
             outcome = case.run(scale, implementation)
             timings[implementation], remarks = outcome.timing, remarks or outcome.remarks
-            counted = {"bytes_moved": outcome.bytes_moved, "operations": outcome.operations}
+            counted = {name: getattr(outcome, name) for name in COUNTED}
         elif case.build is not None:
             workload = case.build(scale, implementation)
             if implementation == "reference":
                 workload = dataclasses.replace(workload, calls=REFERENCE_CALLS)
             timings[implementation] = states.time(workload)
-            counted = {name: getattr(workload, name) for name in ("bytes_moved", "operations", "reads")}
+            counted = {name: getattr(workload, name) for name in COUNTED}
     made = Result(case.name, timings["native"], target=target, reference=timings.get("reference"), remarks=remarks)
     return dataclasses.replace(made, **counted)
 
