@@ -40,7 +40,7 @@ parallel=$(python -c "import xdist" 2>/dev/null && echo "-n 12")
 measure() { step "$1" env -u XLA_PYTHON_CLIENT_PREALLOCATE dsv4-jax bench --json "$logs/$1.json" "${@:2}"; }
 for wanted in "$@"; do
   case $wanted in
-    sanitize) step memcheck sanitize memcheck; step racecheck sanitize racecheck ;;
+    sanitize) for tool in memcheck racecheck synccheck; do step $tool sanitize $tool; done ;;
     decode) step decode dsv4-jax decode --verify ;;
     bench)
       read -ra options <<<"${BENCH_OPTIONS:-}"

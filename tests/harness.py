@@ -24,7 +24,7 @@ from dsv4_jax import (
     ops,
     tiny_spec,
 )
-from dsv4_jax.cache.layer import parts_of
+from dsv4_jax.cache.layer_state import parts_of
 from dsv4_jax.cache.step import Step
 
 Arrays = dict[str, np.ndarray]

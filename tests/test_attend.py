@@ -60,12 +60,21 @@ def draw_step(rng, held, heads, count):
     return lasts, plan, jnp.asarray(np.stack(indices), jnp.int32), queries, given
 
 
+# Every kernel of the GPU's fast path and the portable ones, and both ways of finding entries.
+SANITIZED = [("fp8", "fp8"), ("bf16", "nvfp4"), ("fp8_ds_mla", "fp8_ds_mla"), ("fp8", "bf16"), ("fp32", "nvfp4_static")]
+
+
+def sanitized(pair):
+    """The pair as a parameter, to be run under compute-sanitizer too if it is one of a few."""
+    return pytest.param("native", pair, marks=[pytest.mark.sanitize] * (pair in SANITIZED))
+
+
 SOME = [("fp32", "fp8"), ("fp8", "nvfp4"), ("fp8_ds_mla", "fp8_ds_mla"), ("bf16", "nvfp4_static")]
 
 
 @pytest.mark.parametrize("ratio", [4, 128])
 @pytest.mark.parametrize(
-    ("implementation", "pair"), [("native", pair) for pair in PAIRS] + [("reference", pair) for pair in SOME]
+    ("implementation", "pair"), [sanitized(pair) for pair in PAIRS] + [("reference", pair) for pair in SOME]
 )
 def test_rows_as_stored(device, rng, implementation, pair, ratio):
     """Indices in any order, twice, below 0 and not visible, more than are visible; what is not seen is NaN."""
@@ -146,7 +155,10 @@ def test_heads_are_apart(device, rng):
     np.testing.assert_allclose(shard.lse[: len(lasts)], whole.lse[: len(lasts), 8:], rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize(("window_name", "entries_name"), [("fp8", "fp8"), ("bf16", "nvfp4"), ("fp32", "fp32")])
+@pytest.mark.parametrize(
+    ("window_name", "entries_name"),
+    [pytest.param("fp8", "fp8", marks=pytest.mark.sanitize), ("bf16", "nvfp4"), ("fp32", "fp32")],
+)
 @pytest.mark.parametrize("requests", [1, 2])
 def test_a_million_tokens(device, rng, window_name, entries_name, requests):
     """HCA: as many entries as there are blocks, shared by few tokens: a GPU gives parts of them to several clusters."""
@@ -175,7 +187,12 @@ def test_how_many_parts():
 
 
 @pytest.mark.parametrize(
-    ("implementation", "name"), [("reference", "fp8"), *(("native", name) for name in WINDOW_FORMATS)]
+    ("implementation", "name"),
+    [
+        ("reference", "fp8"),
+        pytest.param("native", "fp8", marks=pytest.mark.sanitize),
+        *(("native", name) for name in WINDOW_FORMATS if name != "fp8"),
+    ],
 )
 def test_displaced_rows(device, rng, implementation, name):
     """A chunk longer than the ring: its early tokens see rows that the ring has lost, where they were saved."""

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from dsv4_jax import LayerKind
 from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
 from dsv4_jax.tools.bench import decode, formats, measure, reads, traffic
-from dsv4_jax.tools.bench.cases import TARGETS, all_cases
+from dsv4_jax.tools.bench.cases import all_cases
 from dsv4_jax.tools.bench.runner import run_cases
+from dsv4_jax.tools.bench.targets import TARGETS
 from dsv4_jax.tools.bench.traffic import StepShape
 from dsv4_jax.tools.bench.workload import FULL, TINY, model_of, noise, schema_of
 from dsv4_jax.tools.cli.bench import bench
@@ -198,22 +199,29 @@ def test_bench_runs_every_case_and_writes_json_and_a_picture(run, tmp_path):
     assert found["device"] == jax.devices()[0].device_kind
     assert found["versions"]["jax"] == jax.__version__
     assert found["scale"]["name"] == "tiny"
-    assert found["copy"]["bytes"] == 2 * TINY.copy_bytes
+    assert found["copy"]["bytes"] == 2 * found["read"]["bytes"] == 2 * TINY.copy_bytes
+    assert found["matmul"]["operations"] == 2 * TINY.matmul_size**3
     assert {"command", "date", "driver", "driver_cuda"} <= found.keys()
     names = [case["name"] for case in found["cases"]]
     assert names == [case.name for case in all_cases(TINY)]
     for case in found["cases"]:
-        assert {"microseconds", "spread", "bytes", "gigabytes_per_second", "percent_of_copy"} <= case.keys()
+        assert {"microseconds", "spread", "bytes", "gigabytes_per_second"} <= case.keys()
         assert "error" not in case
+        reads = case["name"].startswith(("attend", "index_topk", "step/flash"))
+        assert ("percent_of_read" if reads else "percent_of_copy") in case
+        assert ("percent_of_matmul" in case) == reads
         assert case["name"] in result.output
     step = next(case for case in found["cases"] if case["name"] == "step/pro/b2")
     assert step["native_calls"] == 1 + 4
+    step = next(case for case in found["cases"] if case["name"] == "step/flash/b2")
+    assert step["native_calls"] == 1 + 3 * 2 + 2 * 2  # begin; two CSA layers; an SWA and an HCA layer
+    assert step["temporary_megabytes"] < 64
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_bench_times_the_reference_too(run, tmp_path):
     figures = tmp_path / "bench.json"
-    only = "gather/window/b4|op/compress/csa/b4"
+    only = "gather/window/b4|op/compress/csa/b4|attend/csa/h2/fp8/b2"
     result = run(bench, "--tiny", "--reference", "--only", only, "--json", str(figures))
     assert result.exit_code == 0, result.output
     assert all("reference_microseconds" in case for case in json.loads(figures.read_text())["cases"])
@@ -251,8 +259,8 @@ def test_trace_names_every_op(run, tmp_path):
     # Calls a step: a layer of each kind, and a second CSA layer.
     expected = {("step", "begin", "begin_step"): 1}
     expected |= {(kind, "update", f"update_{kind}"): n for kind, n in (("swa", 1), ("csa", 2), ("hca", 1))}
-    expected |= {(kind, "window", "gather_window"): n for kind, n in (("swa", 1), ("csa", 2), ("hca", 1))}
-    expected |= {("csa", "entries", "gather_entries"): 2, ("csa", "all_keys", "gather_all_entries"): 2}
-    expected |= {("hca", "all_entries", "gather_all_entries"): 1}
+    attends = {"swa": "window", "csa": "entries", "hca": "all_entries"}
+    expected |= {(kind, "attend", f"attend_{attends[kind]}"): n for kind, n in (("swa", 1), ("csa", 2), ("hca", 1))}
+    expected |= {("csa", "index_topk", "index_topk"): 2}
     assert {op: calls.get(op) for op in expected} == expected
     assert list(tmp_path.glob("**/*.xplane.pb"))

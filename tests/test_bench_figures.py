@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from dsv4_jax.tools.bench import runner
+from dsv4_jax.tools.bench.attended_step import PARTS, added
 from dsv4_jax.tools.bench.cases import Case
 from dsv4_jax.tools.bench.measure import (
     EVICTIONS,
@@ -16,7 +17,7 @@ from dsv4_jax.tools.bench.measure import (
     doubtful,
     lengthened,
 )
-from dsv4_jax.tools.bench.runner import Result, believed
+from dsv4_jax.tools.bench.runner import Result, Roofs, believed
 from dsv4_jax.tools.bench.workload import FULL, TINY, Workload
 
 CALLS = 10
@@ -93,25 +94,43 @@ def test_the_host_may_be_slow_in_the_longer_program_alone():
 )
 def test_what_is_faster_than_anything_can_be_is_doubted(microseconds, fewest, said):
     floor = Timing(1.3, 0.05)
-    reason = doubtful(Timing(microseconds, 0.02), fewest, floor)
+    reason = doubtful(Timing(microseconds, 0.02), {"a copy of the same bytes": fewest, "nothing": 0.0}, floor)
     assert (reason is None) == (said is None)
     assert reason is None or said in reason
 
 
 COPY = Result("copy", Timing(1000.0, 1.0), bytes_moved=4_000_000_000)  # 4 TB/s
 FLOOR = Result("floor", Timing(1.3, 0.05))
+READ = Result("read", Timing(1000.0, 1.0), bytes_moved=5_000_000_000, reads=True)
+MATMUL = Result("matmul", Timing(1000.0, 1.0), operations=800_000_000_000)  # 800 TFLOP/s
+ROOFS = Roofs(COPY, READ, MATMUL, FLOOR)
 
 
 def test_a_figure_at_more_than_the_speed_of_a_copy_becomes_an_error():
     fast = Result("prefill/csa", Timing(10.0, 0.1), bytes_moved=60_000_000)  # 150 % of a copy
-    shown = believed(fast, COPY, FLOOR, FULL)
+    shown = believed(fast, ROOFS, FULL)
     assert shown.timing is None
     assert "15.00" in shown.error
     honest = dataclasses.replace(fast, timing=Timing(15.1, 0.1))
-    assert believed(honest, COPY, FLOOR, FULL) is honest
-    assert believed(fast, COPY, FLOOR, TINY) is fast
+    assert believed(honest, ROOFS, FULL) is honest
+    assert believed(fast, ROOFS, TINY) is fast
     host = dataclasses.replace(FLOOR, name="host/step/b64/dispatch", timing=Timing(0.4, 0.0))
-    assert believed(host, COPY, FLOOR, FULL) is host
+    assert believed(host, ROOFS, FULL) is host
+
+
+def test_what_reads_is_held_to_a_read():
+    """A read is faster than a copy of as many bytes; one that is faster than a read is an error all the same."""
+    reading = Result("attend", Timing(13.0, 0.1), bytes_moved=60_000_000, reads=True)
+    assert believed(reading, ROOFS, FULL) is reading
+    assert believed(dataclasses.replace(reading, reads=False), ROOFS, FULL).timing is None
+    assert "device read" in believed(dataclasses.replace(reading, timing=Timing(11.9, 0.1)), ROOFS, FULL).error
+
+
+def test_a_figure_at_more_than_the_speed_of_a_product_becomes_an_error():
+    fast = Result("attend", Timing(9.9, 0.1), bytes_moved=1000, operations=8_000_000_000, reads=True)
+    assert "matrix product" in believed(fast, ROOFS, FULL).error
+    assert "10.00" in believed(fast, ROOFS, FULL).error
+    assert believed(dataclasses.replace(fast, timing=Timing(10.1, 0.1)), ROOFS, FULL).error is None
 
 
 def test_a_run_has_the_errors_in_the_rows(monkeypatch):
@@ -122,6 +141,8 @@ def test_a_run_has_the_errors_in_the_rows(monkeypatch):
         raise NoFigureError("host-bound: too slow")
 
     monkeypatch.setattr(runner, "measure_copy", lambda scale: (COPY.timing, COPY.bytes_moved))
+    monkeypatch.setattr(runner, "measure_read", lambda scale: (READ.timing, READ.bytes_moved))
+    monkeypatch.setattr(runner, "measure_matmul", lambda scale: (MATMUL.timing, MATMUL.operations))
     monkeypatch.setattr(runner, "make_scratch", lambda scale: None)
     monkeypatch.setattr(runner, "floor", lambda scale, implementation: Workload("", None, None, None, (), 1, 1, 0))
     monkeypatch.setattr(runner._States, "time", lambda self, workload: FLOOR.timing)
@@ -130,3 +151,10 @@ def test_a_run_has_the_errors_in_the_rows(monkeypatch):
     assert [result.timing is None for result in run.results] == [False, True, True]
     assert "smallest call" in run.results[1].error
     assert run.results[2].error == "host-bound: too slow"
+
+
+def test_parts_of_a_step_add_up_to_it():
+    found = added([100.0, 300.0, 400.0])
+    assert [found[f"{part}_microseconds"] for part in PARTS] == [100.0, 200.0, 100.0]
+    assert [found[f"{part}_percent"] for part in PARTS] == [25.0, 50.0, 25.0]
+    assert added([100.0, 90.0, 400.0]) == {}

@@ -34,6 +34,7 @@ TARGETS = {
     "dsv4_quantize",
     "dsv4_dequantize",
     "dsv4_transfer",
+    "dsv4_save_displaced",
 }
 
 HEALTHY = doctor.Facts(

@@ -25,7 +25,9 @@ from dsv4_jax import (
     init_cache,
     tiny_spec,
 )
+from dsv4_jax.tools.bench.attended_step import attended_inputs, attended_step
 from dsv4_jax.tools.bench.measure import native_calls
+from dsv4_jax.tools.bench.workload import schema_of as schema_in_full
 
 STEPS = 6
 LAYOUTS = {"decode": PlanLayout(8, 8), "prefill": PlanLayout(200, 8)}
@@ -201,6 +203,18 @@ def test_a_step_of_the_whole_model_is_in_place_and_one_cuda_graph(tmp_path):
     assert_in_place(gpu.compiled, given[0], temporary_bytes=budget(given[0]))
     assert_one_graph(gpu)
     assert native_calls(gpu.compiled) > 43
+
+
+def test_a_decode_step_in_long_contexts_is_in_place_and_one_cuda_graph(tmp_path):
+    """What the benchmark times: DeepSeek-V4-Flash, 64 requests of 65,536 tokens, written, chosen from, attended to."""
+    spec, layout = deepseek_v4_flash(), PlanLayout(64, 64, displaces=False)
+    cache = jax.eval_shape(lambda: init_cache(schema_in_full(spec, layout.requests, 65_536)))
+    plan = StepPlan(jax.ShapeDtypeStruct((layout.size,), jnp.int32), layout)
+    inputs = jax.eval_shape(lambda plan: attended_inputs(spec, plan), plan)
+    gpu = compile_for_h200(attended_step, cache, plan, inputs, dump=tmp_path, donate_argnums=0)
+    assert_in_place(gpu.compiled, cache, temporary_bytes=64 << 20)
+    assert_one_graph(gpu)
+    assert native_calls(gpu.compiled) == 1 + 2 * len(spec.layers) + spec.count(LayerKind.CSA)
 
 
 def _not_donated(cache, plan, weights, brought):

@@ -417,5 +417,5 @@ class ManagerMachine(RuleBasedStateMachine):
         assert_balanced(ledger)
 
 
-ManagerMachine.TestCase.settings = settings(deadline=None, max_examples=200, stateful_step_count=40)
+ManagerMachine.TestCase.settings = settings(deadline=None, max_examples=120, stateful_step_count=40)
 TestManagerMachine = ManagerMachine.TestCase

@@ -50,7 +50,7 @@ def _expected(weights, sequence, layer, prefix, ratio):
 def test_entries_are_those_of_float64(device, rng, mask, implementation, hca_tail):
     weights, sequence = random_weights(rng), _masked(rng, mask)
     formats = RUNNING if hca_tail == "running" else PROFILES["exact"]
-    driver = Driver(weights, formats, implementation=implementation)
+    driver = Driver(weights, formats, implementation=implementation, buckets=(1, 90))
     request = driver.admit(sequence)
     for count in random_chunks(rng, TOKENS, 90):
         driver.feed({request: count})

@@ -196,6 +196,41 @@ def test_append_window(other, rng, name, dtype, ring):
     )
 
 
+@pytest.mark.parametrize("name", WINDOW_FORMATS)
+@pytest.mark.parametrize("ring", [RING, RING + 5])
+def test_save_displaced(other, rng, name, ring):
+    """What is saved, and of which positions: the window before each request's first token, and its own tokens."""
+    vector_format, plan, size = WINDOW_FORMATS[name], random_plan(rng), 120
+    window = random_pool(rng, vector_format, ring, SLOTS)
+    newest = int(rng.integers(0, 600))
+    held = newest - (newest - np.arange(ring)) % ring  # what a ring holds after position `newest`
+    positions = np.broadcast_to(np.where(rng.random(ring) < 0.9, held, -1), (LAYERS, SLOTS, ring)).astype(np.int32)
+    operands = (Window(window, positions), random_rows(rng, (LAYOUT.tokens, 512), np.float32), plan, 2)
+    attributes = {"format": vector_format, "size": size}
+    results = [run("save_displaced", *operands, **attributes) for run in (native, other)]
+    wanted = np.full((size - 1) * LAYOUT.requests + LAYOUT.tokens, -1)
+    for request, (slot, brought, tokens) in enumerate(tokens_of(plan)):
+        if slot < 0 or not len(brought):
+            continue
+        first = (size - 1) * (request + 1) + tokens[0]
+        before = brought[0] - size + 1 + np.arange(size - 1)
+        wanted[first - size + 1 : first] = np.where(np.isin(before, positions[2, 0]), before, -1)
+        wanted[first : first + len(brought)] = brought
+    kept = []
+    for after, saved in results:
+        assert_same(after, operands[0])
+        np.testing.assert_array_equal(saved.positions, np.maximum(wanted, -1))
+        rows = native("dequantize", saved.rows[0, 0], format=vector_format, rows=len(wanted), dtype=jnp.float32)
+        kept.append(np.asarray(rows)[wanted >= 0])
+    np.testing.assert_array_equal(*kept)
+    expected = native("quantize", operands[1], format=vector_format)
+    expected = native("dequantize", expected, format=vector_format, rows=LAYOUT.tokens, dtype=jnp.float32)
+    for request, (slot, brought, tokens) in enumerate(tokens_of(plan)):
+        if slot >= 0 and len(brought):
+            own = np.flatnonzero(wanted >= 0).searchsorted((size - 1) * (request + 1) + tokens[0])
+            np.testing.assert_array_equal(kept[0][own : own + len(brought)], np.asarray(expected)[list(tokens)])
+
+
 @DTYPES
 @EACH_COMPRESSOR
 def test_append_tail(other, rng, ratio, width, hca_tail, dtype):
@@ -320,12 +355,17 @@ def update_two_ways(other, rng, kind, *settings):
     return [run(f"update_{kind}", *operands, **attributes) for run in (native, other)]
 
 
-# Kernels are built for each, the definition is one: on the CPU each of the two settings once is enough.
+# Kernels are built for each, the definition is one: on the CPU a step has one of them.
 RAW_AND_DTYPE = pytest.mark.parametrize(
-    ("other", "raw", "dtype"),
-    [("reference", False, np.float32), ("reference", True, ml_dtypes.bfloat16)]
+    ("other", "step", "raw", "dtype"),
+    [
+        ("reference", "prefill", True, ml_dtypes.bfloat16),
+        ("reference", "decode", False, np.float32),
+        ("reference", "decode of several tokens", True, np.float32),
+    ]
     + [
-        pytest.param("cuda", raw, dtype, marks=pytest.mark.gpu)
+        pytest.param("cuda", step, raw, dtype, marks=pytest.mark.gpu)
+        for step in STEPS
         for raw in (False, True)
         for dtype in (np.float32, ml_dtypes.bfloat16)
     ],
@@ -334,7 +374,6 @@ RAW_AND_DTYPE = pytest.mark.parametrize(
 
 
 @RAW_AND_DTYPE
-@EACH_STEP
 @pytest.mark.parametrize(("kind", "hca_tail"), KINDS)
 def test_update(other, rng, kind, hca_tail, step, raw, dtype):
     """One op for all writes of a layer, in fp32, where values that differ in their last bit are stored as such.
@@ -345,11 +384,11 @@ def test_update(other, rng, kind, hca_tail, step, raw, dtype):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), left, right)
 
 
-@DTYPES
 @EACH_STEP
 @EACH_PROFILE
-def test_update_of_finished_rows_to_the_bit(other, rng, step, dtype, profile):
+def test_update_of_finished_rows_to_the_bit(other, rng, step, profile):
     """Nothing but window rows, and nothing to compute but codes."""
+    dtype = np.float32 if step == "decode" else ml_dtypes.bfloat16
     assert_same(*update_two_ways(other, rng, "swa", None, step, False, dtype, profile))
 
 
@@ -429,8 +468,9 @@ def test_gather_entries(other, rng, ratio, vector_format):
         assert (np.asarray(rows.values)[~valid] == 0).all()
 
 
-@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["to_fp32", "to_bf16"])
+@pytest.mark.parametrize(
+    ("before", "dtype"), [(False, jnp.float32), (True, jnp.bfloat16)], ids=["after, to_fp32", "before, to_bf16"]
+)
 @pytest.mark.parametrize("name", WINDOW_FORMATS)
 def test_gather_window(other, rng, name, dtype, before):
     vector_format, plan = WINDOW_FORMATS[name], random_plan(rng)
@@ -451,12 +491,11 @@ def test_gather_window(other, rng, name, dtype, before):
     np.testing.assert_array_equal(left[2].positions, np.where(present, wanted, -1))
 
 
-@DTYPES
 @pytest.mark.parametrize(
     "vector_format", [*ENTRY_FORMATS.values(), *KEY_FORMATS.values()], ids=lambda f: f"{f.name}-{f.width}"
 )
-def test_quantize_and_dequantize(other, rng, vector_format, dtype):
-    for rows, back in ((1, jnp.float32), (37, jnp.bfloat16)):
+def test_quantize_and_dequantize(other, rng, vector_format):
+    for rows, dtype, back in ((1, np.float32, jnp.float32), (37, ml_dtypes.bfloat16, jnp.bfloat16)):
         values = random_rows(rng, (rows, vector_format.width), dtype)
         page = native("quantize", values, format=vector_format)
         assert_same(page, other("quantize", values, format=vector_format), "quantize")

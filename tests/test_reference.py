@@ -217,7 +217,6 @@ SCHEDULES = {
     "ragged": lambda rng: (ragged_cuts(rng), False),
     "decode": lambda rng: (list(range(1, LENGTH)), False),
     "decode, append first": lambda rng: (list(range(1, LENGTH)), True),
-    "prefill and decode": lambda rng: (list(range(META["prefill"], LENGTH)), False),
 }
 schedules = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 

@@ -41,7 +41,7 @@ def _step(rng, implementation):
 def test_a_derivative_is_refused(rng, implementation):
     loss, brought = _step(rng, implementation)
     for function in (jax.grad(loss), jax.grad(jax.jit(loss)), lambda x: jax.jvp(loss, (x,), (x,))):
-        with pytest.raises(OperandError, match=r"update_swa has no derivative.*jax\.lax\.stop_gradient"):
+        with pytest.raises(OperandError, match=r"has no derivative.*jax\.lax\.stop_gradient"):
             function(brought)
 
 
@@ -64,7 +64,7 @@ def test_vmap_is_refused(rng, implementation):
     with pytest.raises(OperandError, match=r"quantize has no rule for jax\.vmap: .*batched by its plan"):
         jax.vmap(lambda x: ops.quantize(x, format=page, implementation=implementation))(rows)
     loss, brought = _step(rng, implementation)
-    with pytest.raises(OperandError, match=r"update_swa has no rule for jax\.vmap"):
+    with pytest.raises(OperandError, match=r"has no rule for jax\.vmap"):
         jax.jit(jax.vmap(loss))(jax.tree.map(lambda x: x[None], brought))
 
 

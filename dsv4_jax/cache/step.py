@@ -19,7 +19,8 @@ from jax.core import Tracer
 from dsv4_jax import ops
 from dsv4_jax.cache import debug as run_time
 from dsv4_jax.cache.errors import StepError, WrongLayerKind
-from dsv4_jax.cache.layer import LayerCache, parts_of
+from dsv4_jax.cache.layer import LayerCache
+from dsv4_jax.cache.layer_state import parts_of
 from dsv4_jax.cache.pools import Cache, check_one_shard
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.layout.schema import CacheSchema

@@ -6,11 +6,11 @@ any platform. The two store the same bytes wherever the fp32 rows are equal; poo
 
 from dsv4_jax.ops.append.api import append_tail, append_window
 from dsv4_jax.ops.attend.api import attend_all_entries, attend_entries, attend_window
-from dsv4_jax.ops.attend.displaced import save_displaced
 from dsv4_jax.ops.begin.api import begin_step
 from dsv4_jax.ops.checks import Implementation, OperandError
 from dsv4_jax.ops.compress.api import compress
 from dsv4_jax.ops.compress.reference import hadamard_transform
+from dsv4_jax.ops.displaced.api import save_displaced
 from dsv4_jax.ops.flush.api import flush
 from dsv4_jax.ops.gather.api import gather_all_entries, gather_entries, gather_window
 from dsv4_jax.ops.index.api import index_topk

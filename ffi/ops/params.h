@@ -250,6 +250,20 @@ struct AttendParams {
   float* part_shares;  // [parts, tokens, heads, 2] maximum (base 2) and sum of the part's softmax
 };
 
+// The rows that attention gets as `displaced`, copied as they are stored before the step's rows go into the ring.
+struct SaveDisplacedParams {
+  Pool window;
+  const int32_t* positions;  // [layers, slots, ring]
+  const int32_t* layer;
+  int window_size;
+  Pool stored;  // one page of the step's rows
+  Plan plan;
+  Pool displaced;  // see AttendParams
+  int32_t* displaced_positions;
+  int data_bytes;  // of a row
+  int scale_bytes;
+};
+
 // Rows <-> one page of them.
 struct QuantizeParams {
   Pool page;

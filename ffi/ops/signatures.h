@@ -34,6 +34,8 @@
     "window positions values row_positions valid", "tokens requests before codec global_scale")                      \
   X(index_topk, index_topk, IndexTopkParams, "pool block_table plan queries head_weights layer",                     \
     "pool indices scores every_score prepared", "tokens requests ratio codec global_scale hadamard")                 \
+  X(save_displaced, save_displaced, SaveDisplacedParams, "window positions stored plan layer",                       \
+    "window positions displaced displaced_positions", "tokens requests size codec")                                  \
   X(attend_window, attend, AttendParams,                                                                             \
     "window positions displaced displaced_positions queries sinks cos sin plan layer",                               \
     "window positions output lse part_rows part_shares", "tokens requests size scale window_codec")                  \

@@ -8,15 +8,15 @@ is so for ``bf16`` and ``fp8_ds_mla``, and the rest is in float32.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.layout.formats import VectorFormat
+from dsv4_jax.layout.formats import WINDOW_FORMATS, VectorFormat
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.native.call import call
-from dsv4_jax.native.signatures import Signature, signature
+from dsv4_jax.native.signatures import signature
 from dsv4_jax.ops.attend import reference
 from dsv4_jax.ops.attend.operands import Attended, Displaced, EntryRows, WindowRows
 from dsv4_jax.ops.checks import (
@@ -103,19 +103,9 @@ def attend_window(
     Raises:
       OperandError: an operand does not fit, or it is differentiated or mapped.
     """
-    op = "attend_window"
-    size, dtype, scale = _check(op, window, queries, plan, format, size, displaced, sinks, rotary, scale, dtype,
-                                implementation)  # fmt: skip
-    given = untransformed(op, (window, displaced, queries, plan, sinks, rotary, take_layer(layer)))
-    window, displaced, queries, plan, sinks, rotary, layer = jax.tree.map(jnp.asarray, given)
-    if implementation == "reference":
-        rows = WindowRows(*window, layer, format, size, displaced)
-        return window, reference.attend(rows, None, queries, plan, sinks=sinks, rotary=rotary, scale=scale, dtype=dtype)
-    operands = _operands(window, displaced, queries, plan, sinks, rotary, layer)
-    made = _results(queries, size, 0, dtype)
-    attributes = plan_attributes(plan) | {"size": size, "scale": scale, "window_codec": format.codec}
-    stored, positions, output, lse, *_ = call(_ATTEND_WINDOW, operands, results=made, **attributes)
-    return Window(stored, positions), Attended(output, lse)
+    given = _Given(window, displaced, queries, plan, sinks, rotary, layer)
+    window, _, attended = _attend(given, _Asked("attend_window", implementation, format, size, scale, dtype))
+    return window, attended
 
 
 def attend_entries(
@@ -170,10 +160,11 @@ def attend_entries(
     """
     op = "attend_entries"
     check(op, "indices", indices, (plan.layout.tokens, None), jnp.int32)
-    return _attend_entries(
-        op, window, pool, block_table, queries, indices, jnp.shape(indices)[1], plan, layer, kind_layer, ratio,
-        window_format, entry_format, size, displaced, sinks, rotary, scale, dtype, implementation,
-    )  # fmt: skip
+    count = jnp.shape(indices)[1]
+    given = _Given(
+        window, displaced, queries, plan, sinks, rotary, layer, pool, block_table, kind_layer, indices=indices
+    )
+    return _attend(given, _Asked(op, implementation, window_format, size, scale, dtype, entry_format, ratio, count))
 
 
 def attend_all_entries(
@@ -202,67 +193,9 @@ def attend_all_entries(
     What is not said is ``attend_entries``'s.
     """
     op = "attend_all_entries"
-    entries = check_count(op, "entries", entries)
-    return _attend_entries(
-        op, window, pool, block_table, queries, None, entries, plan, layer, kind_layer, ratio,
-        window_format, entry_format, size, displaced, sinks, rotary, scale, dtype, implementation,
-    )  # fmt: skip
-
-
-def _attend_entries(
-    op: str,
-    window: Window,
-    pool: jax.Array,
-    block_table: jax.Array,
-    queries: jax.Array,
-    indices: jax.Array | None,
-    count: int,
-    plan: StepPlan,
-    layer: int | jax.Array,
-    kind_layer: int | jax.Array,
-    ratio: int,
-    window_format: VectorFormat,
-    entry_format: VectorFormat,
-    size: int,
-    displaced: Displaced | None,
-    sinks: jax.Array | None,
-    rotary: Rotary | None,
-    scale: float,
-    dtype: Any,
-    implementation: Implementation,
-) -> tuple[Window, jax.Array, Attended]:
-    size, dtype, scale = _check(op, window, queries, plan, window_format, size, displaced, sinks, rotary, scale, dtype,
-                                implementation)  # fmt: skip
-    ratio = check_ratio(op, ratio)
-    check_pool(op, "pool", pool, BLOCK_TOKENS // ratio, entry_format)
-    check(op, "block_table", block_table, (None, None), jnp.int32)
-    layers = take_layer(layer), take_layer(kind_layer)
-    given = untransformed(op, (window, displaced, pool, block_table, indices, queries, plan, sinks, rotary, layers))
-    given = jax.tree.map(jnp.asarray, given)
-    window, displaced, pool, block_table, indices, queries, plan, sinks, rotary, (layer, kind_layer) = given
-    if implementation == "reference":
-        rows = WindowRows(*window, layer, window_format, size, displaced)
-        entries = EntryRows(pool, block_table, kind_layer, ratio, entry_format, count, indices)
-        attended = reference.attend(rows, entries, queries, plan, sinks=sinks, rotary=rotary, scale=scale, dtype=dtype)
-        return window, pool, attended
-    operands = _operands(window, displaced, queries, plan, sinks, rotary, layer)
-    operands |= {"entries": pool, "block_table": block_table, "kind_layer": kind_layer}
-    attributes = plan_attributes(plan) | {
-        "size": size,
-        "ratio": ratio,
-        "scale": scale,
-        "window_codec": window_format.codec,
-        "entry_codec": entry_format.codec,
-        "entry_global_scale": entry_format.global_scale,
-    }
-    which: Signature = _ATTEND_ENTRIES
-    if indices is None:
-        which, attributes = _ATTEND_ALL_ENTRIES, attributes | {"count": count}
-    else:
-        operands |= {"indices": indices}
-    made = _results(queries, size, count, dtype)
-    stored, positions, pool, output, lse, *_ = call(which, operands, results=made, **attributes)
-    return Window(stored, positions), pool, Attended(output, lse)
+    count = check_count(op, "entries", entries)
+    given = _Given(window, displaced, queries, plan, sinks, rotary, layer, pool, block_table, kind_layer)
+    return _attend(given, _Asked(op, implementation, window_format, size, scale, dtype, entry_format, ratio, count))
 
 
 def parts_of_token(tokens: int, heads: int, size: int, count: int) -> int:
@@ -276,81 +209,147 @@ def parts_of_token(tokens: int, heads: int, size: int, count: int) -> int:
     return max(1, min(_CLUSTERS // clusters, tiles // _CLUSTER)) if tiles > 2 * _CLUSTER else 1
 
 
-def _check(
-    op: str,
-    window: Window,
-    queries: jax.Array,
-    plan: StepPlan,
-    format: VectorFormat,
-    size: int,
-    displaced: Displaced | None,
-    sinks: jax.Array | None,
-    rotary: Rotary | None,
-    scale: float,
-    dtype: Any,
-    implementation: Implementation,
-) -> tuple[int, Any, float]:
-    """Checks all but entries; the window's size, the dtype and the scale as they are used."""
-    check_implementation(implementation)
-    check_window(op, window.window, window.positions, format)
+class _Given(NamedTuple):
+    """The arrays of a call, as the ops take them; without a pool, the window alone."""
+
+    window: Window
+    displaced: Displaced | None
+    queries: jax.Array
+    plan: StepPlan
+    sinks: jax.Array | None
+    rotary: Rotary | None
+    layer: Any
+    pool: Any = None
+    block_table: Any = None
+    kind_layer: Any = 0
+    indices: jax.Array | None = None
+
+
+class _Asked(NamedTuple):
+    """What is asked of them; what is of entries says nothing without a pool."""
+
+    op: str
+    implementation: Implementation
+    window_format: VectorFormat
+    size: int
+    scale: float
+    dtype: Any
+    entry_format: VectorFormat = WINDOW_FORMATS["fp32"]
+    ratio: int = 0
+    entries: int = 0  # that a token looks at, at most
+
+
+def _attend(given: _Given, asked: _Asked) -> tuple[Window, Any, Attended]:
+    """Any of the three ops: window and pool, as they were, and what was attended to."""
+    asked = _checked(given, asked)
+    given = given._replace(layer=take_layer(given.layer), kind_layer=take_layer(given.kind_layer))
+    given = jax.tree.map(jnp.asarray, untransformed(asked.op, given))
+    if asked.implementation == "reference":
+        return given.window, given.pool, _by_definition(given, asked)
+    operands, results = _operands(given), _results(given.queries, asked)
+    attributes = plan_attributes(given.plan) | {
+        "size": asked.size,
+        "scale": asked.scale,
+        "window_codec": asked.window_format.codec,
+    }
+    if given.pool is None:
+        stored, positions, output, lse, *_ = call(_ATTEND_WINDOW, operands, results=results, **attributes)
+        return Window(stored, positions), None, Attended(output, lse)
+    which = _ATTEND_ENTRIES
+    attributes |= {
+        "ratio": asked.ratio,
+        "entry_codec": asked.entry_format.codec,
+        "entry_global_scale": asked.entry_format.global_scale,
+    }
+    if given.indices is None:
+        which, attributes = _ATTEND_ALL_ENTRIES, attributes | {"count": asked.entries}
+    stored, positions, pool, output, lse, *_ = call(which, operands, results=results, **attributes)
+    return Window(stored, positions), pool, Attended(output, lse)
+
+
+def _checked(given: _Given, asked: _Asked) -> _Asked:
+    """Raises OperandError if anything does not fit; numbers and dtype as they are used."""
+    op, window, plan = asked.op, given.window, given.plan
+    check_implementation(asked.implementation)
+    check_window(op, window.window, window.positions, asked.window_format)
     check_plan(op, plan)
-    size, dtype = check_count(op, "size", size, smallest=1), check_dtype(op, dtype)
+    size, dtype = check_count(op, "size", asked.size, smallest=1), check_dtype(op, asked.dtype)
     ring, tokens = jnp.shape(window.positions)[2], plan.layout.tokens
     if size > ring:
         raise OperandError(f"{op}: a window of {size} asked of a ring of {ring}.")
-    check(op, "queries", queries, (tokens, None, HEAD_DIM), *FLOATING)
-    heads = jnp.shape(queries)[1]
+    check(op, "queries", given.queries, (tokens, None, HEAD_DIM), *FLOATING)
+    heads = jnp.shape(given.queries)[1]
     if heads == 0:
         raise OperandError(f"{op}: queries have no heads.")
-    if displaced is not None:
-        rows = (size - 1) * plan.layout.requests + tokens
-        check(op, "displaced.positions", displaced.positions, (rows,), jnp.int32)
-        check(op, "displaced.rows", displaced.rows, (1, 1, *format.page_shape(rows)), format.dtype)
-    if sinks is not None:
-        check(op, "sinks", sinks, (heads,), *FLOATING)
-    if rotary is not None:
-        check(op, "cos", rotary.cos, (tokens, ROPE_DIM // 2), jnp.float32)
-        check(op, "sin", rotary.sin, (tokens, ROPE_DIM // 2), jnp.float32)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise OperandError(f"{op}: scale is {scale!r}, expected a number.")
-    return size, dtype, float(scale)
+    if given.displaced is not None:
+        rows, format = (size - 1) * plan.layout.requests + tokens, asked.window_format
+        check(op, "displaced.positions", given.displaced.positions, (rows,), jnp.int32)
+        check(op, "displaced.rows", given.displaced.rows, (1, 1, *format.page_shape(rows)), format.dtype)
+    if given.sinks is not None:
+        check(op, "sinks", given.sinks, (heads,), *FLOATING)
+    if given.rotary is not None:
+        check(op, "cos", given.rotary.cos, (tokens, ROPE_DIM // 2), jnp.float32)
+        check(op, "sin", given.rotary.sin, (tokens, ROPE_DIM // 2), jnp.float32)
+    if isinstance(asked.scale, bool) or not isinstance(asked.scale, (int, float)):
+        raise OperandError(f"{op}: scale is {asked.scale!r}, expected a number.")
+    asked = asked._replace(size=size, dtype=dtype, scale=float(asked.scale))
+    if given.pool is None:
+        return asked
+    ratio = check_ratio(op, asked.ratio)
+    check_pool(op, "pool", given.pool, BLOCK_TOKENS // ratio, asked.entry_format)
+    check(op, "block_table", given.block_table, (None, None), jnp.int32)
+    return asked._replace(ratio=ratio)
 
 
-def _operands(
-    window: Window,
-    displaced: Displaced | None,
-    queries: jax.Array,
-    plan: StepPlan,
-    sinks: jax.Array | None,
-    rotary: Rotary | None,
-    layer: Any,
-) -> dict[str, Any]:
-    """Operands by name; what is not there has no elements."""
+def _by_definition(given: _Given, asked: _Asked) -> Attended:
+    rows = WindowRows(*given.window, given.layer, asked.window_format, asked.size, given.displaced)
+    entries = None
+    if given.pool is not None:
+        stored = (given.pool, given.block_table, given.kind_layer)
+        entries = EntryRows(*stored, asked.ratio, asked.entry_format, asked.entries, given.indices)
+    return reference.attend(
+        rows,
+        entries,
+        given.queries,
+        given.plan,
+        sinks=given.sinks,
+        rotary=given.rotary,
+        scale=asked.scale,
+        dtype=asked.dtype,
+    )
+
+
+def _operands(given: _Given) -> dict[str, Any]:
+    """Operands by name; what may be left out and is has no elements."""
 
     def nothing(dtype: Any) -> jax.Array:
         return jnp.zeros(0, dtype)
 
-    return {
+    window, displaced, sinks, rotary = given.window, given.displaced, given.sinks, given.rotary
+    operands = {
         "window": window.window,
         "positions": window.positions,
         "displaced": nothing(window.window.dtype) if displaced is None else displaced.rows,
         "displaced_positions": nothing(jnp.int32) if displaced is None else displaced.positions,
-        "queries": queries,
+        "queries": given.queries,
         "sinks": nothing(jnp.float32) if sinks is None else jnp.asarray(sinks, jnp.float32),
         "cos": nothing(jnp.float32) if rotary is None else rotary.cos,
         "sin": nothing(jnp.float32) if rotary is None else rotary.sin,
-        "plan": plan.packed,
-        "layer": layer,
+        "plan": given.plan.packed,
+        "layer": given.layer,
     }
+    if given.pool is not None:
+        operands |= {"entries": given.pool, "block_table": given.block_table, "kind_layer": given.kind_layer}
+    return operands if given.indices is None else operands | {"indices": given.indices}
 
 
-def _results(queries: jax.Array, size: int, count: int, dtype: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
+def _results(queries: jax.Array, asked: _Asked) -> dict[str, tuple[tuple[int, ...], Any]]:
     """What is made: the output, its lse, and the workspace of parts, without elements where there is one."""
     tokens, heads, _ = jnp.shape(queries)
-    parts = parts_of_token(tokens, heads, size, count)
+    parts = parts_of_token(tokens, heads, asked.size, asked.entries)
     parts = 0 if parts == 1 else parts
     return {
-        "output": ((tokens, heads, HEAD_DIM), dtype),
+        "output": ((tokens, heads, HEAD_DIM), asked.dtype),
         "lse": ((tokens, heads), jnp.float32),
         "part_rows": ((parts, tokens, heads, HEAD_DIM), jnp.float32),
         "part_shares": ((parts, tokens, heads, 2), jnp.float32),

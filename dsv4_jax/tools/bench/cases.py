@@ -1,56 +1,25 @@
-"""Every case of the benchmark by name, and the figures that the project holds itself to."""
+"""Every case of the benchmark by name."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS
 from dsv4_jax.ops import Implementation
 from dsv4_jax.spec.kinds import LayerKind
-from dsv4_jax.tools.bench import decode, formats, reads
+from dsv4_jax.tools.bench import attention, decode, formats, reads
+from dsv4_jax.tools.bench.attended_step import whole_decode
+from dsv4_jax.tools.bench.attention import chunk_shape, decode_shape
 from dsv4_jax.tools.bench.measure import Outcome
 from dsv4_jax.tools.bench.step import floor, host_part, prepare_forward, reset_slots, whole_step
+from dsv4_jax.tools.bench.targets import TARGETS, Target
+from dsv4_jax.tools.bench.traffic import StepShape
 from dsv4_jax.tools.bench.workload import Scale, Workload
 
 SWA, CSA, HCA = LayerKind
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """Microseconds on one NVIDIA H200."""
-
-    at_most: float
-    try_for: float
-
-
-# Gathers are held to 85 % (90 %) of the speed of a device copy there, the rest to what the best published kernels take.
-TARGETS = {
-    "update/csa/mixed/b1": Target(3.0, 2.4),
-    "update/csa/mixed/b8": Target(3.0, 2.6),
-    "update/csa/mixed/b64": Target(3.4, 3.0),
-    "update/csa/mixed/b256": Target(4.5, 4.0),
-    "update/hca_running/mixed/b1": Target(2.3, 1.8),
-    "update/hca_running/mixed/b8": Target(2.3, 1.8),
-    "update/hca_running/mixed/b64": Target(2.6, 2.0),
-    "update/hca_running/mixed/b256": Target(3.2, 2.5),
-    "update/hca/none/b64": Target(2.6, 1.9),
-    "update/hca/all/b64": Target(10.0, 9.0),
-    "gather/entries/64x1024": Target(28.8, 27.2),
-    "gather/entries/256x1024": Target(115.0, 108.6),
-    "prefill/csa/fp32/1x8192": Target(26.0, 22.0),
-    "prefill/csa/bf16/1x8192": Target(14.5, 12.0),
-    "prefill/csa/fp32/8x1024": Target(26.0, 22.0),
-    "prefill/csa/bf16/8x1024": Target(14.5, 12.0),
-    "prefill/hca/fp32/1x8192": Target(11.5, 9.0),
-    "prefill/hca/bf16/1x8192": Target(6.5, 5.0),
-    "prefill/hca/fp32/8x1024": Target(11.5, 9.0),
-    "prefill/hca/bf16/8x1024": Target(6.5, 5.0),
-    "step/pro/b64/one_plan": Target(135.0, 128.0),
-    "step/pro/b64/planned/8_ahead": Target(190.0, 160.0),
-    "host/prepare_forward/1024": Target(60.0, 50.0),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +56,8 @@ def all_cases(scale: Scale) -> list[Case]:
         *_ops(scale),
         *_prefills(scale),
         *_reads(scale),
+        *_attend(scale),
+        *_index_topk(scale),
         *_formats(),
         *_steps(scale),
     ]
@@ -167,6 +138,52 @@ def _reads(scale: Scale) -> Iterator[Case]:
         yield Case(f"gather/window/b{batch}", functools.partial(reads.window, batch))
 
 
+def _attend(scale: Scale) -> Iterator[Case]:
+    """Attention over the window and chosen entries (CSA), or all entries of the longest contexts (HCA)."""
+    flash, pro, *shards = scale.heads
+    slots, fewer, tokens = max(scale.read_batches), scale.chosen // 2, 4
+
+    def csa(heads: int, formats: str, name: str, shape: StepShape, quick: bool = False, **options: Any) -> Case:
+        options = {"chosen": scale.chosen if heads == pro else fewer, "slots": slots} | options
+        build = functools.partial(attention.attend, CSA, attention.ATTENDED[formats], heads, shape, **options)
+        return Case(f"attend/csa/h{heads}/{formats}/{name}", build, quick=quick)
+
+    decoded = {f"b{batch}": decode_shape(batch, scale.gather_context) for batch in scale.read_batches}
+    for heads in scale.heads:
+        for name, shape in decoded.items():
+            yield csa(heads, "fp8", name, shape, quick=heads not in shards)
+    drafts = scale.read_batches[-2:][0]
+    shape = decode_shape(drafts, scale.gather_context, tokens)
+    yield csa(flash, "fp8", f"{drafts}x{tokens}/lookahead{tokens}", shape, lookahead=tokens)
+    shape = chunk_shape(scale.chunk, scale.gather_context)
+    yield csa(flash, "fp8", f"1x{scale.chunk}", shape, quick=True, slots=4, share=16)
+    for others in ("fp8_ds_mla", "default", "nvfp4"):
+        for name, shape in decoded.items():
+            yield csa(flash, others, name, shape, quick=others == "default")
+    for batch in scale.long_batches:
+        shape = decode_shape(batch, scale.long_context)
+        asked = (HCA, attention.ATTENDED["fp8"], flash, shape)
+        build = functools.partial(attention.attend, *asked, slots=max(scale.long_batches))
+        yield Case(f"attend/hca/h{flash}/fp8/b{batch}", build, quick=True)
+
+
+def _index_topk(scale: Scale) -> Iterator[Case]:
+    """The indexer's choice, by the format and the number of the keys that a token sees."""
+
+    def case(keys: str, context: int, name: str, shape: StepShape, slots: int, **options: Any) -> Case:
+        asked = (attention.KEYS[keys], scale.index_heads, scale.chosen // 2, shape, slots)
+        build = functools.partial(attention.index_topk, *asked, **options)
+        return Case(f"index_topk/{keys}/{context // CSA.ratio}/{name}", build, quick=context == scale.gather_context)
+
+    contexts = ((scale.gather_context, scale.read_batches), (scale.long_context, scale.long_batches[:2]))
+    for keys in attention.KEYS:
+        for context, batches in contexts if keys != "nvfp4" else contexts[:1]:
+            for batch in batches:
+                yield case(keys, context, f"b{batch}", decode_shape(batch, context), max(batches))
+    context, shape = scale.gather_context, chunk_shape(scale.chunk, scale.gather_context)
+    yield case("mxfp4", context, f"1x{scale.chunk}", shape, 4, share=16)
+
+
 def _formats() -> Iterator[Case]:
     for component, table in (("entries", ENTRY_FORMATS), ("keys", KEY_FORMATS)):
         for op in ("flush", "gather", "quantize", "dequantize"):
@@ -191,6 +208,9 @@ def _steps(scale: Scale) -> Iterator[Case]:
             quick=way in ("turns", "planned"),
             has_reference=way == "turns",
         )
+    for batch in scale.step_batches:
+        run = functools.partial(whole_decode, batch)
+        yield Case(f"step/flash/b{batch}", run=run, quick=True, has_reference=False)
     for part in ("prepare_forward", "device_put", "dispatch"):
         run = functools.partial(host_part, part)
         yield Case(f"host/step/b{scale.step_requests}/{part}", run=run, has_reference=False)

@@ -16,7 +16,7 @@ import dataclasses
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,10 +63,16 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a case that measures by itself found, and remarks on it."""
+    """What a case that measures by itself found, remarks on it, and its bytes and operations where they are counted.
+
+    ``bytes_moved``, ``operations`` and ``reads`` are as in ``Workload``.
+    """
 
     timing: Timing
     remarks: dict[str, Any] = dataclasses.field(default_factory=dict)
+    bytes_moved: int | None = None
+    operations: int = 0
+    reads: bool = False
 
 
 def make_scratch(scale: Scale) -> jax.Array:
@@ -213,24 +219,23 @@ def difference(replay: Replay, calls: int, scale: Scale) -> Timing:
     return Timing(statistics.median(differences), spread(differences), statistics.median(shares), calls)
 
 
-def doubtful(timing: Timing, fewest_microseconds: float, floor: Timing | None) -> str | None:
+def doubtful(timing: Timing, fewest_microseconds: Mapping[str, float], floor: Timing | None) -> str | None:
     """Why a time cannot be, or None.
 
     Args:
       timing: of one call on the device.
-      fewest_microseconds: what a device copy needs for the bytes that the call must move; 0 if none are counted.
+      fewest_microseconds: by what else the device would do with the bytes or operations of the call, such as "a device
+        copy of the same bytes": how long that takes.
       floor: the smallest call, if it was measured.
 
     Returns:
-      One sentence if the call was faster than either; than the floor, by more than both spreads.
+      One sentence if the call was faster than any of these; than the floor, by more than both spreads.
     """
     if timing.microseconds <= 0:
         return f"no figure: twice the calls took {timing.microseconds:.2f} µs a call more"
-    if timing.microseconds < fewest_microseconds:
-        return (
-            f"no figure: {timing.microseconds:.2f} µs would be faster than a device copy of the same bytes, "
-            f"which takes {fewest_microseconds:.2f}"
-        )
+    for other, fewest in fewest_microseconds.items():
+        if timing.microseconds < fewest:
+            return f"no figure: {timing.microseconds:.2f} µs would be faster than {other}, which takes {fewest:.2f}"
     if floor is not None and timing.microseconds + timing.spread < floor.microseconds - floor.spread:
         return (
             f"no figure: {timing.microseconds:.2f} µs would be faster than the smallest call, "
@@ -243,30 +248,3 @@ def spread(values: list[float]) -> float:
     """Half the distance between the quartiles."""
     low, high = np.percentile(values, [25, 75])
     return float(high - low) / 2
-
-
-def measure_copy(scale: Scale) -> tuple[Timing, int]:
-    """The faster of two ways to copy a large array on the device, and the bytes that it moved."""
-    source = noise((scale.copy_bytes // 4,), jnp.int32)
-    timings = [_time_function(jax.jit(copy).lower(source).compile(), source, scale) for copy in (_memcpy, _increment)]
-    return min(timings, key=lambda timing: timing.microseconds), 2 * source.nbytes
-
-
-def _memcpy(x: jax.Array) -> jax.Array:
-    return jnp.copy(x)
-
-
-def _increment(x: jax.Array) -> jax.Array:
-    return x + 1
-
-
-def _time_function(compiled: jax.stages.Compiled, source: jax.Array, scale: Scale) -> Timing:
-    # Long enough that waiting for the last replay does not count.
-    replays = 16 if scale.trial_seconds else 2
-    times = []
-    for trial in range(scale.trials + 1):
-        begin = time.perf_counter()
-        jax.block_until_ready([compiled(source) for _ in range(replays)])
-        if trial:  # the first warms up
-            times.append((time.perf_counter() - begin) / replays * 1e6)
-    return Timing(statistics.median(times), spread(times))

@@ -22,13 +22,15 @@ def table(run: Run) -> Table:
     made = Table(title=f"{jax.devices()[0].device_kind}, {run.scale.name} sizes")
     made.add_column("case", no_wrap=True)
     with_reference = any(result.reference for result in run.results)
-    columns = ["µs", "±", "bytes", "GB/s", "% of copy", "at most", "try for"] + ["jnp µs", "times"] * with_reference
+    columns = ["µs", "±", "bytes", "GB/s", "% of copy", "% of matmul", "at most", "try for"]
+    columns += ["jnp µs", "times"] * with_reference
     for column in columns:
         made.add_column(column, justify="right", no_wrap=True)
-    for result in (run.copy, *run.results):
+    for result in (run.roofs.copy, run.roofs.read, run.roofs.matmul, *run.results):
         made.add_row(*_cells(result, run, with_reference))
     made.caption = (
-        "bytes: the fewest that the op must move, read and written. copy: a device copy in the same run. "
+        "bytes: the fewest that the op must move, read and written. copy: a device copy in the same run; for attend, "
+        "index_topk and step/flash a device read. matmul: a product of bfloat16 matrices in the same run. "
         "step/ and host/: what host and device take together, and the host alone."
     )
     return made
@@ -38,10 +40,11 @@ def _cells(result: Result, run: Run, with_reference: bool) -> list[str]:
     if result.timing is None:
         return [result.name, "no figure"]
     timing, target = result.timing, result.target
-    rate, share = result.bytes_per_second, percent_of_copy(result, run)
+    rate, shares = result.bytes_per_second, (percent_of_memory(result, run), percent_of_matmul(result, run))
     cells = [result.name, _number(timing.microseconds), _number(timing.spread)]
     cells.append("" if result.bytes_moved is None else f"{result.bytes_moved:,}")
-    cells += ["" if rate is None else f"{rate / 1e9:,.0f}", "" if share is None else f"{share:.1f}"]
+    cells += ["" if rate is None else f"{rate / 1e9:,.0f}"]
+    cells += ["" if share is None else f"{share:.1f}" for share in shares]
     if target is None:
         cells += ["", ""]
     else:
@@ -57,10 +60,17 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"
 
 
-def percent_of_copy(result: Result, run: Run) -> float | None:
-    """The rate of a result as a percentage of that of the device copy."""
-    rate, copy = result.bytes_per_second, run.copy.bytes_per_second
-    return None if rate is None or copy is None else 100 * rate / copy
+def percent_of_memory(result: Result, run: Run) -> float | None:
+    """The rate of a result as a percentage of that of the device copy, or of the device read if it reads."""
+    roof = run.roofs.read if result.reads else run.roofs.copy
+    rate, most = result.bytes_per_second, roof.bytes_per_second
+    return None if rate is None or most is None else 100 * rate / most
+
+
+def percent_of_matmul(result: Result, run: Run) -> float | None:
+    """The operations of a result in its time, as a percentage of what the matrix product makes."""
+    rate, most = result.operations_per_second, run.roofs.matmul.operations_per_second
+    return None if rate is None or most is None else 100 * rate / most
 
 
 def machine() -> dict[str, Any]:
@@ -81,15 +91,14 @@ def machine() -> dict[str, Any]:
 
 
 def as_json(run: Run, command: str) -> dict[str, Any]:
-    """A run as plain data: the machine, the command, the sizes, the copy and every case."""
+    """A run as plain data: the machine, the command, the sizes, what cases are compared with, and every case."""
     now = datetime.datetime.now(datetime.UTC)
     return {
         **machine(),
         "command": command,
         "date": now.isoformat(timespec="seconds"),
         "scale": dataclasses.asdict(run.scale),
-        "copy": _case_json(run.copy, run),
-        "floor": _case_json(run.floor, run),
+        **{name: _case_json(getattr(run.roofs, name), run) for name in ("copy", "read", "matmul", "floor")},
         "cases": [_case_json(result, run) for result in run.results],
     }
 
@@ -98,18 +107,24 @@ def _case_json(result: Result, run: Run) -> dict[str, Any]:
     made: dict[str, Any] = {"name": result.name}
     if result.timing is None:
         return made | {"error": result.error}
-    timing, rate, share = result.timing, result.bytes_per_second, percent_of_copy(result, run)
+    timing, rate, share = result.timing, result.bytes_per_second, percent_of_memory(result, run)
+    of_matmul = percent_of_matmul(result, run)
     made |= {
         "microseconds": round(timing.microseconds, 4),
         "spread": round(timing.spread, 4),
         "bytes": result.bytes_moved,
         "gigabytes_per_second": None if rate is None else round(rate / 1e9, 2),
-        "percent_of_copy": None if share is None else round(share, 2),
+        "percent_of_read" if result.reads else "percent_of_copy": None if share is None else round(share, 2),
         "calls": timing.calls,
         "host_share": round(timing.host_share, 3),
         "evictions": timing.evictions,
         "compile_seconds": round(timing.compile_seconds, 3),
     }
+    if result.operations:
+        made |= {
+            "operations": result.operations,
+            "percent_of_matmul": None if of_matmul is None else round(of_matmul, 2),
+        }
     if result.target is not None:
         made |= {"at_most": round(result.target.at_most, 4), "try_for": round(result.target.try_for, 4)}
     if result.reference is not None:
@@ -141,13 +156,13 @@ def draw(run: Run, path: Path) -> None:
     for index, (group, points) in enumerate(sorted(groups.items())):
         x, y, _ = zip(*points, strict=True)
         axes.loglog(x, y, markers[index % len(markers)], label=group, alpha=0.8)
-    copy = run.copy.bytes_per_second
+    copy = run.roofs.copy.bytes_per_second
     xs = [point[0] for points in groups.values() for point in points]
     if xs and copy is not None:
         ends = [min(xs) / 2, max(xs) * 2]
         axes.loglog(ends, [copy / 1e9] * 2, "k-", linewidth=1)
         axes.annotate("device copy", (ends[0], copy / 1e9), va="bottom")
-        floor = run.floor.timing.microseconds if run.floor.timing else 0
+        floor = run.roofs.floor.timing.microseconds if run.roofs.floor.timing else 0
         last = min(ends[1], copy * floor / 1e6)
         if last > ends[0]:
             axes.loglog([ends[0], last], [x / floor / 1e3 for x in (ends[0], last)], "k--", linewidth=1)

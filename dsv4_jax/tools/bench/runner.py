@@ -10,12 +10,15 @@ from typing import Any
 import jax
 
 from dsv4_jax.spec.presets import deepseek_v4_pro
-from dsv4_jax.tools.bench.cases import Case, Target
-from dsv4_jax.tools.bench.measure import NoFigureError, Timing, doubtful, make_scratch, measure, measure_copy
+from dsv4_jax.tools.bench.cases import Case
+from dsv4_jax.tools.bench.measure import NoFigureError, Timing, doubtful, make_scratch, measure
+from dsv4_jax.tools.bench.roofs import measure_copy, measure_matmul, measure_read
 from dsv4_jax.tools.bench.step import floor
+from dsv4_jax.tools.bench.targets import Target
 from dsv4_jax.tools.bench.workload import Scale, Workload
 
 REFERENCE_CALLS = 1
+COUNTED = ("bytes_moved", "operations", "reads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Result:
       name: the case's.
       timing: None if it failed.
       bytes_moved: the fewest bytes of one call; None where they are not counted.
+      operations: the fewest operations of its matrix products, see ``Workload``.
+      reads: whether its bytes are read for the most part.
       target: what the case is held to, if anything.
       reference: the same on the plain jnp definition under jit, if asked for.
       remarks: whatever else is known, such as the number of CUDA graphs.
@@ -35,6 +40,8 @@ class Result:
     name: str
     timing: Timing | None = None
     bytes_moved: int | None = None
+    operations: int = 0
+    reads: bool = False
     target: Target | None = None
     reference: Timing | None = None
     remarks: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -47,13 +54,29 @@ class Result:
             return None
         return self.bytes_moved / self.timing.microseconds * 1e6
 
+    @property
+    def operations_per_second(self) -> float | None:
+        """What the counted operations make of the time; None as above."""
+        if self.timing is None or not self.operations or self.timing.microseconds <= 0:
+            return None
+        return self.operations / self.timing.microseconds * 1e6
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofs:
+    """What results are compared with: a device copy, a device read, a matrix product, and the smallest call."""
+
+    copy: Result
+    read: Result
+    matmul: Result
+    floor: Result
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """All results, and the device copy and the smallest call that they are compared with."""
+    """All results, and what they are compared with."""
 
-    copy: Result
-    floor: Result
+    roofs: Roofs
     results: list[Result]
     scale: Scale
 
@@ -83,16 +106,17 @@ class _States:
 
     def drop(self) -> None:
         self._key = self._state = None
-        gc.collect()  # frees arrays before the next ones are made
+        if self._scale.name == "full":
+            gc.collect()  # frees large arrays before the next ones are made
 
 
 def run_cases(
     cases: Sequence[Case], scale: Scale, *, reference: bool = False, progress: Callable[[str], None] | None = None
 ) -> Run:
-    """Measures a device copy and the smallest call, then every case in order.
+    """Measures what results are compared with, then every case in order.
 
-    A case that fails is a result with an error, and so is one that was faster than a copy of its bytes or than the
-    smallest call; the others still run.
+    A case that fails is a result with an error, and so is one that was faster than it can be, see ``believed``; the
+    others still run.
 
     Args:
       cases: from ``all_cases``.
@@ -100,16 +124,22 @@ def run_cases(
       reference: measure the jnp definition too, where a case has one.
       progress: called with each case's name before it starts.
     """
-    timing, moved = measure_copy(scale)
-    copy, states = Result("copy", timing, moved), _States(scale)
+    copy, read, matmul = measure_copy(scale), measure_read(scale), measure_matmul(scale)
+    states = _States(scale)
     smallest = _tried(Case("floor", floor, has_reference=False), scale, states, reference)
+    roofs = Roofs(
+        Result("copy", copy[0], copy[1]),
+        Result("read", read[0], read[1], reads=True),
+        Result("matmul", matmul[0], operations=matmul[1]),
+        smallest,
+    )
     results = []
     for case in cases:
         if progress:
             progress(case.name)
         result = smallest if case.name == smallest.name else _tried(case, scale, states, reference)
-        results.append(believed(result, copy, smallest, scale))
-    return Run(copy, smallest, _with_sums(results), scale)
+        results.append(believed(result, roofs, scale))
+    return Run(roofs, _with_sums(results), scale)
 
 
 def _tried(case: Case, scale: Scale, states: _States, reference: bool) -> Result:
@@ -120,19 +150,24 @@ def _tried(case: Case, scale: Scale, states: _States, reference: bool) -> Result
         return Result(case.name, target=case.target, error=text.strip().splitlines()[0][:300])
 
 
-def believed(result: Result, copy: Result, smallest: Result, scale: Scale) -> Result:
+def believed(result: Result, roofs: Roofs, scale: Scale) -> Result:
     """The result, or in its place an error if it is faster than anything can be; in the tiny scale anything can."""
-    of_host = result.name.startswith("host/")
-    if result.timing is None or copy.bytes_per_second is None or scale.name != "full" or of_host:
+    if result.timing is None or scale.name != "full" or result.name.startswith("host/"):
         return result
-    fewest = (result.bytes_moved or 0) / copy.bytes_per_second * 1e6
-    reason = doubtful(result.timing, fewest, smallest.timing)
+    fewest, memory = {}, roofs.read if result.reads else roofs.copy
+    if memory.bytes_per_second is not None:
+        seconds = (result.bytes_moved or 0) / memory.bytes_per_second
+        fewest[f"a device {memory.name} of the same bytes"] = seconds * 1e6
+    if roofs.matmul.operations_per_second is not None:
+        seconds = result.operations / roofs.matmul.operations_per_second
+        fewest["a matrix product of as many operations"] = seconds * 1e6
+    reason = doubtful(result.timing, fewest, roofs.floor.timing)
     return result if reason is None else dataclasses.replace(result, timing=None, error=reason)
 
 
 def _run(case: Case, scale: Scale, states: _States, reference: bool) -> Result:
     timings: dict[str, Timing] = {}
-    moved: int | None = None
+    counted: dict[str, Any] = {}
     remarks: dict[str, Any] = {}
     target = case.target if scale.name == "full" else None
     for implementation in ("native", "reference") if reference and case.has_reference else ("native",):
@@ -140,12 +175,15 @@ def _run(case: Case, scale: Scale, states: _States, reference: bool) -> Result:
             states.drop()
             outcome = case.run(scale, implementation)
             timings[implementation], remarks = outcome.timing, remarks or outcome.remarks
+            counted = {name: getattr(outcome, name) for name in COUNTED}
         elif case.build is not None:
             workload = case.build(scale, implementation)
             if implementation == "reference":
                 workload = dataclasses.replace(workload, calls=REFERENCE_CALLS)
-            timings[implementation], moved = states.time(workload), workload.bytes_moved
-    return Result(case.name, timings["native"], moved, target, timings.get("reference"), remarks)
+            timings[implementation] = states.time(workload)
+            counted = {name: getattr(workload, name) for name in COUNTED}
+    made = Result(case.name, timings["native"], target=target, reference=timings.get("reference"), remarks=remarks)
+    return dataclasses.replace(made, **counted)
 
 
 def _with_sums(results: list[Result]) -> list[Result]:

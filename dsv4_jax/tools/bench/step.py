@@ -140,7 +140,7 @@ class _Step:
             self.state = (self.state, jnp.zeros((), jnp.int32))
         shape = (layout.size,) if self._steps is None else (self._steps, layout.size)
         example = StepPlan(jax.ShapeDtypeStruct(shape, jnp.int32), layout)
-        self.compiled, self.graphs, self.compile_seconds = _compile(
+        self.compiled, self.graphs, self.compile_seconds = compile_step(
             run if ahead == 1 else run_next, self.state, example, self.inputs
         )
 
@@ -187,10 +187,8 @@ def whole_step(way: str, scale: Scale, implementation: Implementation) -> Outcom
     replays = (4 * MOST_REPLAYS if way in ("planned", "transferred", "ahead") else MOST_REPLAYS) if full else 2
     per_dispatch = STEPS_PER_DISPATCH if way == "scan" else 1
     ahead = STEPS_PER_DISPATCH if way == "ahead" else 1
-    fewer = replays // 3
-    step = _Step(
-        scale, implementation, (replays + fewer + 2 * ahead) * (trials + 1) * per_dispatch, per_dispatch, ahead
-    )
+    planned = (replays + replays // 3 + 2 * ahead) * (trials + 1) * per_dispatch
+    step = _Step(scale, implementation, planned, per_dispatch, ahead)
     scaled = len(model(scale).layers) / len(step.schema.spec.layers)
     kept = {"turns": PLANS_ON_DEVICE, "scan": PLANS_ON_DEVICE, "one": 1}.get(way, 0)
     on_device = [sent(step.plan()) for _ in range(kept)]
@@ -207,19 +205,12 @@ def whole_step(way: str, scale: Scale, implementation: Implementation) -> Outcom
         "transferred": lambda _: sent(step.plan()),
     }.get(way, lambda index: on_device[index % kept])
 
-    times, shares = [], []
-    steps = (replays - fewer) * per_dispatch
-    for trial in range(trials + 1):
-        short, _ = step.seconds(plans, fewer)
-        long, host = step.seconds(plans, replays)
-        if trial:  # the first warms up
-            times.append((long - short) / steps * 1e6 * scaled)
-            shares.append(host / long)
-    timing = Timing(
-        statistics.median(times),
-        spread(times),
-        statistics.median(shares),
-        calls=steps,
+    timing = time_dispatches(
+        lambda count: step.seconds(plans, count),
+        replays,
+        trials,
+        steps=per_dispatch,
+        scaled=scaled,
         compile_seconds=step.compile_seconds,
     )
     return Outcome(
@@ -229,6 +220,38 @@ def whole_step(way: str, scale: Scale, implementation: Implementation) -> Outcom
             "native_calls": native_calls(step.compiled),
             "layers": len(step.schema.spec.layers),
         },
+    )
+
+
+def time_dispatches(
+    seconds: Callable[[int], tuple[float, float]],
+    replays: int,
+    trials: int,
+    *,
+    steps: int = 1,
+    scaled: float = 1.0,
+    compile_seconds: float = 0.0,
+) -> Timing:
+    """One step's time: the difference of many dispatches and a third as many, the median of several trials.
+
+    Args:
+      seconds: makes so many dispatches: how long they take, and the host's part of it.
+      replays: how many.
+      trials: how often, besides one to warm up.
+      steps: of a dispatch.
+      scaled: what times are multiplied by.
+      compile_seconds: for the timing.
+    """
+    fewer, times, shares = replays // 3, [], []
+    counted = (replays - fewer) * steps
+    for trial in range(trials + 1):
+        short, _ = seconds(fewer)
+        long, host = seconds(replays)
+        if trial:  # the first warms up
+            times.append((long - short) / counted * 1e6 * scaled)
+            shares.append(host / long)
+    return Timing(
+        statistics.median(times), spread(times), statistics.median(shares), counted, compile_seconds=compile_seconds
     )
 
 
@@ -263,7 +286,7 @@ def host_part(part: str, scale: Scale, implementation: Implementation) -> Outcom
     return Outcome(Timing(statistics.median(times), spread(times), host_share=1.0, calls=count))
 
 
-def _compile(run: Callable[..., Any], *args: Any) -> tuple[jax.stages.Compiled, int | None, float]:
+def compile_step(run: Callable[..., Any], *args: Any) -> tuple[jax.stages.Compiled, int | None, float]:
     """The compiled function with its first argument donated, how many CUDA graphs it launches, and the time it took."""
     begin = time.perf_counter()
     lowered = jax.jit(run, donate_argnums=0).lower(*args)

@@ -1,4 +1,5 @@
-"""Decode steps under the JAX profiler, and the time that each op of each kind of layer took in them.
+"""Decode steps under the JAX profiler, and the time that each op of each kind of layer took in them: cache writes, the
+indexer's choice and attention, see ``attended_step``.
 
 Every op runs in a named scope, which XLA keeps as the name of what it compiles it to; the profiler names the compiled
 instruction of each event. So events are matched to scopes through the text of the compiled program.
@@ -16,16 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.cache.pools import Cache
-from dsv4_jax.cache.step import begin
 from dsv4_jax.host.manager import CacheManager
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.layout.schema import CacheSchema
-from dsv4_jax.spec.kinds import LayerKind
 from dsv4_jax.spec.model import ModelSpec
 from dsv4_jax.spec.presets import tiny_spec
-from dsv4_jax.tools.bench.step import layer_inputs, step_inputs
-from dsv4_jax.tools.bench.workload import FORMATS, admit, noisy_cache
+from dsv4_jax.tools.bench.attended_step import attended_inputs, attended_step, placed_cache
+from dsv4_jax.tools.bench.workload import FORMATS, admit
 
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*)$", re.MULTILINE)
 _SCOPE = re.compile(r"\b(step|swa|csa|hca)\.(\w+)")
@@ -54,39 +52,6 @@ class Spent:
     calls: int = 0
     microseconds: float = 0.0
     kernels: set[str] = dataclasses.field(default_factory=set)
-
-
-def step(cache: Cache, plan: StepPlan, inputs: dict[str, Any], choices: jax.Array) -> Cache:
-    """Writes and reads of every layer of a decode step, each in its scope; attention itself is left out.
-
-    Args:
-      cache: donate it.
-      plan: one token for each request.
-      inputs: from ``step_inputs``.
-      choices: int32 [requests, count], the CSA entries that each token reads.
-    """
-    spec = cache.schema.spec
-    with jax.named_scope("step.begin"):
-        step = begin(cache, plan)
-    with jax.named_scope("step.angles"):
-        given = layer_inputs(spec, step.plan, inputs)
-    for index, layer in enumerate(spec.layers):
-        kind = layer.kind.value
-        handle = step.layer(index)
-        with jax.named_scope(f"{kind}.update"):
-            handle = handle.update(*given[index])
-        with jax.named_scope(f"{kind}.window"):
-            handle, _ = handle.window()
-        if layer.kind is LayerKind.CSA:
-            with jax.named_scope(f"{kind}.all_keys"):
-                handle, _ = handle.all_keys(cache.schema.max_context // layer.kind.ratio)
-            with jax.named_scope(f"{kind}.entries"):
-                handle, _ = handle.entries(choices)
-        elif layer.kind is LayerKind.HCA:
-            with jax.named_scope(f"{kind}.all_entries"):
-                handle, _ = handle.all_entries(cache.schema.max_context // layer.kind.ratio)
-        step = handle.step
-    return step.end()
 
 
 def trace_schema(*, steps: int, requests: int, context: int, spec: ModelSpec | None = None) -> CacheSchema:
@@ -118,25 +83,23 @@ def trace_steps(
       RuntimeError: the profile has no event of the steps.
     """
     schema = trace_schema(steps=steps, requests=requests, context=context, spec=spec)
-    spec = schema.spec
     manager = CacheManager(schema, token_buckets=(requests, context))
     handles = admit(manager, [context] * requests)
-    cache, ones = noisy_cache(schema), np.ones(requests, np.int64)
+    ones = np.ones(requests, np.int64)
     plans = [manager.prepare_forward((handles, ones)) for _ in range(2 * steps)]
-    inputs = step_inputs(spec, StepPlan(jnp.asarray(plans[0].packed), plans[0].layout))
-    count = min(spec.index_topk or 1, context // 4)
-    choices = jnp.asarray(np.random.default_rng(0).integers(0, context // 4, (requests, count)).astype(np.int32))
+    cache = placed_cache(schema, plans[0])
+    inputs = attended_inputs(schema.spec, StepPlan(jnp.asarray(plans[0].packed), plans[0].layout))
     # The profiler tells the kernels of a CUDA graph apart, but not which instruction each belongs to.
     options: dict[str, str | bool] = {} if jax.default_backend() == "cpu" else {"xla_gpu_enable_command_buffer": ""}
-    compiled = jax.jit(step, donate_argnums=0).lower(cache, plans[0], inputs, choices).compile(compiler_options=options)
+    compiled = jax.jit(attended_step, donate_argnums=0).lower(cache, plans[0], inputs).compile(compiler_options=options)
     for plan in plans[:steps]:
-        cache = compiled(cache, plan, inputs, choices)
+        cache = compiled(cache, plan, inputs)
     jax.block_until_ready(cache)
     profiler = jax.profiler.ProfileOptions()
     profiler.python_tracer_level = 0
     with jax.profiler.trace(folder, profiler_options=profiler):
         for plan in plans[steps:]:
-            cache = compiled(cache, plan, inputs, choices)
+            cache = compiled(cache, plan, inputs)
         jax.block_until_ready(cache)
     newest = max(folder.glob("**/*.xplane.pb"), key=lambda path: path.stat().st_mtime, default=None)
     spent = {} if newest is None else sum_events(newest, instructions(compiled.as_text() or ""))

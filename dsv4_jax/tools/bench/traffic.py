@@ -1,4 +1,5 @@
-"""The fewest bytes an op must move: every row it needs read once, every row it makes written once.
+"""The fewest bytes an op must move: every row it needs read once, every row it makes written once. And the operations
+of its matrix products.
 
 Positions decide which rows those are. Plans, block tables, angles and a layer's weights are left out: all tokens share
 them, so that they are small beside the rows and stay in the caches of the chip.
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsv4_jax.layout.formats import VectorFormat
-from dsv4_jax.spec.kinds import HEAD_DIM, LayerKind
+from dsv4_jax.spec.kinds import HEAD_DIM, KEY_DIM, LayerKind
 
 FLOAT32 = 4
 POSITION = 4
@@ -35,6 +36,10 @@ class StepShape:
     def tokens(self) -> int:
         """Tokens of the step."""
         return int(self.counts.sum())
+
+    def visible(self, ratio: int) -> list[NDArray[np.int64]]:
+        """How many entries of `ratio` tokens each token of a request sees, for each request."""
+        return [(np.arange(*ends) + 1) // ratio for ends in zip(self.starts, self.ends, strict=True)]
 
     def closing(self, ratio: int) -> int:
         """Windows of `ratio` tokens that close in the step."""
@@ -129,3 +134,62 @@ def gather(rows: int, format: VectorFormat, itemsize: int, *, index_bytes: int =
 def quantize(rows: int, format: VectorFormat, itemsize: int) -> int:
     """Rows of one type read and of the other written; the same for `dequantize`."""
     return rows * (format.width * itemsize + format.row_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """Rows that a step's tokens look at.
+
+    Attributes:
+      looks: counted for every token.
+      rows: counted once for all tokens of a request.
+    """
+
+    looks: int
+    rows: int
+
+
+def window_seen(shape: StepShape, size: int) -> Seen:
+    """Rows of the sliding window, the tokens' own included."""
+    looks = sum(int(np.minimum(visible, size).sum()) for visible in shape.visible(1))
+    return Seen(looks, int((shape.ends - np.maximum(shape.starts - size + 1, 0)).sum()))
+
+
+def chosen_seen(shape: StepShape, ratio: int, indices: NDArray[np.int32]) -> Seen:
+    """Chosen entries, those among `indices` [tokens, count] that their tokens see."""
+    of_request = np.split(indices, np.cumsum(shape.counts)[:-1])
+    seen = [
+        chosen[(chosen >= 0) & (chosen < visible[:, None])]
+        for chosen, visible in zip(of_request, shape.visible(ratio), strict=True)
+    ]
+    return Seen(sum(len(entries) for entries in seen), sum(len(np.unique(entries)) for entries in seen))
+
+
+def all_seen(shape: StepShape, ratio: int, count: int) -> Seen:
+    """All entries below `count`."""
+    looks = sum(int(np.minimum(visible, count).sum()) for visible in shape.visible(ratio))
+    return Seen(looks, int(np.minimum(shape.ends // ratio, count).sum()))
+
+
+def attend(tokens: int, heads: int, stored: int, itemsize: int, *, indices: int = 0) -> int:
+    """Stored bytes and `indices` of each token read, its queries read, its output of the same type and lse written."""
+    return stored + tokens * (4 * indices + heads * (2 * HEAD_DIM * itemsize + FLOAT32))
+
+
+def attend_operations(heads: int, looks: int) -> int:
+    """Every row is multiplied with every head's query, and added up with its weight."""
+    return 2 * 2 * HEAD_DIM * heads * looks
+
+
+def index_topk(shape: StepShape, ratio: int, format: VectorFormat, heads: int, k: int, itemsize: int) -> int:
+    """Keys, queries and head weights read wherever a token sees more than `k` entries; choices written."""
+    keys = np.where(shape.ends // ratio > k, shape.ends // ratio, 0)
+    choosing = sum(int((visible > k).sum()) for visible in shape.visible(ratio))
+    asked = choosing * heads * (KEY_DIM * itemsize + FLOAT32)
+    return int(keys.sum()) * format.row_bytes + asked + 4 * k * shape.tokens
+
+
+def index_operations(shape: StepShape, ratio: int, format: VectorFormat, heads: int, k: int) -> int:
+    """Every key that a token sees is multiplied with every head's query, unless it sees at most k; see ``Workload``."""
+    looks = sum(int(visible[visible > k].sum()) for visible in shape.visible(ratio))
+    return 2 * KEY_DIM * heads * looks // (2 if format.name in ("fp8", "mxfp4") else 1)

@@ -44,12 +44,20 @@ class Scale:
       queries: queries of a gather.
       chosen: entries that each of them reads.
       gather_context: tokens of each slot that is gathered from.
+      heads: of attention; the first is Flash's and takes half as many entries as are chosen, the second is Pro's.
+      index_heads: of the indexer.
+      read_batches: requests of a decode step that attends or chooses entries.
+      long_batches: the same, of the longest contexts.
+      long_context: tokens of those.
+      chunk: tokens of a prefill step that attends or chooses entries behind `gather_context` tokens.
       rows: rows of `quantize` and `dequantize`.
       scratch_bytes: what is written before each replay to evict the L2 cache.
-      copy_bytes: the array copied to find the speed of memory.
+      copy_bytes: the array copied and read to find the speed of memory.
+      matmul_size: rows and columns of the matrices multiplied to find the speed of products.
       trial_seconds: what one timing of a program should take.
       trials: timings of each program.
-      step_requests: requests of the whole decode step.
+      step_requests: requests of the whole decode step, writes alone.
+      step_batches: requests of the whole decode step with its reads.
       host_requests: requests that `prepare_forward` plans.
     """
 
@@ -64,12 +72,20 @@ class Scale:
     queries: tuple[int, ...]
     chosen: int
     gather_context: int
+    heads: tuple[int, ...]
+    index_heads: int
+    read_batches: tuple[int, ...]
+    long_batches: tuple[int, ...]
+    long_context: int
+    chunk: int
     rows: int
     scratch_bytes: int
     copy_bytes: int
+    matmul_size: int
     trial_seconds: float
     trials: int
     step_requests: int
+    step_batches: tuple[int, ...]
     host_requests: int
 
     def __post_init__(self) -> None:
@@ -89,12 +105,20 @@ FULL = Scale(
     queries=(64, 256),
     chosen=1024,
     gather_context=65_536,
+    heads=(64, 128, 32, 16, 8),
+    index_heads=64,
+    read_batches=(1, 8, 64, 256),
+    long_batches=(1, 8, 64),
+    long_context=1_048_576,
+    chunk=2048,
     rows=16_384,
     scratch_bytes=2**29,
     copy_bytes=2**30,
+    matmul_size=8192,
     trial_seconds=0.008,
     trials=11,
     step_requests=64,
+    step_batches=(1, 8, 64),
     host_requests=1024,
 )
 TINY = Scale(
@@ -109,12 +133,20 @@ TINY = Scale(
     queries=(2,),
     chosen=16,
     gather_context=512,
+    heads=(2, 4),
+    index_heads=2,
+    read_batches=(2,),
+    long_batches=(1,),
+    long_context=1024,
+    chunk=16,
     rows=8,
     scratch_bytes=2**10,
     copy_bytes=2**22,
+    matmul_size=64,
     trial_seconds=0.0,
     trials=2,
     step_requests=2,
+    step_batches=(2,),
     host_requests=8,
 )
 
@@ -134,6 +166,9 @@ class Workload:
       layers: the layers that calls go round.
       calls: see ``Scale``.
       bytes_moved: the fewest bytes of one call, on average over the sets.
+      operations: the fewest operations of its matrix products, likewise: a multiplication and an addition each, those
+        of 8-bit numbers half, since tensor cores multiply them twice as fast as bfloat16.
+      reads: whether the bytes are read for the most part, and so held to the speed of reading instead of copying.
     """
 
     key: Hashable
@@ -144,6 +179,8 @@ class Workload:
     layers: int
     calls: int
     bytes_moved: int
+    operations: int = 0
+    reads: bool = False
 
 
 def noise(shape: Sequence[int], dtype: Any, seed: int = 0) -> jax.Array:

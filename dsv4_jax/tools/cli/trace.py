@@ -28,7 +28,7 @@ def trace(
         Path | None, typer.Option(file_okay=False, help="Keep the profile here, for TensorBoard or XProf.")
     ] = None,
 ) -> None:
-    """Run decode steps of a small stack (cache writes and reads, no attention) and print where the time went.
+    """Run decode steps of a small stack (writes, indexer, attention; no projections) and print where the time went.
 
     On a GPU the steps run without CUDA graphs, so that every kernel can be told from the others; times are the
     kernels' own, not their launches'. On a CPU they are what the host spent in each op.
