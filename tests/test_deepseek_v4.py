@@ -237,4 +237,5 @@ def test_in_place_on_an_h200(layout, tmp_path):
     given = shapes(layout)
     run = functools.partial(step, config=model("flash").config)
     gpu = compile_for_h200(run, *given, dump=tmp_path, donate_argnums=1)
-    assert_in_place(gpu.compiled, given[1], temporary_bytes=smallest_pool(given[1]) - 1)
+    # XLA gives the matrix products a workspace of 32 MiB together.
+    assert_in_place(gpu.compiled, given[1], temporary_bytes=2**25 + smallest_pool(given[1]) - 1)

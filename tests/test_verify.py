@@ -141,7 +141,7 @@ def test_an_impossible_choice_of_experts_is_seen(defect, layer, seed):
     one = exact_run(seed)[0]
 
     def spoil(experts):
-        changed = {"repeated": experts[layer, 1], "beyond": 8, "another": (experts[layer].sum() + 1) % 8}
+        changed = {"repeated": experts[layer, 1], "beyond": 8, "another": (experts[layer, 0] + 1) % 8}
         experts[layer, 0] = changed[defect]
 
     result = check(exact_server(seed), [altered(one, -1, experts=spoil)])
