@@ -9,7 +9,7 @@ import pkgutil
 import jax
 import numpy as np
 import pytest
-from test_manager import grow, make_manager, state
+from managers import grow, make_manager, state
 
 import dsv4_jax
 from dsv4_jax.host.errors import CacheError, CacheFull, CannotTruncate, ContextExceeded, StalePlan, UnknownRequest

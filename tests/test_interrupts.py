@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from managers import make_manager
 from test_blocks import assert_balanced
-from test_manager import make_manager
 
 import dsv4_jax.host
 from dsv4_jax.host.errors import CacheError

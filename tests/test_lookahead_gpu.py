@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from test_ops import DTYPES, LAYERS, RING, STEPS, native, on_gpu, update_operands
+from op_operands import DTYPES, LAYERS, RING, STEPS, native, on_gpu, update_operands
 
 LOOKAHEADS = (1, 4, 5, 8)
 KINDS = [("swa", None), ("csa", None), ("hca", "rows")]

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from managers import make_manager, state
 from test_blocks import assert_balanced
-from test_manager import make_manager, state
 from test_plan import assert_fields, by_loop
 
 from dsv4_jax.host.errors import (
