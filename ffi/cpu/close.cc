@@ -20,7 +20,8 @@ void read_row(const Compressor& compressor, int64_t layer, const Token& closing,
   for (int channel = 0; channel < tail.width; ++channel) {
     if (from.source == WindowRow::kStep) {
       kv[channel] = element(in.kv, in.element, from.projection + channel);
-      score[channel] = element(in.gate, in.element, from.projection + channel) + in.ape[from.ape + channel];
+      score[channel] =
+          element(in.gate, in.element, from.projection + channel) + in.position_bias[from.position_bias + channel];
     } else if (from.source == WindowRow::kTail) {
       kv[channel] = tail_row(tail, layer, closing.slot, 0, from.tail_row)[channel];
       score[channel] = tail_row(tail, layer, closing.slot, 1, from.tail_row)[channel];

@@ -24,11 +24,12 @@ inline SoftmaxPartial partial_of(const float* state, int width, int channel) {
 inline void fold_tokens(const Projections& in, const WindowTokens& tokens, int width, float* state) {
   for (int i = 0; i < tokens.count; ++i) {
     const int64_t projection = static_cast<int64_t>(tokens.index + i) * in.columns;
-    const float* ape = in.ape + static_cast<int64_t>((tokens.position + i) % kHcaRatio) * in.columns;
+    const float* position_bias =
+        in.position_bias + static_cast<int64_t>((tokens.position + i) % kHcaRatio) * in.columns;
     for (int channel = 0; channel < width; ++channel) {
       const SoftmaxPartial folded =
           fold(partial_of(state, width, channel), element(in.kv, in.element, projection + channel),
-               element(in.gate, in.element, projection + channel) + ape[channel]);
+               element(in.gate, in.element, projection + channel) + position_bias[channel]);
       state[channel] = folded.max, state[width + channel] = folded.denominator, state[2 * width + channel] = folded.sum;
     }
   }

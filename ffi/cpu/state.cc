@@ -90,12 +90,13 @@ void append_tail(const AppendTailParams& params) {
     if (!token.valid) continue;
     const auto write = [&](int row, int first_column) {
       const int64_t projection = static_cast<int64_t>(index) * in.columns + first_column;
-      const float* ape = in.ape + static_cast<int64_t>(token.position % geometry.ratio) * in.columns + first_column;
+      const float* position_bias =
+          in.position_bias + static_cast<int64_t>(token.position % geometry.ratio) * in.columns + first_column;
       float* kv = tail_row(tail, layer, token.slot, 0, row);
       float* score = tail_row(tail, layer, token.slot, 1, row);
       for (int channel = 0; channel < tail.width; ++channel) {
         kv[channel] = element(in.kv, in.element, projection + channel);
-        score[channel] = element(in.gate, in.element, projection + channel) + ape[channel];
+        score[channel] = element(in.gate, in.element, projection + channel) + position_bias[channel];
       }
     };
     if (geometry.overlap_survives(token.position, token.next)) write(geometry.overlap_row(token.position), 0);

@@ -39,9 +39,9 @@ DSV4_HOST_DEVICE int pooled_rows(const TailGeometry& geometry) {
 
 struct WindowRow {
   enum Source { kNothing, kStep, kTail } source;
-  int64_t projection;  // kStep: offset of the row's first channel in kv and gate
-  int64_t ape;         // kStep: the same in ape
-  int tail_row;        // kTail
+  int64_t projection;     // kStep: offset of the row's first channel in kv and gate
+  int64_t position_bias;  // kStep: the same in position_bias
+  int tail_row;           // kTail
 };
 
 // Row `row` (oldest first) of the window closed by token `index` of the step.

@@ -38,7 +38,7 @@ struct Projections {
   const void* kv;
   const void* gate;
   Element element;
-  const float* ape;  // [ratio, columns]
+  const float* position_bias;  // [ratio, columns]
   int columns;
 };
 

@@ -47,7 +47,7 @@ template <class T, int kRowsAtOnce, int N>
 struct TokenRows {
   float kv[kRowsAtOnce][N];
   float gate[kRowsAtOnce][N];
-  float ape[kRowsAtOnce][N];
+  float position_bias[kRowsAtOnce][N];
 
   __device__ __forceinline__ void load(const Projections& in, const WindowTokens& tokens, int first, int channel) {
 #pragma unroll
@@ -56,7 +56,7 @@ struct TokenRows {
       const int64_t projection = static_cast<int64_t>(tokens.index + token) * kHeadDim + channel;
       load_values(static_cast<const T*>(in.kv) + projection, kv[i]);
       load_values(static_cast<const T*>(in.gate) + projection, gate[i]);
-      load_values(in.ape + (tokens.position % kHcaRatio + token) * kHeadDim + channel, ape[i]);
+      load_values(in.position_bias + (tokens.position % kHcaRatio + token) * kHeadDim + channel, position_bias[i]);
     }
   }
 };
@@ -76,7 +76,7 @@ __device__ __forceinline__ Partials<N> fold_tokens(const Projections& in, const 
     for (int i = 0; i < kRowsAtOnce; ++i) {
       float score[N];
 #pragma unroll
-      for (int c = 0; c < N; ++c) score[c] = rows.gate[i][c] + rows.ape[i][c];
+      for (int c = 0; c < N; ++c) score[c] = rows.gate[i][c] + rows.position_bias[i][c];
       if (first + i < tokens.count) open = fold(open, rows.kv[i], score);
     }
     rows = next;

@@ -81,7 +81,7 @@ __device__ __forceinline__ Partials<N> pool_rows(const Tail& tail, const Project
   };
   const auto add_bias = [&](int i) {
     float bias[N];
-    load_values(in.ape + (kOverlaps ? i % kRatio : group * kGroupRows + i) * kColumns + column(i), bias);
+    load_values(in.position_bias + (kOverlaps ? i % kRatio : group * kGroupRows + i) * kColumns + column(i), bias);
 #pragma unroll
     for (int c = 0; c < N; ++c) score[i][c] += bias[c];
   };

@@ -33,11 +33,12 @@ __device__ __forceinline__ void store_halves(const Tail& tail, const Projections
                                              const TokenHalves<N>& halves, int channel) {
   const TailGeometry& geometry = tail.geometry;
   const auto write = [&](int half, int row, int first_column) {
-    float ape[N], score[N];
-    load_values(in.ape + static_cast<int64_t>(token.position % geometry.ratio) * in.columns + first_column + channel,
-                ape);
+    float position_bias[N], score[N];
+    load_values(
+        in.position_bias + static_cast<int64_t>(token.position % geometry.ratio) * in.columns + first_column + channel,
+        position_bias);
 #pragma unroll
-    for (int i = 0; i < N; ++i) score[i] = halves.gate[half][i] + ape[i];
+    for (int i = 0; i < N; ++i) score[i] = halves.gate[half][i] + position_bias[i];
     store_values(tail_row(tail, layer, token.slot, 0, row) + channel, halves.kv[half]);
     store_values(tail_row(tail, layer, token.slot, 1, row) + channel, score);
   };

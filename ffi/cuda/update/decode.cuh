@@ -160,10 +160,10 @@ __device__ __forceinline__ void compress_csa_token(const UpdateParams& params, c
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float ape[2];
-    load_early(in.ape + (phase * kColumns + channel) + half * W, ape);
+    float position_bias[2];
+    load_early(in.position_bias + (phase * kColumns + channel) + half * W, position_bias);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) score[half][i] += ape[i];
+    for (int i = 0; i < 2; ++i) score[half][i] += position_bias[i];
   }
   const auto store = [&](int half, float* to) {
     store_values(to, kv[half]);
@@ -204,12 +204,12 @@ __device__ __forceinline__ void append_hca_token(const UpdateParams& params, con
   const Projections& in = compressor.projections;
   const unsigned ring = compressor.tail.geometry.current_ring(), scores = ring * kHeadDim;
   const unsigned own = place * kHeadDim + channel;
-  float kv[4], score[4], ape[4];
+  float kv[4], score[4], position_bias[4];
   load_early(static_cast<const T*>(in.kv) + own, kv);
   load_early(static_cast<const T*>(in.gate) + own, score);
-  load_early(in.ape + (token.position % kHcaRatio * kHeadDim + channel), ape);
+  load_early(in.position_bias + (token.position % kHcaRatio * kHeadDim + channel), position_bias);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) score[i] += ape[i];
+  for (int i = 0; i < 4; ++i) score[i] += position_bias[i];
   float* const row = tail_at(compressor.tail, token, 2 * scores) + (token.position % ring * kHeadDim + channel);
   store_values(row, kv);
   store_values(row + scores, score);
@@ -224,7 +224,7 @@ __device__ __forceinline__ void fold_token(const UpdateParams& params, const Tok
   const Projections& in = compressor.projections;
   const unsigned channel = threads.channel(), own = place * kHeadDim + channel, angles = place * (kRopeDim / 2);
   const OnlyToken token(fields, place, params.kind_layer);
-  float kv[4], score[4], ape[4];
+  float kv[4], score[4], position_bias[4];
   load_early(static_cast<const T*>(in.kv) + own, kv);
   load_early(static_cast<const T*>(in.gate) + own, score);
   if (!token.fits(pool, params.table.slots)) {
@@ -234,9 +234,9 @@ __device__ __forceinline__ void fold_token(const UpdateParams& params, const Tok
   const unsigned phase = token.position % kHcaRatio, entry = token.position / kHcaRatio;
   float* const state = tail_at(compressor.tail, token, 3 * kHeadDim) + channel;
   Partials<4> open = phase == 0 ? empty_partials<4>() : load_state<4>(state);
-  load_early(in.ape + phase * kHeadDim + channel, ape);
+  load_early(in.position_bias + phase * kHeadDim + channel, position_bias);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) score[i] += ape[i];
+  for (int i = 0; i < 4; ++i) score[i] += position_bias[i];
   open = fold(open, kv, score);
   if (phase != kHcaRatio - 1) {
     store_state(state, open);

@@ -24,9 +24,9 @@ __device__ __forceinline__ void wait_copies() {
   __syncwarp();
 }
 
-// Where the eight rows that a CSA window pools land, 128 channels of them: kv, then gates. Behind them the rows of ape
-// and the norm weights, which stay: loads for each window would have to wait behind copies that other warps have begun,
-// and registers are too few.
+// Where the eight rows that a CSA window pools land, 128 channels of them: kv, then gates. Behind them the rows of the
+// position bias and the norm weights, which stay: loads for each window would have to wait behind copies that other
+// warps have begun, and registers are too few.
 template <int W, class T>
 struct Landing {
   static constexpr int kColumns = 2 * W;
@@ -43,13 +43,13 @@ struct Landing {
   // Where row i's half of a token's columns begins: the window before is pooled by its overlap halves.
   __device__ __forceinline__ static constexpr int half(int i) { return i < kCsaRatio ? 0 : W; }
 
-  // Begins copying ape's rows, and the weights.
+  // Begins copying the rows of the position bias, and the weights.
   __device__ __forceinline__ void copy_constants(const Projections& in, const float* norm_weight) const {
     const unsigned to = shared(bias()) + lane * kLaneBytes;
 #pragma unroll
     for (int i = 0; i < kGroupRows; ++i) {
       copy_async<true>(to + i * kBiasRowBytes,
-                       in.ape + i % kCsaRatio * kColumns + half(i) + channel + channel_of(0, lane));
+                       in.position_bias + i % kCsaRatio * kColumns + half(i) + channel + channel_of(0, lane));
     }
     copy_async<true>(to + kGroupRows * kBiasRowBytes, norm_weight + channel + channel_of(0, lane));
   }
@@ -83,10 +83,10 @@ struct Landing {
     for (int i = 0; i < kGroupRows; ++i) {
       load_values(own + i * kQuadChannels, kv[i]);
       load_values(own + (kGroupRows + i) * kQuadChannels, score[i]);
-      float ape[4];
-      load_values(own_bias + i * kQuadChannels, ape);
+      float position_bias[4];
+      load_values(own_bias + i * kQuadChannels, position_bias);
 #pragma unroll
-      for (int c = 0; c < 4; ++c) score[i][c] += ape[c];
+      for (int c = 0; c < 4; ++c) score[i][c] += position_bias[c];
     }
     return pool_group(kv, score);
   }
