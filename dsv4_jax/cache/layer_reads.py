@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,14 @@ from dsv4_jax.spec.rotary import Rotary
 class LayerReads(LayerState):
     """What reads; each returns the handle to go on with, and what was read."""
 
+    @overload
+    def index_topk(
+        self, queries: jax.Array, head_weights: jax.Array, *, k: int | None = None, scores: Literal[False] = False
+    ) -> tuple[Self, jax.Array]: ...
+    @overload
+    def index_topk(
+        self, queries: jax.Array, head_weights: jax.Array, *, k: int | None = None, scores: Literal[True]
+    ) -> tuple[Self, jax.Array, jax.Array]: ...
     def index_topk(
         self, queries: jax.Array, head_weights: jax.Array, *, k: int | None = None, scores: bool = False
     ) -> tuple[Self, jax.Array] | tuple[Self, jax.Array, jax.Array]:

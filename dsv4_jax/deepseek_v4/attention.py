@@ -36,6 +36,6 @@ def attend(
         layer = layer.update(made.rows, made.compressor, made.indexer)
         selected = None
         if made.index_query is not None:
-            layer, selected = layer.index_topk(*made.index_query)[:2]
+            layer, selected = layer.index_topk(*made.index_query)
         layer, (output, _) = layer.attend(made.queries, weights.sinks, indices=selected, rotary=tokens, dtype=dtype)
     return layer, merge_heads(weights, config, output), selected
