@@ -36,8 +36,10 @@ def stored(rng_seed: int, step, formats: CacheFormats, dtype) -> dict[str, np.nd
     return driver.stored(request)
 
 
-@pytest.mark.parametrize("hca_tail", HCA_TAILS)
-@pytest.mark.parametrize(("entries", "keys", "window"), PAIRS)
+@pytest.mark.parametrize(
+    ("entries", "keys", "window", "hca_tail"),
+    [(*pair, tail) for pair, tail in zip(PAIRS, itertools.cycle(HCA_TAILS), strict=False)],
+)
 def test_update_stores_what_separate_ops_do(device, seed, entries, keys, window, hca_tail):
     formats = CacheFormats(entries, window, keys, hca_tail=hca_tail)
     dtype = np.float32 if len(entries) % 2 else ml_dtypes.bfloat16
