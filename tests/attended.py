@@ -10,6 +10,7 @@ import numpy as np
 import numpy_formats
 
 from dsv4_jax import ops
+from dsv4_jax.host.planning import build_plan
 from dsv4_jax.layout.formats import WINDOW_FORMATS, VectorFormat
 from dsv4_jax.layout.plan import PlanLayout, StepPlan
 from dsv4_jax.ops.attend.operands import Attended
@@ -23,17 +24,7 @@ FP32 = WINDOW_FORMATS["fp32"]
 def plan_of(slots: Sequence[int], starts: Sequence[int], counts: Sequence[int], padding: int = 0) -> StepPlan:
     """A step of requests at slots, by their first position and number of tokens, and tokens of padding."""
     layout = PlanLayout(int(sum(counts)) + padding, len(slots))
-    packed = np.full(layout.size, -1, np.int32)
-    fields = {
-        "token_slot": np.repeat(slots, counts),
-        "token_position": np.concatenate([start + np.arange(n) for start, n in zip(starts, counts, strict=True)]),
-        "token_request": np.repeat(np.arange(len(slots)), counts),
-        "request_slot": np.asarray(slots),
-        "query_start": np.concatenate([[0], np.cumsum(counts)]),
-    }
-    for name, values in fields.items():
-        packed[layout.fields[name].start :][: len(values)] = values
-    return StepPlan(jnp.asarray(packed), layout)
+    return build_plan(layout, slots, starts, counts, False)
 
 
 class Encoded(NamedTuple):

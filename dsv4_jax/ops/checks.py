@@ -92,6 +92,14 @@ def check_window(op: str, window: Any, positions: Any, vector_format: VectorForm
     check_pool(op, "window", window, jnp.shape(positions)[2], vector_format)
 
 
+def check_window_size(op: str, size: Any, positions: Any) -> int:
+    """How many rows a token sees; raises OperandError unless it is an integer from 1 to what the ring holds."""
+    size, ring = check_count(op, "size", size, smallest=1), jnp.shape(positions)[2]
+    if size > ring:
+        raise OperandError(f"{op}: a window of {size} asked of a ring of {ring}.")
+    return size
+
+
 def check_tail(op: str, name: str, tail: Any, ratio: int) -> None:
     """Raises OperandError unless `tail` is float32 [layers, slots, 2, rows, width] for that ratio, or a running one."""
     if ratio == LayerKind.HCA.ratio and is_running(jnp.shape(tail)):

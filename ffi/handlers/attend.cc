@@ -9,7 +9,7 @@ namespace {
 AttendParams check_window_and_queries(Call& call) {
   AttendParams params{};
   params.plan = call.plan();
-  const int tokens = params.plan.tokens, requests = params.plan.requests;
+  const int tokens = params.plan.tokens;
   const auto codec = call.attribute<std::string_view>("window_codec");
   params.window = call.window(codec, 1.0f);
   params.window_positions = call.data<const int32_t>("positions");
@@ -21,7 +21,7 @@ AttendParams check_window_and_queries(Call& call) {
   const int64_t displaced = call.size("displaced_positions", 0);
   params.displaced_positions = call.indices("displaced_positions", {displaced});
   if (displaced > 0) {
-    call.shape("displaced_positions", {static_cast<int64_t>(params.window_size - 1) * requests + tokens});
+    call.shape("displaced_positions", {displaced_rows(params.plan, params.window_size)});
     params.displaced = call.pool("displaced", static_cast<int>(displaced), kHeadDim, codec, 1.0f);
     call.that(params.displaced.layers == 1 && params.displaced.pages == 1, "displaced", "must be one page");
   }

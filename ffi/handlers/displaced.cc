@@ -14,7 +14,7 @@ SaveDisplacedParams check_save_displaced(Call& call) {
   params.window_size = static_cast<int>(call.attribute<int64_t>("size"));
   call.that(params.window_size > 0 && params.window_size <= params.window.rows, "size",
             "is not that of a window which the ring holds");
-  const int64_t rows = (params.window_size - int64_t{1}) * params.plan.requests + params.plan.tokens;
+  const int64_t rows = displaced_rows(params.plan, params.window_size);
   params.stored = {call.data<uint8_t>("stored"), 1, 1, 0, params.plan.tokens, 0, kHeadDim, 1.0f};
   call.page("stored", 0, codec, params.stored);
   params.displaced = call.pool("displaced", static_cast<int>(rows), kHeadDim, codec, 1.0f);

@@ -218,7 +218,7 @@ struct AttendParams {
   const int32_t* window_layer;
   int window_size;  // a token at position t sees window rows t - window_size + 1 .. t
 
-  // Window rows that the step displaced, or data is null: a page of (window_size - 1) * requests + tokens rows. A row
+  // Window rows that the step displaced, or data is null: a page of `displaced_rows` rows. A row
   // of request r at position p is row (window_size - 1) * (r + 1) + first token of r + p - start of r.
   Pool displaced;                      // [1, 1, page]
   const int32_t* displaced_positions;  // [rows], -1 where nothing was saved
@@ -249,6 +249,11 @@ struct AttendParams {
   float* part_rows;    // [parts, tokens, heads, 512] sums in units of the part's maximum
   float* part_shares;  // [parts, tokens, heads, 2] maximum (base 2) and sum of the part's softmax
 };
+
+// How many rows are set aside for attention.
+inline int64_t displaced_rows(const Plan& plan, int window_size) {
+  return (window_size - int64_t{1}) * plan.requests + plan.tokens;
+}
 
 // The rows that attention gets as `displaced`, copied as they are stored before the step's rows go into the ring.
 struct SaveDisplacedParams {

@@ -18,7 +18,7 @@ from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.native.call import call
 from dsv4_jax.native.signatures import signature
 from dsv4_jax.ops.attend import reference
-from dsv4_jax.ops.attend.operands import Attended, Displaced, EntryRows, WindowRows
+from dsv4_jax.ops.attend.operands import Attended, Displaced, EntryRows, WindowRows, displaced_rows
 from dsv4_jax.ops.checks import (
     FLOATING,
     Implementation,
@@ -31,6 +31,7 @@ from dsv4_jax.ops.checks import (
     check_pool,
     check_ratio,
     check_window,
+    check_window_size,
     plan_attributes,
     take_layer,
     untransformed,
@@ -273,16 +274,14 @@ def _checked(given: _Given, asked: _Asked) -> _Asked:
     check_implementation(asked.implementation)
     check_window(op, window.window, window.positions, asked.window_format)
     check_plan(op, plan)
-    size, dtype = check_count(op, "size", asked.size, smallest=1), check_dtype(op, asked.dtype)
-    ring, tokens = jnp.shape(window.positions)[2], plan.layout.tokens
-    if size > ring:
-        raise OperandError(f"{op}: a window of {size} asked of a ring of {ring}.")
+    size, dtype = check_window_size(op, asked.size, window.positions), check_dtype(op, asked.dtype)
+    tokens = plan.layout.tokens
     check(op, "queries", given.queries, (tokens, None, HEAD_DIM), *FLOATING)
     heads = jnp.shape(given.queries)[1]
     if heads == 0:
         raise OperandError(f"{op}: queries have no heads.")
     if given.displaced is not None:
-        rows, format = (size - 1) * plan.layout.requests + tokens, asked.window_format
+        rows, format = displaced_rows(plan.layout, size), asked.window_format
         check(op, "displaced.positions", given.displaced.positions, (rows,), jnp.int32)
         check(op, "displaced.rows", given.displaced.rows, (1, 1, *format.page_shape(rows)), format.dtype)
     if given.sinks is not None:

@@ -8,12 +8,13 @@ from typing import NamedTuple
 import jax
 
 from dsv4_jax.layout.formats import VectorFormat
+from dsv4_jax.layout.plan import PlanLayout
 
 
 class Displaced(NamedTuple):
     """Window rows that a step displaced from the ring and that its tokens still see, one page of them.
 
-    There are ``(size - 1) * requests + tokens`` rows, `size` being the window's: the row of request r at position p is
+    There are ``displaced_rows``, `size` being the window's: the row of request r at position p is
     ``(size - 1) * (r + 1) + query_start[r] + p - start``, `start` being the position of r's first token of the step.
 
     Attributes:
@@ -23,6 +24,11 @@ class Displaced(NamedTuple):
 
     rows: jax.Array
     positions: jax.Array
+
+
+def displaced_rows(layout: PlanLayout, size: int) -> int:
+    """How many rows ``Displaced`` has in a step of this layout, `size` being the window's."""
+    return (size - 1) * layout.requests + layout.tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dsv4_jax.arithmetic.places import Tokens, all_tokens
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.ops.attend.operands import Attended, EntryRows, WindowRows
 from dsv4_jax.ops.flush.reference import block_of
-from dsv4_jax.spec.kinds import ROPE_DIM, entries_per_block
-from dsv4_jax.spec.rotary import Rotary
+from dsv4_jax.spec.kinds import entries_per_block
+from dsv4_jax.spec.rotary import Rotary, apply_rotary
 
 _ROWS_AT_ONCE = 1 << 14  # dequantized rows held at a time: 32 MiB
 
@@ -57,7 +57,7 @@ def attend(
 
     output, lse = lax.map(one, jnp.arange(plan.layout.tokens), batch_size=max(1, _ROWS_AT_ONCE // keys))
     if rotary is not None:
-        output = _rotate_back(output, rotary)
+        output = apply_rotary(output, rotary, inverse=True)
     output = jnp.where(tokens.valid[:, None, None], output, 0)
     lacking = _lacks_rows(window, tokens)
     output = jnp.where(lacking[:, None, None], jnp.nan, output)
@@ -132,11 +132,3 @@ def _read(pool, valid, layer, page, row, rows_per_page, vector_format) -> tuple[
     return read_rows(
         pool, valid, layer, page, row, rows_per_page=rows_per_page, vector_format=vector_format, dtype=jnp.float32
     )
-
-
-def _rotate_back(output: jax.Array, rotary: Rotary) -> jax.Array:
-    """The inverse of RoPE on the trailing 64 channels of [tokens, heads, 512]."""
-    x, y = output[..., -ROPE_DIM::2], output[..., -ROPE_DIM + 1 :: 2]
-    cos, sin = rotary.cos[:, None, :], rotary.sin[:, None, :]
-    back = jnp.stack([x * cos + y * sin, y * cos - x * sin], axis=-1).reshape(*output.shape[:-1], ROPE_DIM)
-    return jnp.concatenate([output[..., :-ROPE_DIM], back], axis=-1)

@@ -13,16 +13,15 @@ from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.native.call import call
 from dsv4_jax.native.signatures import signature
-from dsv4_jax.ops.attend.operands import Displaced
+from dsv4_jax.ops.attend.operands import Displaced, displaced_rows
 from dsv4_jax.ops.checks import (
     FLOATING,
     Implementation,
-    OperandError,
     check,
-    check_count,
     check_implementation,
     check_plan,
     check_window,
+    check_window_size,
     plan_attributes,
     take_layer,
     untransformed,
@@ -71,16 +70,14 @@ def save_displaced(
     check_implementation(implementation)
     check_window(op, window.window, window.positions, format)
     check_plan(op, plan)
-    size, ring = check_count(op, "size", size, smallest=1), jnp.shape(window.positions)[2]
-    if size > ring:
-        raise OperandError(f"{op}: a window of {size} asked of a ring of {ring}.")
+    size = check_window_size(op, size, window.positions)
     check(op, "rows", rows, (plan.layout.tokens, HEAD_DIM), *FLOATING)
     given = untransformed(op, (window, rows, plan, take_layer(layer)))
     window, rows, plan, layer = jax.tree.map(jnp.asarray, given)
     page = quantize(rows, format=format, implementation=implementation)
     if implementation == "reference":
         return window, reference.save_displaced(window, page, plan, jnp.asarray(layer), format=format, size=size)
-    count = (size - 1) * plan.layout.requests + plan.layout.tokens
+    count = displaced_rows(plan.layout, size)
     stored, positions, saved, saved_positions = call(
         _SAVE_DISPLACED,
         {

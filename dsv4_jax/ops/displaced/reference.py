@@ -9,7 +9,7 @@ from dsv4_jax.arithmetic.pages import page_of, read_stored
 from dsv4_jax.arithmetic.places import all_requests
 from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.layout.plan import StepPlan
-from dsv4_jax.ops.attend.operands import Displaced
+from dsv4_jax.ops.attend.operands import Displaced, displaced_rows
 from dsv4_jax.ops.operands import Window
 
 
@@ -39,7 +39,7 @@ def _places(plan: StepPlan, size: int, slots: int) -> tuple[jax.Array, jax.Array
     requests = all_requests(plan, slots)
     query_start = jnp.asarray(plan.query_start)
     begins = (size - 1) * jnp.arange(plan.layout.requests, dtype=jnp.int32) + query_start[:-1]
-    row = jnp.arange((size - 1) * plan.layout.requests + plan.layout.tokens, dtype=jnp.int32)
+    row = jnp.arange(displaced_rows(plan.layout, size), dtype=jnp.int32)
     request = jnp.searchsorted(begins, row, side="right").astype(jnp.int32) - 1
     place = row - begins[request]
     position = requests.start[request] - (size - 1) + place
