@@ -39,7 +39,6 @@ from dsv4_jax.tools.bench.workload import Scale, admit, noise, noisy_cache, sche
 
 Part = Literal["update", "index_topk", "attend"]
 PARTS: tuple[Part, ...] = ("update", "index_topk", "attend")
-BF16 = 2
 
 
 def attended_inputs(spec: ModelSpec, plan: StepPlan) -> dict[str, Any]:
@@ -102,12 +101,12 @@ def step_traffic(schema: CacheSchema, shape: StepShape) -> tuple[int, int]:
         of_kind = update_bytes(kind, shape, schema, traffic.FLOAT32)
         if kind is LayerKind.CSA:
             chosen, asked = spec.index_topk or 1, (kind.ratio, formats.key_format, spec.index_num_heads)
-            of_kind += traffic.index_topk(shape, *asked, chosen, BF16)
+            of_kind += traffic.index_topk(shape, *asked, chosen, traffic.BFLOAT16)
             operations += spec.count(kind) * traffic.index_operations(shape, *asked, chosen)
         if kind is not LayerKind.SWA:
             entries = traffic.all_seen(shape, kind.ratio, chosen or schema.max_context // kind.ratio)
             stored, looks = stored + entries.rows * formats.entry_format.row_bytes, looks + entries.looks
-        of_kind += traffic.attend(tokens, spec.num_heads, stored, BF16, indices=chosen)
+        of_kind += traffic.attend(tokens, spec.num_heads, stored, traffic.BFLOAT16, indices=chosen)
         moved += spec.count(kind) * of_kind
         operations += spec.count(kind) * traffic.attend_operations(spec.num_heads, looks)
     return moved, operations

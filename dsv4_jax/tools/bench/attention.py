@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from dsv4_jax import ops
 from dsv4_jax.cache.rotary import token_rotary
 from dsv4_jax.layout.formats import PROFILES, CacheFormats
-from dsv4_jax.layout.plan import StepPlan
+from dsv4_jax.layout.plan import PlanLayout, StepPlan
 from dsv4_jax.ops import Implementation
-from dsv4_jax.ops.attend.operands import Displaced
+from dsv4_jax.ops.attend.operands import Displaced, displaced_rows
 from dsv4_jax.ops.operands import Window
 from dsv4_jax.spec.kinds import BLOCK_TOKENS, HEAD_DIM, KEY_DIM, LayerKind
 from dsv4_jax.spec.presets import deepseek_v4_flash
@@ -37,7 +37,6 @@ KEYS = {"fp8": PROFILES["flashmla"], "mxfp4": PROFILES["deepseek"], "nvfp4": PRO
 """Formats of indexer keys, by theirs."""
 
 MODEL = deepseek_v4_flash()
-BF16 = 2
 LAYERS = 2
 
 
@@ -160,7 +159,7 @@ def attend(
         ],
         layers=LAYERS,
         calls=sets,
-        bytes_moved=traffic.attend(shape.tokens, heads, stored, BF16, indices=chosen or 0),
+        bytes_moved=traffic.attend(shape.tokens, heads, stored, traffic.BFLOAT16, indices=chosen or 0),
         operations=traffic.attend_operations(heads, window_rows.looks + _mean([seen.looks for seen in entry_rows])),
         reads=True,
     )
@@ -169,7 +168,7 @@ def attend(
 def _displaced(shape: StepShape, formats: CacheFormats, size: int) -> Displaced:
     """What `update` saves of a chunk of one request."""
     (start,), (end,) = shape.starts, shape.ends
-    format, rows = formats.window_format, size - 1 + shape.tokens
+    format, rows = formats.window_format, displaced_rows(PlanLayout(shape.tokens, 1), size)
     return Displaced(
         noise((1, 1, *format.page_shape(rows)), format.dtype), jnp.arange(start - size + 1, end, dtype="i4")
     )
@@ -229,7 +228,7 @@ def index_topk(
         ],
         layers=LAYERS,
         calls=sets,
-        bytes_moved=traffic.index_topk(shape, ratio, format, heads, k, BF16),
+        bytes_moved=traffic.index_topk(shape, ratio, format, heads, k, traffic.BFLOAT16),
         operations=traffic.index_operations(shape, ratio, format, heads, k),
         reads=True,
     )

@@ -17,8 +17,6 @@ from dsv4_jax.tools.bench import traffic
 from dsv4_jax.tools.bench.traffic import StepShape
 from dsv4_jax.tools.bench.workload import FORMATS, Scale, Workload, block_table, noise, plan_of, slot_sets
 
-BF16 = 2
-
 
 def _result(rows: Rows, implementation: Implementation) -> jax.Array | None:
     """What keeps a read alive: the pool that it is threaded through if it is native, else its values."""
@@ -71,7 +69,7 @@ def chosen_entries(
         operands=[(jnp.asarray(chosen), table) for chosen in indices],
         layers=2,
         calls=sets,
-        bytes_moved=traffic.gather(queries * scale.chosen, format, BF16, index_bytes=4),
+        bytes_moved=traffic.gather(queries * scale.chosen, format, traffic.BFLOAT16, index_bytes=4),
     )
 
 
@@ -104,7 +102,7 @@ def first_rows(format: VectorFormat, ratio: int, queries: int, count: int, imple
         operands=[table] * sets,
         layers=2,
         calls=sets,
-        bytes_moved=traffic.gather(queries * count, format, BF16),
+        bytes_moved=traffic.gather(queries * count, format, traffic.BFLOAT16),
     )
 
 
@@ -133,5 +131,5 @@ def window(batch: int, scale: Scale, implementation: Implementation) -> Workload
         operands=[None] * scale.plans,
         layers=scale.layers,
         calls=scale.calls,
-        bytes_moved=traffic.gather(batch * rows, format, BF16, index_bytes=traffic.POSITION),
+        bytes_moved=traffic.gather(batch * rows, format, traffic.BFLOAT16, index_bytes=traffic.POSITION),
     )

@@ -16,6 +16,7 @@ from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.spec.kinds import HEAD_DIM, KEY_DIM, LayerKind
 
 FLOAT32 = 4
+BFLOAT16 = 2
 POSITION = 4
 VALID = 1
 
