@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from dsv4_jax import CacheFormats, CompressorInputs, LayerKind, apply_rotary, ops, rotary
 from dsv4_jax.deepseek_v4.config import DeepseekV4Config
 from dsv4_jax.deepseek_v4.gathered import Source, index_scores, sink_attention, top_entries
-from dsv4_jax.deepseek_v4.hyper_connections import collapse, connect, mixing
+from dsv4_jax.deepseek_v4.hyper_connections import collapse, connect, mixing, spread
 from dsv4_jax.deepseek_v4.layers import rms_norm
 from dsv4_jax.deepseek_v4.mixture import expert_scores, mixture, routing_to
 from dsv4_jax.deepseek_v4.model import Choices, logits
@@ -75,8 +75,7 @@ def full_context(
     counted = positions < length
     entry_checks, expert_checks = [], []
     with jax.default_matmul_precision("highest"):
-        embedded = weights.embed[tokens].astype(dtype)
-        streams = jnp.broadcast_to(embedded[:, None], (embedded.shape[0], config.hc_mult, embedded.shape[1]))
+        streams = spread(weights.embed[tokens].astype(dtype), config)
         for index, (layer, layer_weights) in enumerate(zip(spec.layers, weights.layers, strict=True)):
             ratio = layer.kind.ratio
             angles = rotary(positions, layer.rope)

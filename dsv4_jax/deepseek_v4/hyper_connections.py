@@ -74,6 +74,11 @@ def _divide(matrices: jax.Array, axis: int, eps: float) -> jax.Array:
     return matrices / (matrices.sum(axis=axis, keepdims=True) + eps)
 
 
+def spread(hidden: jax.Array, config: DeepseekV4Config) -> jax.Array:
+    """The streams before the first layer, [T, n, hidden]: all of them the embedded tokens [T, hidden]."""
+    return jnp.broadcast_to(hidden[:, None], (hidden.shape[0], config.hc_mult, hidden.shape[1]))
+
+
 def collapse(streams: jax.Array, into: jax.Array) -> jax.Array:
     """The sublayer's input [T, hidden]: the streams [T, n, hidden], weighted by ``into`` [T, n]."""
     return (into[:, :, None] * streams).sum(axis=1).astype(streams.dtype)

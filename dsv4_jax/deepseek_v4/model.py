@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from dsv4_jax import Cache, ConfigError, Rotary, StepPlan, begin, closing_rotary, token_rotary
 from dsv4_jax.deepseek_v4.attention import Attention, attend
 from dsv4_jax.deepseek_v4.config import DeepseekV4Config
-from dsv4_jax.deepseek_v4.hyper_connections import collapse, collapse_last, connect, mixing
+from dsv4_jax.deepseek_v4.hyper_connections import collapse, collapse_last, connect, mixing, spread
 from dsv4_jax.deepseek_v4.layers import linear, rms_norm
 from dsv4_jax.deepseek_v4.mixture import mixture, route
 from dsv4_jax.deepseek_v4.projections import project
@@ -83,8 +83,7 @@ def run_layers(
         cache_step = begin(cache, plan, implementation=implementation)
         plan = cache_step.plan
         angles = {layer: _angles(plan, layer) for layer in set(spec.layers)}
-        embedded = weights.embed[tokens].astype(dtype)
-        streams = jnp.broadcast_to(embedded[:, None], (embedded.shape[0], config.hc_mult, embedded.shape[1]))
+        streams = spread(weights.embed[tokens].astype(dtype), config)
         selections, experts = [], []
         for index, (layer, layer_weights) in enumerate(zip(spec.layers, weights.layers, strict=True)):
             mixed = mixing(layer_weights.hc_attn, config, streams)

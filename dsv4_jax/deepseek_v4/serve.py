@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -185,16 +185,16 @@ class Server:
           One ``Served`` for each request, in order.
         """
         waiting = collections.deque(enumerate(requests))
-        running: list[Served] = []
+        running: dict[int, Served] = {}  # by handle
         served: list[Served] = []
         clock = _PhaseClock(self.statistics)
         in_flight: collections.deque[jax.Array] = collections.deque()
         while waiting or running:
             while waiting and self.manager.free_slots:
-                running.append(self._admit(*waiting.popleft()))
-                served.append(running[-1])
+                served.append(self._admit(*waiting.popleft()))
+                running[served[-1].handle] = served[-1]
             counts = self._share(running)
-            phase: Phase = "decode" if all(one.decoding for one in running) else "prefill"
+            phase: Phase = "decode" if all(one.decoding for one in running.values()) else "prefill"
             clock.enter(phase, self.cache)
             plan, made = self._run(running, counts, clock)
             in_flight.append(made.chosen)
@@ -204,11 +204,11 @@ class Server:
             if listener:
                 listener.ran(phase, sum(counts.values()))
             for row, handle in enumerate(counts):
-                one = next(one for one in running if one.handle == handle)
+                one = running[handle]
                 self._take(one, counts[handle], row, int(plan.query_start[row]), made, listener)
                 if one.done == one.total:
                     self.manager.release(handle)
-                    running.remove(one)
+                    del running[handle]
                     if listener:
                         listener.ended(one.number)
         clock.leave(self.cache)
@@ -219,23 +219,22 @@ class Server:
         total = len(request.prompt) + request.new_tokens
         return Served(number, request, handle, self.manager.slot(handle), total, request.prompt.tolist())
 
-    def _share(self, running: list[Served]) -> dict[int, int]:
+    def _share(self, running: Mapping[int, Served]) -> dict[int, int]:
         """Tokens of the next step by handle: 1 for each request that decodes, the rest to prompts, oldest first."""
-        counts = {one.handle: 1 for one in running if one.decoding}
+        counts = {handle: 1 for handle, one in running.items() if one.decoding}
         left = self.chunk - len(counts)
-        for one in running:
+        for handle, one in running.items():
             if not one.decoding and left:
-                counts[one.handle] = min(left, len(one.request.prompt) - one.done)
-                left -= counts[one.handle]
+                counts[handle] = min(left, len(one.request.prompt) - one.done)
+                left -= counts[handle]
         return counts
 
-    def _run(self, running: list[Served], counts: dict[int, int], clock: _PhaseClock) -> tuple[StepPlan, _Made]:
+    def _run(self, running: Mapping[int, Served], counts: dict[int, int], clock: _PhaseClock) -> tuple[StepPlan, _Made]:
         """Send one step to the device; the requests' rows are in the order of ``counts``."""
-        by_handle = {one.handle: one for one in running}
         plan = self.manager.prepare_forward(counts)
         parts, seeds = [], np.zeros(plan.layout.requests, np.uint32)
         for row, (handle, count) in enumerate(counts.items()):
-            one = by_handle[handle]
+            one = running[handle]
             parts.append(np.asarray(one.tokens[one.done : one.done + count], np.int32))
             seeds[row] = one.request.seed
         compiled, start = self.compiles.total(), time.perf_counter()
