@@ -8,7 +8,7 @@ array. A quantized page is bytes: first the data of every row, then the scales o
 
 which is FlashMLA's page layout, used for all formats here. The rounding rules behind each codec live in
 ``dsv4_jax/arithmetic/codecs.py`` (in words and jnp) and ``ffi/layout/codecs.h`` (for the kernels);
-``tests/test_formats.py`` holds the two, and the byte counts below, against each other.
+``tests/test_formats.py`` holds the two against each other, ``tests/test_format_table.py`` the byte counts below.
 """
 
 from __future__ import annotations
