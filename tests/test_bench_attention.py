@@ -4,13 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax import LayerKind, tiny_spec
-from dsv4_jax.layout.formats import KEY_FORMATS
+from dsv4_jax import LayerKind, ops, tiny_spec
+from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS
 from dsv4_jax.tools.bench import attention, traffic
 from dsv4_jax.tools.bench.attended_step import step_traffic
 from dsv4_jax.tools.bench.decode import update_bytes
+from dsv4_jax.tools.bench.stored import filled_pool, filled_window
 from dsv4_jax.tools.bench.traffic import StepShape
-from dsv4_jax.tools.bench.workload import TINY, schema_of
+from dsv4_jax.tools.bench.workload import TINY, block_table, schema_of
 
 SWA, CSA, HCA = LayerKind
 FP8_ROW, FP8_KEY, NVFP4_KEY = 448 + 2 * 64 + 4, 128 + 4, 64 + 8 + 4
@@ -134,3 +135,19 @@ def test_attention_sees_what_is_counted(kind, shape, options, monkeypatch):
     for result in attended:
         looks = np.exp(np.asarray(result.lse, np.float64)).sum()
         assert made.operations == 2 * 2 * 512 * round(looks)
+
+
+@pytest.mark.parametrize("format", [KEY_FORMATS["fp8"], KEY_FORMATS["bf16"], ENTRY_FORMATS["fp8_ds_mla"]])
+def test_filled_pools_hold_normal_numbers_and_no_page_twice_in_a_request(format):
+    table = block_table(3, 40)
+    pool = np.asarray(filled_pool(format, 4, 2, table))
+    assert pool.shape == (2, 120, *format.page_shape(4))
+    for pages in (layer[slot] for layer in pool for slot in table):
+        assert len({page.tobytes() for page in pages}) == 40
+        rows = np.stack([ops.dequantize(page, format=format, rows=4) for page in pages])
+        assert abs(rows.mean()) < 0.05
+        assert abs(rows.std() - 1) < 0.05
+        assert 2.8 < np.abs(rows).max() < 6
+    window = np.asarray(filled_window(format, 3, 2, 5))
+    assert window.shape == (2, 5, *format.page_shape(3))
+    assert len({page.tobytes() for page in window[0]}) == 5

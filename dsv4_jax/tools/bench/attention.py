@@ -22,6 +22,7 @@ from dsv4_jax.ops.operands import Window
 from dsv4_jax.spec.kinds import BLOCK_TOKENS, HEAD_DIM, KEY_DIM, LayerKind
 from dsv4_jax.spec.presets import deepseek_v4_flash
 from dsv4_jax.tools.bench import traffic
+from dsv4_jax.tools.bench.stored import filled_pool, filled_window, stored_pages
 from dsv4_jax.tools.bench.traffic import StepShape
 from dsv4_jax.tools.bench.workload import FORMATS, Scale, Workload, block_table, noise, plan_of, slot_sets
 
@@ -96,7 +97,8 @@ def attend(
     size, ring, requests = MODEL.window, MODEL.window + lookahead, len(shape.starts)
     end, sets = int(shape.ends[0]), max(scale.calls // share, 1)
     blocks = -(-end // BLOCK_TOKENS)
-    table, count = jnp.asarray(block_table(slots, blocks)), end // ratio
+    table_of_host, count = block_table(slots, blocks), end // ratio
+    table = jnp.asarray(table_of_host)
     rope = MODEL.layers[MODEL.layer_kinds.index(kind)].rope
     places = slot_sets(slots, requests, slots // requests)
     plans = [plan_of(shape, places[i % len(places)]) for i in range(sets)]
@@ -105,8 +107,8 @@ def attend(
         # A layer of the window for each call: it is small, and would stay in the L2 cache.
         layers = LAYERS * sets
         recorded = end - 1 - (end - 1 - jnp.arange(ring, dtype=jnp.int32)) % ring
-        rows = noise((layers, slots, *window_format.page_shape(ring)), window_format.dtype)
-        pool = noise((LAYERS, slots * blocks, *entry_format.page_shape(BLOCK_TOKENS // ratio)), entry_format.dtype)
+        rows = filled_window(window_format, ring, layers, slots)
+        pool = filled_pool(entry_format, BLOCK_TOKENS // ratio, LAYERS, table_of_host)
         return Window(rows, jnp.broadcast_to(recorded, (layers, slots, ring)) + 0), pool
 
     def call(state: Any, plan: StepPlan, operands: Any, layer: Any) -> tuple[Any, jax.Array | None]:
@@ -169,9 +171,7 @@ def _displaced(shape: StepShape, formats: CacheFormats, size: int) -> Displaced:
     """What `update` saves of a chunk of one request."""
     (start,), (end,) = shape.starts, shape.ends
     format, rows = formats.window_format, displaced_rows(PlanLayout(shape.tokens, 1), size)
-    return Displaced(
-        noise((1, 1, *format.page_shape(rows)), format.dtype), jnp.arange(start - size + 1, end, dtype="i4")
-    )
+    return Displaced(stored_pages(format, rows, 1)[None], jnp.arange(start - size + 1, end, dtype="i4"))
 
 
 def index_topk(
@@ -200,7 +200,8 @@ def index_topk(
     format, ratio, requests = formats.key_format, LayerKind.CSA.ratio, len(shape.starts)
     sets = max(scale.calls // share, 1)
     blocks = -(-int(shape.ends.max()) // BLOCK_TOKENS)
-    table, places = jnp.asarray(block_table(slots, blocks)), slot_sets(slots, requests, slots // requests)
+    table_of_host, places = block_table(slots, blocks), slot_sets(slots, requests, slots // requests)
+    table = jnp.asarray(table_of_host)
 
     def call(pool: Any, plan: StepPlan, operands: Any, layer: Any) -> tuple[Any, jax.Array | None]:
         table, queries, head_weights = operands
@@ -215,7 +216,7 @@ def index_topk(
 
     return Workload(
         key=("csa_keys", format, slots, blocks),
-        state=lambda: noise((LAYERS, slots * blocks, *format.page_shape(BLOCK_TOKENS // ratio)), format.dtype),
+        state=lambda: filled_pool(format, BLOCK_TOKENS // ratio, LAYERS, table_of_host),
         call=call,
         gates=[plan_of(shape, places[i % len(places)]) for i in range(sets)],
         operands=[

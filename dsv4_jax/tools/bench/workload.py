@@ -1,4 +1,4 @@
-"""What cases run on: sizes, pools filled with noise, plans, projections; and `Workload`, an op ready to be timed."""
+"""What cases run on: sizes, noise, a filled cache, plans, projections; and `Workload`, an op ready to be timed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from dsv4_jax.layout.formats import CacheFormats
 from dsv4_jax.layout.plan import PlanLayout, StepPlan
 from dsv4_jax.layout.schema import CacheSchema
 from dsv4_jax.ops.operands import CompressorInputs, RawRows
-from dsv4_jax.spec.kinds import BLOCK_TOKENS, HEAD_DIM, KEY_DIM, LayerKind
+from dsv4_jax.spec.kinds import BLOCK_TOKENS, HEAD_DIM, KEY_DIM, LayerKind, entries_per_block
 from dsv4_jax.spec.model import LayerSpec, ModelSpec
 from dsv4_jax.spec.presets import deepseek_v4_pro
+from dsv4_jax.tools.bench.stored import filled_pool, filled_window
 from dsv4_jax.tools.bench.traffic import StepShape
 
 FORMATS = CacheFormats(entries="fp8", window="fp8", keys="nvfp4")
@@ -224,9 +225,20 @@ def block_table(slots: int, blocks_per_slot: int) -> np.ndarray:
 
 
 def noisy_cache(schema: CacheSchema) -> Cache:
-    """A cache full of noise, each slot with blocks for its whole context."""
-    arrays = {name: noise(array.shape, array.dtype, seed) for seed, (name, array) in enumerate(schema.arrays.items())}
-    arrays["block_table"] = jnp.asarray(block_table(schema.slots, schema.max_blocks))
+    """A cache full of random rows as they are stored, tails of noise, blocks for the whole context of each slot."""
+    table, formats, arrays = block_table(schema.slots, schema.max_blocks), schema.formats, {}
+    by_component = {"entries": formats.entry_format, "keys": formats.key_format}
+    for seed, (name, array) in enumerate(schema.arrays.items()):
+        if name == "block_table":
+            arrays[name] = jnp.asarray(table)
+        elif name == "window":
+            arrays[name] = filled_window(formats.window_format, schema.ring, array.shape[0], schema.slots, seed)
+        elif name in schema.block_pools:
+            kind, component = name.split("_")
+            rows = entries_per_block(LayerKind(kind).ratio)
+            arrays[name] = filled_pool(by_component[component], rows, array.shape[0], table, seed)
+        else:
+            arrays[name] = noise(array.shape, array.dtype, seed)
     pools = {name: arrays[name] for name in schema.pools}
     return Cache(arrays["block_table"], arrays["window"], arrays["window_positions"], pools, schema)
 
