@@ -59,8 +59,8 @@ def pages_of(rows, format):
     return np.concatenate(parts, axis=1), stored
 
 
-def case_of(rng, name, *, entries=(640, 320), hadamard=False, duplicated=False):
-    """Keys of very different sizes; with `duplicated` every one comes several times."""
+def case_of(rng, name, *, entries=(640, 320), hadamard=False, duplicated=False, binades=0):
+    """Keys of very different sizes, over so many `binades` more; with `duplicated` every one comes several times."""
     format, keys, pages = KEY_FORMATS[name], {}, {}
     blocks = [-(-count // 32) for count in entries]
     order = rng.permutation(sum(blocks) + 3)
@@ -70,6 +70,7 @@ def case_of(rng, name, *, entries=(640, 320), hadamard=False, duplicated=False):
     table = np.full((3, max(blocks) + 1), -1, np.int32)
     for slot, count in zip((2, 0), blocks, strict=True):
         rows = rng.normal(size=(count * 32, 128)) * np.exp(rng.normal(size=(count * 32, 1)))
+        rows *= 2.0 ** rng.uniform(-binades / 2, binades / 2, size=(count * 32, 1))
         if duplicated:
             rows = rows[rng.integers(0, 40, count * 32)]
         stored, keys[slot] = pages_of(rows.astype(np.float32), format)
@@ -239,6 +240,27 @@ def test_the_choice_does_not_depend_on_batch_and_chunks(device, rng, name):
             np.testing.assert_array_equal(part[token], of_single[0])
 
 
+def check_any_distribution(rng, entries):
+    """Scores over 60 binades, of both signs or of one; few that differ; two that differ; all equal."""
+    starts, counts = [4 * entries - 8, 4 * (entries // 2) - 5], [2, 2]
+    plan = plan_of(starts, counts)
+    queries, weights = queries_of(rng, plan.layout.tokens, 8)
+    for duplicated in (False, True):
+        case = case_of(rng, "fp8", entries=(entries, entries // 2), duplicated=duplicated, binades=60)
+        run = functools.partial(case.run, plan, queries, scores=True)
+        for given in (weights, np.abs(weights), -np.abs(weights), 0 * weights):
+            k = int(rng.integers(1, 600))
+            check_choice(run(given, k), run(given, case.table.shape[1] * 32), k)
+    # One page of keys over and over, and here and there another.
+    case.table[:] = case.pages[2][0]
+    case.table[:, :: int(rng.integers(40, 60))] = case.pages[2][1]
+    check_choice(run(np.abs(weights), 512), run(np.abs(weights), case.table.shape[1] * 32), 512)
+
+
+def test_any_distribution_of_scores(device, rng):
+    check_any_distribution(rng, 1300)
+
+
 @pytest.mark.parametrize("blocks", [8192, 9400])
 def test_a_million_tokens(device, rng, blocks):
     """Of 262,144 entries and more that share 64 blocks, so that many scores are equal."""
@@ -384,6 +406,13 @@ def test_all_scores_alike_on_the_gpu(rng):
         check_choice(case.run(plan, queries, weights, 512, scores=True), everything, 512)
         ids, _ = case.run(plan, queries, 0 * weights, 512, scores=True)
         assert np.all(ids[:5] == np.arange(512))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("entries", [3000, 9000, 16384, 30000, 50000, 120000])
+def test_any_distribution_of_scores_on_the_gpu(rng, entries):
+    """In every kernel of the selection: one block and clusters of them, with all rounds of bins."""
+    check_any_distribution(rng, entries)
 
 
 @pytest.mark.gpu

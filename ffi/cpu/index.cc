@@ -81,9 +81,9 @@ void index_topk(const IndexTopkParams& params) {
         if (entries <= params.k) {
           for (int i = 0; i < entries; ++i) ids[i] = i;
         } else {
-          for (int i = 0; i < entries; ++i) keys[i] = choice_key(scores[i], i);
+          for (int i = 0; i < entries; ++i) keys[i] = choice_key(ordered_score(scores[i]), i);
           std::nth_element(keys.begin(), keys.begin() + (chosen - 1), keys.begin() + entries, std::greater<>());
-          for (int i = 0; i < chosen; ++i) ids[i] = static_cast<int32_t>(0xFFFFFFFFu - static_cast<uint32_t>(keys[i]));
+          for (int i = 0; i < chosen; ++i) ids[i] = entry_of_choice(keys[i]);
           std::sort(ids, ids + chosen);
         }
         if (params.scores == nullptr) continue;

@@ -94,16 +94,19 @@ DSV4_HOST_DEVICE bool needs_scores(const IndexTopkParams& params, int entries) {
   return entries > params.k || params.scores != nullptr;
 }
 
-// Numbers in the order of scores, both zeros being one; NaN comes below all.
+// Numbers from 1 on in the order of scores, both zeros being one; NaN comes below all.
 DSV4_HOST_DEVICE uint32_t ordered_score(float score) {
-  if (score != score) return 0u;
+  if (score != score) return 1u;
   const uint32_t bits = score == 0.0f ? 0u : bits_of(score);
   return bits ^ ((bits >> 31) != 0u ? 0xFFFFFFFFu : 0x80000000u);
 }
 
-// Larger is chosen first: by score, then the lower id.
-DSV4_HOST_DEVICE uint64_t choice_key(float score, int entry) {
-  return static_cast<uint64_t>(ordered_score(score)) << 32 | (0xFFFFFFFFu - static_cast<uint32_t>(entry));
+// Larger is chosen first: by ordered score, then the lower id.
+DSV4_HOST_DEVICE uint64_t choice_key(uint32_t ordered, int entry) {
+  return static_cast<uint64_t>(ordered) << 32 | (0xFFFFFFFFu - static_cast<uint32_t>(entry));
+}
+DSV4_HOST_DEVICE int entry_of_choice(uint64_t key) {
+  return static_cast<int>(0xFFFFFFFFu - static_cast<uint32_t>(key));
 }
 
 }  // namespace dsv4
