@@ -23,12 +23,27 @@ __device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
+// The bytes of eight that the low four digits of `select` name, all below 8; `__byte_perm` would mask them.
+__device__ __forceinline__ uint32_t four_of_eight(uint32_t low, uint32_t high, uint32_t select) {
+  uint32_t four;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(four) : "r"(low), "r"(high), "r"(select));
+  return four;
+}
+
 // Makes the compiler have all words ready here: between the products it may not touch the registers that they read.
 template <int N>
 __device__ __forceinline__ void settle(uint32_t (&words)[2][N]) {
 #pragma unroll
   for (int i = 0; i < 2 * N; ++i) asm volatile("" : "+r"(words[i / N][i % N]));
 }
+
+// Two products of halves.
+__device__ __forceinline__ uint32_t times_halves(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm("mul.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+constexpr uint32_t kHalvesOf128 = 0x58005800u;
 
 // What follows from a codec: bytes of a row's data and scales.
 template <class C>
@@ -125,14 +140,11 @@ struct Mxfp4Keys : KeysOf<Mxfp4<kKeyDim>> {
         const uint32_t high = below > 13u ? 0u : kSizesHigh - shift;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const uint32_t w = word_of(raw.data[r], i), select = w & 0x77777777u, signs = w & 0x88888888u;
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const uint32_t sizes = __byte_perm(low, high, h == 0 ? select : select >> 16);
-            const uint32_t spread = __byte_perm(signs, 0u, h == 0 ? 0x1100 : 0x3322);
-            const uint32_t sign = ((spread << 4) & 0x00800080u) | (spread & 0x80008000u);
-            words_[r][2 * i + h] = sizes | sign;
-          }
+          const uint32_t w = word_of(raw.data[r], i), select = w & 0x77777777u, even = w << 4;
+          // Bytes whose highest bits are the signs.
+          const uint32_t signs[2] = {__byte_perm(even, w, 0x5140), __byte_perm(even, w, 0x7362)};
+          words_[r][2 * i] = four_of_eight(low, high, select) | (signs[0] & 0x80808080u);
+          words_[r][2 * i + 1] = four_of_eight(low, high, select >> 16) | (signs[1] & 0x80808080u);
         }
       }
       settle(words_);
@@ -177,18 +189,17 @@ struct Nvfp4Keys
         const uint16_t codes = static_cast<uint16_t>(raw.scales[r] >> (16 * (column & 1)));
         uint32_t both;  // the scales of the two blocks of this lane's 32 channels
         asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(both) : "h"(codes));
+        both = times_halves(both, kHalvesOf128);
         const uint32_t of_block[2] = {__byte_perm(both, 0u, 0x1010), __byte_perm(both, 0u, 0x3232)};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const uint32_t w = word_of(raw.data[r], j);
+          // Where the bits of a half lie, E2M1 numbers are halves 2^14 times smaller: keys come out 2^7 times smaller.
+          const uint32_t small[4] = {
+              (w << 12 & 0x80008000u) | (w << 9 & 0x0E000E00u), (w << 8 & 0x80008000u) | (w << 5 & 0x0E000E00u),
+              (w << 4 & 0x80008000u) | (w << 1 & 0x0E000E00u), (w & 0x80008000u) | (w >> 3 & 0x0E000E00u)};
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const uint32_t pair = w >> (4 * i);
-            const uint32_t small = (pair << 12 & 0x80008000u) | (pair << 9 & 0x0E000E00u);
-            uint32_t value;
-            asm("mul.f16x2 %0, %1, %2;" : "=r"(value) : "r"(small), "r"(0x74007400u));
-            asm("mul.f16x2 %0, %1, %2;" : "=r"(words_[r][4 * j + i]) : "r"(value), "r"(of_block[j / 2]));
-          }
+          for (int i = 0; i < 4; ++i) words_[r][4 * j + i] = times_halves(small[i], of_block[j / 2]);
         }
       }
       settle(words_);

@@ -38,14 +38,21 @@ __device__ __forceinline__ void multiply<Bf16Keys>(float (&acc)[32], const uint3
   DSV4_WGMMA64("m64n64k16", "bf16.bf16", ", 0");
 }
 
-// The weighted sum over heads as a product of its own: relu of the accumulators, as halves, by the weights (in columns
-// 0 and 1 what a half holds of them and what it leaves).
-__device__ __forceinline__ void weigh(float (&sums)[4], const uint32_t (&a)[4], uint64_t b, bool add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %9, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, p, 1, 1, 0;\n}"
+// Waits for all of them; what `acc` holds is not looked at before.
+__device__ __forceinline__ void await_products(float (&acc)[32]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;"
+               : DSV4_ACC8(acc, 0), DSV4_ACC8(acc, 8), DSV4_ACC8(acc, 16), DSV4_ACC8(acc, 24)
+               :
+               : "memory");
+}
+
+// The weighted sum over heads as a warp's product: relu of 16 accumulators of 16 keys, as halves, by the weights (in
+// columns 0 and 1 what a half holds of them and what it leaves).
+__device__ __forceinline__ void weigh(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                      uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ uint32_t relu_halves(float low, float high) {

@@ -78,6 +78,7 @@ __device__ __forceinline__ float store_query(float (&x)[N], bool hadamard, uint8
           asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
         } else {
           asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
+          word = times_halves(word, kHalvesOf128);  // beside keys that are so much smaller
         }
         put(Keys::offset_of(dim + first), word);
       }
@@ -86,41 +87,58 @@ __device__ __forceinline__ float store_query(float (&x)[N], bool hadamard, uint8
   return scale;
 }
 
-// A token's queries and head weights (their scales included) into `rows` and `weights`, by kThreads threads. Heads that
-// the model lacks are zeros.
-template <class Keys, int kThreads>
-__device__ __forceinline__ void prepare(const IndexTopkParams& params, int token, uint8_t* rows, float* weights) {
-  constexpr int kLanes = kThreads / 64, N = kKeyDim / kLanes;
+// What a thread of kThreads reads of a token's queries, 128 * 64 / kThreads channels of a head, and the head's weight.
+// Heads that the model lacks are zeros.
+template <int kThreads>
+struct RawQuery {
+  static constexpr int kLanes = kThreads / 64, kChannels = kKeyDim / kLanes;
+  uint4 words[kChannels / 4];  // the first half of it if queries are bf16
+  float weight;
+};
+
+template <int kThreads>
+__device__ __forceinline__ RawQuery<kThreads> load_query(const IndexTopkParams& params, int token) {
+  constexpr int kLanes = RawQuery<kThreads>::kLanes, N = RawQuery<kThreads>::kChannels;
   const int head = threadIdx.x / kLanes, part = threadIdx.x % kLanes;
-  float x[N];
+  RawQuery<kThreads> raw;
 #pragma unroll
-  for (int i = 0; i < N; ++i) x[i] = 0.0f;
-  float weight = 0.0f;
+  for (int i = 0; i < N / 4; ++i) raw.words[i] = make_uint4(0u, 0u, 0u, 0u);
+  raw.weight = 0.0f;
   if (head < params.heads) {
     const int64_t row = static_cast<int64_t>(token) * params.heads + head, first = row * kKeyDim + part * N;
-    weight = params.head_weights[row];
-    if (params.element == Element::kFloat32) {
-      const auto* from = reinterpret_cast<const float4*>(static_cast<const float*>(params.queries) + first);
+    const bool floats = params.element == Element::kFloat32;
+    const auto* from =
+        reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(params.queries) + first * (floats ? 4 : 2));
 #pragma unroll
-      for (int i = 0; i < N / 4; ++i) {
-        const float4 v = from[i];
-        x[4 * i] = v.x, x[4 * i + 1] = v.y, x[4 * i + 2] = v.z, x[4 * i + 3] = v.w;
-      }
-    } else {
-      const auto* from = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(params.queries) + first);
+    for (int i = 0; i < N / 8; ++i) raw.words[i] = from[i];
+    if (floats) {
 #pragma unroll
-      for (int i = 0; i < N / 8; ++i) {
-        const uint4 v = from[i];
+      for (int i = N / 8; i < N / 4; ++i) raw.words[i] = from[i];
+    }
+    raw.weight = params.head_weights[row];
+  }
+  return raw;
+}
+
+// A token's queries and head weights (their scales included) into `rows` and `weights`, by kThreads threads.
+template <class Keys, int kThreads>
+__device__ __forceinline__ void prepare(const IndexTopkParams& params, const RawQuery<kThreads>& raw, uint8_t* rows,
+                                        float* weights) {
+  constexpr int kLanes = RawQuery<kThreads>::kLanes, N = RawQuery<kThreads>::kChannels;
+  const int head = threadIdx.x / kLanes, part = threadIdx.x % kLanes;
+  float x[N];
+  if (params.element == Element::kFloat32) {
 #pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          const uint32_t two = word_of(v, w);
-          x[8 * i + 2 * w] = __uint_as_float(two << 16), x[8 * i + 2 * w + 1] = __uint_as_float(two & 0xFFFF0000u);
-        }
-      }
+    for (int i = 0; i < N; ++i) x[i] = __uint_as_float(word_of(raw.words[i / 4], i % 4));
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      const uint32_t two = word_of(raw.words[i / 8], i % 8 / 2);
+      x[i] = __uint_as_float(two << 16), x[i + 1] = __uint_as_float(two & 0xFFFF0000u);
     }
   }
   const float scale = store_query<Keys, N>(x, params.hadamard, rows, head, part);
-  if (part == 0) weights[head] = weight * scale;
+  if (part == 0) weights[head] = raw.weight * scale;
 }
 
 // A token's, prepared once where several blocks want them.
@@ -138,7 +156,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
     prepare_kernel(const __grid_constant__ IndexTopkParams params, int first_token) {
   static_assert(sizeof(Prepared<Keys>) <= kPreparedBytes && sizeof(Prepared<Keys>) % 16 == 0);
   auto& to = reinterpret_cast<Prepared<Keys>*>(params.prepared)[blockIdx.x];
-  prepare<Keys, kPrepareThreads>(params, first_token + blockIdx.x, to.queries, to.weights);
+  const auto raw = load_query<kPrepareThreads>(params, first_token + blockIdx.x);
+  prepare<Keys, kPrepareThreads>(params, raw, to.queries, to.weights);
 }
 
 // Head weights as the second product's operand, by one warp; `scale` is a power of two that its sums are multiplied by.
@@ -160,10 +179,11 @@ __device__ __forceinline__ void store_weights(uint8_t* columns, float* scale, co
   float high_a, high_b;
   floats_from_halves(high, high_a, high_b);
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(low) : "f"((b - high_b) * kRestScale), "f"((a - high_a) * kRestScale));
-  // Row n (a column of the product) has 128 bytes, swizzled by 16.
+  // Word w has heads 2 w and 2 w + 1. Lane 4 n + c reads column n: words c, c + 4, c + 8 and so on, four at a time.
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
-    *reinterpret_cast<uint32_t*>(columns + n * 128 + ((4 * lane) ^ (n << 4))) = n == 0 ? high : n == 1 ? low : 0u;
+    const int to = lane / 16 * 512 + (4 * n + lane % 4) * 16 + lane / 4 % 4 * 4;
+    *reinterpret_cast<uint32_t*>(columns + to) = n == 0 ? high : n == 1 ? low : 0u;
   }
 }
 

@@ -2,7 +2,8 @@
 //
 // Keys are the rows of the product, 16 a warp; they go through shared memory into the registers that wgmma takes its
 // first operand from; a token's queries are the columns, in shared memory. The sum over heads is a second product, of
-// the relu'd sums as halves with the head weights; for bf16 keys, whose sums may exceed halves, it is fp32 arithmetic.
+// the relu'd sums as halves with the head weights, and a warp's own: for a warpgroup's, eight columns would take as
+// long as 64. For bf16 keys, whose sums may exceed halves, it is fp32 arithmetic.
 //
 // Threads: two warpgroups; every warp copies and multiplies for itself. Barriers: an mbarrier a stage and one for
 // prepared queries; __syncthreads only where queries change. Shared memory: `Shared`, 44 to 200 KB. Registers: 128 a
@@ -38,7 +39,7 @@ struct Shared {
   static constexpr int kGroup = S::kGroup, kStages = S::kStages;
   static constexpr int kStageBytes = S::kStageKeys * (Keys::kRowBytes + Keys::kScaleBytes);
   alignas(1024) uint8_t queries[kGroup][kQueryBytes<Keys>];
-  alignas(1024) uint8_t weights[kGroup][1024];  // 8 columns of 64 heads, the second product's operand; bf16: 64 floats
+  alignas(16) uint8_t weights[kGroup][1024];  // the second product's operand as lanes read it; bf16: 64 floats
   float weight_scale[kGroup];
   alignas(128) uint8_t stages[kWarpgroups * 4][kStages][kStageBytes];
   uint64_t full[kWarpgroups * 4][kStages];
@@ -57,44 +58,39 @@ __device__ __forceinline__ void put_weights(uint8_t* to, float* scale, const flo
 }
 
 // The sums over heads of a warp's keys row and row + 8, from what their products with the queries are; in the first of
-// the four lanes of a row.
-template <class Keys>
-__device__ __forceinline__ void sum_heads(float (&sums)[2], const float (&acc)[32], const uint8_t* weights, float scale,
-                                          int column) {
-  if constexpr (Keys::kPlain) {
-    const float* of_heads = reinterpret_cast<const float*>(weights) + 2 * column;
-    sums[0] = 0.0f, sums[1] = 0.0f;
+// the four lanes of a row. For bf16 keys.
+__device__ __forceinline__ void sum_floats(float (&sums)[2], const float (&acc)[32], const uint8_t* weights,
+                                           int column) {
+  const float* of_heads = reinterpret_cast<const float*>(weights) + 2 * column;
+  sums[0] = 0.0f, sums[1] = 0.0f;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+  for (int j = 0; j < 8; ++j) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float x = acc[4 * j + i];
-        sums[i / 2] = fmaf(of_heads[8 * j + i % 2], x < 0.0f ? 0.0f : x, sums[i / 2]);  // a NaN stays one
-      }
+    for (int i = 0; i < 4; ++i) {
+      const float x = acc[4 * j + i];
+      sums[i / 2] = fmaf(of_heads[8 * j + i % 2], x < 0.0f ? 0.0f : x, sums[i / 2]);  // a NaN stays one
     }
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-      sums[0] += __shfl_xor_sync(kAll, sums[0], step), sums[1] += __shfl_xor_sync(kAll, sums[1], step);
-    }
-  } else {
-    uint32_t halves[16];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      halves[2 * j] = relu_halves(acc[4 * j], acc[4 * j + 1]);
-      halves[2 * j + 1] = relu_halves(acc[4 * j + 2], acc[4 * j + 3]);
-    }
-    float products[4];
-    const uint64_t operand = descriptor(shared_address(weights));
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      const uint32_t a[4] = {halves[4 * step], halves[4 * step + 1], halves[4 * step + 2], halves[4 * step + 3]};
-      weigh(products, a, operand + step * 2, step > 0);
-    }
-    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
-    sums[0] = fmaf(products[1], 1.0f / kRestScale, products[0]) * scale;
-    sums[1] = fmaf(products[3], 1.0f / kRestScale, products[2]) * scale;
   }
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    sums[0] += __shfl_xor_sync(kAll, sums[0], step), sums[1] += __shfl_xor_sync(kAll, sums[1], step);
+  }
+}
+
+// For other keys, from those products as halves.
+__device__ __forceinline__ void sum_halves(float (&sums)[2], const uint32_t (&halves)[16], const uint8_t* weights,
+                                           float scale, int lane) {
+  float products[4] = {};
+#pragma unroll
+  for (int step = 0; step < 4; step += 2) {
+    const uint4 of_heads = load16(weights + 512 * (step / 2) + 16 * lane);
+    weigh(products, halves[4 * step], halves[4 * step + 1], halves[4 * step + 2], halves[4 * step + 3], of_heads.x,
+          of_heads.y);
+    weigh(products, halves[4 * step + 4], halves[4 * step + 5], halves[4 * step + 6], halves[4 * step + 7], of_heads.z,
+          of_heads.w);
+  }
+  sums[0] = fmaf(products[1], 1.0f / kRestScale, products[0]) * scale;
+  sums[1] = fmaf(products[3], 1.0f / kRestScale, products[2]) * scale;
 }
 
 // A block scores a share of the keys of kGroup neighbouring tokens: grid (shares, groups).
@@ -109,6 +105,9 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
             group = first_token + blockIdx.y * kGroup;
   const int warpgroup = warp / 4, column = lane % 4, row = lane / 4;
   [[maybe_unused]] const auto* prepared = reinterpret_cast<const Prepared<Keys>*>(params.prepared);
+  // On their way while pages are looked up.
+  [[maybe_unused]] RawQuery<kScoreThreads> raw_query;
+  if constexpr (!kPrepared) raw_query = load_query<kScoreThreads>(params, group);
   const int64_t layer = __ldg(params.layer);
   const int pages = layer >= 0 && layer < params.pool.layers ? static_cast<int>(params.pool.pages) : 0;
   const uint8_t* const keys_of_layer =
@@ -193,7 +192,7 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
       queries_parity ^= 1u;
     } else {
       __syncthreads();
-      prepare<Keys, kScoreThreads>(params, first, shared.queries[0], shared.raw_weights);
+      prepare<Keys, kScoreThreads>(params, raw_query, shared.queries[0], shared.raw_weights);
       __syncthreads();
       if (warp == 0) put_weights<Keys>(shared.weights[0], &shared.weight_scale[0], shared.raw_weights, lane);
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -201,55 +200,85 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
     }
 
     // Tile i: the keys `i % kTiles` of the warp's unit i / kTiles.
-    const auto load = [&](int i) {
+    struct Read {
+      typename Keys::Tile keys;
+      bool missing;
+    };
+    const auto read = [&](int i) {
       const int unit = used + i / kTiles, stage = unit % kStages;
       wait_barrier(full + stage, unit / kStages & 1);
       typename Keys::Raw raw;
       Keys::template load<S::kStageKeys>(raw, shared.stages[warp][stage], i % kTiles * kWarpKeys + row, column,
                                          params.pool.global_scale);
-      return typename Keys::Tile(raw, column, params.pool.global_scale);
+      return Read{typename Keys::Tile(raw, column, params.pool.global_scale), (missing_ring >> stage & 1u) != 0u};
     };
-    // One tile: its products with the queries of each token, while the tile behind it is read. `keys` are tile i's.
-    const auto score_tile = [&](const typename Keys::Tile& keys, typename Keys::Tile& next, int i) {
-      const bool missing = (missing_ring >> ((used + i / kTiles) % kStages) & 1u) != 0u;
-#pragma unroll 1
-      for (int token = 0; token < count; ++token) {
-        float acc[32];
-        const uint64_t queries = descriptor(shared_address(shared.queries[token]));
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-        for (int step = 0; step < Keys::kSteps; ++step) {
-          uint32_t a[4];
-          keys.words(step, a);
-          multiply<Keys>(acc, a, queries + (step / 4 * 8192 + step % 4 * 32) / 16, step > 0);
-        }
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        if (token == count - 1) {
-          if (i % kTiles == kTiles - 1) {
-            __syncwarp();  // all lanes have read the stage
-            fill(i / kTiles + kStages);
-          }
-          if (i + 1 < mine * kTiles) next = load(i + 1);
-        }
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        float sums[2];
-        sum_heads<Keys>(sums, acc, shared.weights[token], shared.weight_scale[token], column);
-        if (column == 0) {
-          const int unit = share + i / kTiles * shares;
-          const int key = unit * S::kUnitKeys + warp % 4 * S::kStageKeys + i % kTiles * kWarpKeys + row;
-          float* to = params.every_score + (static_cast<int64_t>(first + token - first_token) * params.capacity + key);
-          to[0] = missing ? __int_as_float(0x7FC00000) : sums[0] * keys.scale(0);
-          to[8] = missing ? __int_as_float(0x7FC00000) : sums[1] * keys.scale(1);
-        }
+    // Fills the stage of tile i again, if nothing else is in it, once products with the tile have begun: all lanes have
+    // what they read.
+    const auto refill = [&](int i) {
+      if (i % kTiles == kTiles - 1) {
+        __syncwarp();
+        fill(i / kTiles + kStages);
       }
     };
+    float acc[32];
+    // Starts the products of a tile with a token's queries.
+    const auto start = [&](const Read& tile, int token) {
+      const uint64_t queries = descriptor(shared_address(shared.queries[token]));
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+      for (int step = 0; step < Keys::kSteps; ++step) {
+        uint32_t a[4];
+        tile.keys.words(step, a);
+        multiply<Keys>(acc, a, queries + (step / 4 * 8192 + step % 4 * 32) / 16, step > 0);
+      }
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    };
+    // Waits for the products of a tile with a token, starts the next ones and stores the sums over heads.
+    const auto finish = [&](const Read& tile, int i, int token, const Read& next, int next_token) {
+      await_products(acc);
+      float sums[2];
+      const uint8_t* const weights = shared.weights[token];
+      if constexpr (Keys::kPlain) {
+        sum_floats(sums, acc, weights, column);
+        start(next, next_token);
+      } else {
+        uint32_t halves[16];
+#pragma unroll
+        for (int j = 0; j < 16; ++j) halves[j] = relu_halves(acc[2 * j], acc[2 * j + 1]);
+        // At once if there are registers for it.
+        constexpr bool kEarly = Keys::kBytes == 1;
+        if constexpr (kEarly) start(next, next_token);
+        sum_halves(sums, halves, weights, shared.weight_scale[token], lane);
+        if constexpr (!kEarly) start(next, next_token);
+      }
+      if (column == 0) {
+        const int unit = share + i / kTiles * shares;
+        const int key = unit * S::kUnitKeys + warp % 4 * S::kStageKeys + i % kTiles * kWarpKeys + row;
+        float* to = params.every_score + (static_cast<int64_t>(first + token - first_token) * params.capacity + key);
+        to[0] = tile.missing ? __int_as_float(0x7FC00000) : sums[0] * tile.keys.scale(0);
+        to[8] = tile.missing ? __int_as_float(0x7FC00000) : sums[1] * tile.keys.scale(1);
+      }
+    };
+    // Tile i with each token, while the tile behind it is read.
+    const auto score_tile = [&](const Read& tile, Read& next, int i) {
+      if constexpr (kGroup > 1) {
+#pragma unroll 1
+        for (int token = 0; token < count - 1; ++token) finish(tile, i, token, tile, token + 1);
+      }
+      if (i + 1 < mine * kTiles) next = read(i + 1);
+      finish(tile, i, count - 1, next, 0);  // behind the last tile its products are those of an old one, for nobody
+      if (i + 1 < mine * kTiles) refill(i + 1);
+    };
     if (mine > 0) {
-      typename Keys::Tile one = load(0), other = one;
+      Read one = read(0), other = one;
+      start(one, 0);
+      refill(0);
 #pragma unroll 1
       for (int i = 0; i < mine * kTiles; i += 2) {
         score_tile(one, other, i);
         if (i + 1 < mine * kTiles) score_tile(other, one, i + 1);
       }
+      await_products(acc);
     }
     used += mine;
   }
