@@ -171,7 +171,7 @@ def _displaced(shape: StepShape, formats: CacheFormats, size: int) -> Displaced:
     """What `update` saves of a chunk of one request."""
     (start,), (end,) = shape.starts, shape.ends
     format, rows = formats.window_format, displaced_rows(PlanLayout(shape.tokens, 1), size)
-    return Displaced(stored_pages(format, rows, 1)[None], jnp.arange(start - size + 1, end, dtype="i4"))
+    return Displaced(jnp.asarray(stored_pages(format, rows, 1)[None]), jnp.arange(start - size + 1, end, dtype="i4"))
 
 
 def index_topk(

@@ -6,6 +6,7 @@ What kernels take depends on what they read: products of noise bytes as scales a
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from dsv4_jax.layout.formats import VectorFormat
 _WINDOWS = 64
 
 
-def filled_pool(format: VectorFormat, rows: int, layers: int, table: NDArray[np.int32], seed: int = 0) -> jax.Array:
+def filled_pool(format: VectorFormat, rows: int, layers: int, table: NDArray[np.int32]) -> jax.Array:
     """A pool whose blocks are shared out by a table: each slot's pages differ, those of other slots and layers recur.
 
     Args:
@@ -26,7 +27,6 @@ def filled_pool(format: VectorFormat, rows: int, layers: int, table: NDArray[np.
       rows: of a page.
       layers: of the pool.
       table: [slots, blocks of a slot], every block of the pool once.
-      seed: of the rows.
 
     Returns:
       [layers, blocks, *page of `rows` rows].
@@ -34,29 +34,25 @@ def filled_pool(format: VectorFormat, rows: int, layers: int, table: NDArray[np.
     slots, blocks = table.shape
     order = np.empty(table.size, np.int32)
     order[table] = np.arange(blocks) + 5 * np.arange(slots)[:, None]
-    return _repeated(stored_pages(format, rows, blocks, seed), order, layers)
+    return _repeated(stored_pages(format, rows, blocks), order, layers)
 
 
-def filled_window(format: VectorFormat, ring: int, layers: int, slots: int, seed: int = 0) -> jax.Array:
+def filled_window(format: VectorFormat, ring: int, layers: int, slots: int) -> jax.Array:
     """The window rows of all slots, [layers, slots, *page of `ring` rows]; those of every 64th slot are alike."""
-    return _repeated(stored_pages(format, ring, min(slots, _WINDOWS), seed), np.arange(slots, dtype=np.int32), layers)
+    return _repeated(stored_pages(format, ring, min(slots, _WINDOWS)), np.arange(slots, dtype=np.int32), layers)
 
 
-def stored_pages(format: VectorFormat, rows: int, count: int, seed: int = 0) -> jax.Array:
-    """So many pages of normal numbers, [count, *page of `rows` rows]."""
-    return _stored_pages(format, rows, count, np.uint32(seed))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _stored_pages(format: VectorFormat, rows: int, count: int, seed: jax.Array) -> jax.Array:
-    page = ops.quantize(jax.random.normal(jax.random.key(seed), (count * rows, format.width)), format=format)
+@functools.lru_cache(maxsize=8)
+def stored_pages(format: VectorFormat, rows: int, count: int) -> NDArray[Any]:
+    """So many pages of normal numbers, [count, *page of `rows` rows], on the host."""
+    values = np.random.default_rng(0).standard_normal((count * rows, format.width), np.float32)
+    page = np.asarray(ops.quantize(jnp.asarray(values), format=format))
     if not format.quantized:
         return page.reshape(count, rows, format.width)
     # One page of all rows: data of all, then scales of all.
-    sizes = count * rows * format.data_bytes, count * rows * format.row_bytes
-    data, scales = (part.reshape(count, -1) for part in jnp.split(page[: sizes[1]], [sizes[0]]))
-    padding = format.page_bytes(rows) - rows * format.row_bytes
-    return jnp.pad(jnp.concatenate([data, scales], axis=1), ((0, 0), (0, padding)))
+    data, scales, _ = np.split(page, [count * rows * format.data_bytes, count * rows * format.row_bytes])
+    padding = np.zeros((count, format.page_bytes(rows) - rows * format.row_bytes), np.uint8)
+    return np.concatenate([data.reshape(count, -1), scales.reshape(count, -1), padding], axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=2)

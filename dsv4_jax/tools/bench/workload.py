@@ -232,11 +232,11 @@ def noisy_cache(schema: CacheSchema) -> Cache:
         if name == "block_table":
             arrays[name] = jnp.asarray(table)
         elif name == "window":
-            arrays[name] = filled_window(formats.window_format, schema.ring, array.shape[0], schema.slots, seed)
+            arrays[name] = filled_window(formats.window_format, schema.ring, array.shape[0], schema.slots)
         elif name in schema.block_pools:
             kind, component = name.split("_")
             rows = entries_per_block(LayerKind(kind).ratio)
-            arrays[name] = filled_pool(by_component[component], rows, array.shape[0], table, seed)
+            arrays[name] = filled_pool(by_component[component], rows, array.shape[0], table)
         else:
             arrays[name] = noise(array.shape, array.dtype, seed)
     pools = {name: arrays[name] for name in schema.pools}
