@@ -13,7 +13,7 @@ from implementations import IMPLEMENTATIONS, ops_of
 
 from dsv4_jax import OperandError, Rotary, ops
 from dsv4_jax.layout.formats import ENTRY_FORMATS, WINDOW_FORMATS
-from dsv4_jax.ops.attend.api import parts_of_token
+from dsv4_jax.ops.attend.api import Split, split_of_token
 from dsv4_jax.ops.attend.operands import Displaced
 from dsv4_jax.ops.operands import Window
 
@@ -178,12 +178,22 @@ def test_a_million_tokens(device, rng, window_name, entries_name, requests):
     jax.tree.map(np.testing.assert_array_equal, attended, again)
 
 
-def test_how_many_parts():
-    assert parts_of_token(1, 64, 128, 8192) == 7
-    assert parts_of_token(2, 64, 128, 8192) == parts_of_token(1, 128, 128, 8192) == 3
-    assert parts_of_token(8, 64, 128, 8192) == 1  # eight clusters already
-    assert parts_of_token(1, 64, 128, 2048) == 2
-    assert parts_of_token(1, 64, 128, 1024) == 1  # few rows
+@pytest.mark.parametrize(
+    ("tokens", "heads", "count", "split"),
+    [
+        (1, 64, 512, Split(16, 1)),
+        (1, 64, 0, Split(2, 1)),  # the window's two tiles
+        (8, 64, 512, Split(8, 1)),  # seven clusters of 16 blocks run at once
+        (64, 64, 512, Split(2, 1)),
+        (67, 64, 512, Split(1, 1)),
+        (64, 128, 1024, Split(1, 1)),
+        (1, 64, 8192, Split(16, 5)),  # 130 tiles: two for each of 80 blocks
+        (8, 64, 8192, Split(2, 8)),
+        (64, 64, 8192, Split(2, 1)),
+    ],
+)
+def test_how_a_token_is_split(tokens, heads, count, split):
+    assert split_of_token(tokens, heads, 128, count) == split
 
 
 @pytest.mark.parametrize(

@@ -14,28 +14,34 @@ struct AttendedRows {
   int token;
   int slot;
   int position;
-  int window;   // window rows that may exist: positions position - window + 1 .. position
-  int entries;  // entries to look at: the chosen ones, or 0 .. entries - 1
-  int visible;  // entry ids below this are visible
+  int ring_row;  // where the ring has the row of `position`
+  int window;    // window rows that may exist: positions position - window + 1 .. position
+  int entries;   // entries to look at: the chosen ones, or 0 .. entries - 1
+  int visible;   // entry ids below this are visible
 };
 
-// Whether later tokens of the step took the place of window rows that a token sees. A step whose requests bring no more
-// tokens than the ring has rows to spare need not look any further than that.
+// Whether later tokens of the step may have taken the place of window rows that a token sees: not in a step whose
+// requests bring no more tokens than the ring has rows to spare.
+DSV4_HOST_DEVICE bool may_lack_rows(const AttendParams& params) {
+  return params.displaced.data == nullptr && *params.plan.longest() > params.window.rows - params.window_size + 1;
+}
+
 DSV4_HOST_DEVICE bool lacks_rows(const AttendParams& params, int index, int position) {
-  if (params.displaced.data != nullptr || *params.plan.longest() <= params.window.rows - params.window_size + 1) {
-    return false;
-  }
   const Token token = token_at(params.plan, index, static_cast<int>(params.window.pages));
   const int first = position < params.window_size ? 0 : position - params.window_size + 1;
   return token.valid && token.next - params.window.rows > first;
 }
 
 DSV4_HOST_DEVICE AttendedRows attended_rows(const AttendParams& params, int token) {
-  AttendedRows rows{false, false, token, params.plan.token_slot()[token], params.plan.token_position()[token], 0, 0, 0};
+  // Three loads at once.
+  const bool may_lack = may_lack_rows(params);
+  AttendedRows rows{false, false, token, params.plan.token_slot()[token], params.plan.token_position()[token], 0,
+                    0,     0,     0};
   rows.valid = rows.slot >= 0 && rows.slot < params.window.pages && rows.position >= 0;
-  rows.lacking = rows.valid && lacks_rows(params, token, rows.position);
+  rows.lacking = rows.valid && may_lack && lacks_rows(params, token, rows.position);
   rows.valid = rows.valid && !rows.lacking;
   if (!rows.valid) return rows;
+  rows.ring_row = rows.position % params.window.rows;
   rows.window = rows.position < params.window_size ? rows.position + 1 : params.window_size;
   if (params.entries.data != nullptr) {
     rows.visible = (rows.position + 1) / params.ratio;
@@ -56,13 +62,19 @@ DSV4_HOST_DEVICE int window_position(const AttendedRows& rows, int number) {
   return rows.position - rows.window + 1 + number;
 }
 
+// Its row of the ring, which is no smaller than the window.
+DSV4_HOST_DEVICE int window_row(const AttendParams& params, const AttendedRows& rows, int number) {
+  const int row = rows.ring_row - (rows.window - 1 - number);
+  return row < 0 ? row + params.window.rows : row;
+}
+
 DSV4_HOST_DEVICE void look_up_first(const AttendParams& params, const AttendedRows& rows, bool in_window, int number,
                                     Lookup& lookup) {
   lookup.first = -1;
   if (in_window) {
     const int64_t layer = *params.window_layer;
     if (number >= rows.window || layer < 0 || layer >= params.window.layers) return;
-    const int row = window_position(rows, number) % params.window.rows;
+    const int row = window_row(params, rows, number);
     lookup.first = params.window_positions[(layer * params.window.pages + rows.slot) * params.window.rows + row];
   } else if (number < rows.entries) {
     lookup.first =
@@ -101,7 +113,7 @@ DSV4_HOST_DEVICE EntryPlace look_up_third(const AttendParams& params, const Atte
   if (number >= rows.window) return {nullptr, 0};
   if (lookup.first == position) {
     const int64_t page = *params.window_layer * params.window.pages + rows.slot;
-    return {params.window.data + page * params.window.page_bytes, position % params.window.rows};
+    return {params.window.data + page * params.window.page_bytes, window_row(params, rows, number)};
   }
   if (lookup.second == position) return {params.displaced.data, displaced_row(params, rows, position)};
   return {nullptr, 0};

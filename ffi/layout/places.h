@@ -14,14 +14,17 @@ struct EntryPlace {
 
 // The block that holds an entry of a slot; below 0 where there is none.
 DSV4_HOST_DEVICE int block_of_entry(const Pool& pool, const BlockTable& table, int64_t slot, int entry) {
-  const int index = entry / pool.rows;
-  if (slot < 0 || slot >= table.slots || entry < 0 || index >= table.max_blocks) return -1;
+  if (slot < 0 || slot >= table.slots || entry < 0) return -1;
+  const int index = static_cast<int>(static_cast<unsigned>(entry) / static_cast<unsigned>(pool.rows));
+  if (index >= table.max_blocks) return -1;
   return table.data[slot * table.max_blocks + index];
 }
 
+// An entry that is there, in a block that a table names.
 DSV4_HOST_DEVICE EntryPlace place_in_block(const Pool& pool, int64_t layer, int64_t block, int entry) {
   if (layer < 0 || layer >= pool.layers || block < 0 || block >= pool.pages) return {nullptr, 0};
-  return {pool.data + (layer * pool.pages + block) * pool.page_bytes, entry % pool.rows};
+  return {pool.data + (layer * pool.pages + block) * pool.page_bytes,
+          static_cast<int>(static_cast<unsigned>(entry) % static_cast<unsigned>(pool.rows))};
 }
 
 DSV4_HOST_DEVICE EntryPlace place_of_entry(const Pool& pool, const BlockTable& table, int64_t layer, int64_t slot,

@@ -211,6 +211,8 @@ struct UpdateParams {
   const int32_t* kind_layer;  // the layer's index among those of its kind
 };
 
+constexpr int kAttendedHeads = 64;  // that a block of attention's Hopper kernel takes
+
 // Attention of a step's tokens over rows as they are stored: window rows, then entries. Keys and values are the same.
 struct AttendParams {
   Pool window;                      // [layers, slots, page(ring)]
@@ -243,8 +245,10 @@ struct AttendParams {
   Element output_element;
   float* lse;  // [tokens, heads], natural, without the sink; -inf where nothing is seen
 
-  // Workspace for few tokens with many rows: a token's rows are shared by `parts` clusters, which are merged
-  // afterwards.
+  // Workspace for few tokens: a token's rows are shared by the blocks of a cluster, and if they are many, by `parts`
+  // clusters, which are merged afterwards.
+  int blocks;          // of a cluster: 1, 2, 4, 8 or 16
+  float* block_sums;   // [clusters, blocks, 64 heads, 512]; two blocks or one need none
   int parts;           // 1: none
   float* part_rows;    // [parts, tokens, heads, 512] sums in units of the part's maximum
   float* part_shares;  // [parts, tokens, heads, 2] maximum (base 2) and sum of the part's softmax

@@ -38,16 +38,16 @@
     "window positions displaced displaced_positions", "tokens requests size codec")                                  \
   X(attend_window, attend, AttendParams,                                                                             \
     "window positions displaced displaced_positions queries sinks cos sin plan layer",                               \
-    "window positions output lse part_rows part_shares", "tokens requests size scale window_codec")                  \
+    "window positions output lse block_sums part_rows part_shares", "tokens requests size scale window_codec")       \
   X(attend_entries, attend, AttendParams,                                                                            \
     "window positions displaced displaced_positions entries block_table indices queries sinks cos sin plan layer "   \
     "kind_layer",                                                                                                    \
-    "window positions entries output lse part_rows part_shares",                                                     \
+    "window positions entries output lse block_sums part_rows part_shares",                                          \
     "tokens requests size ratio scale window_codec entry_codec entry_global_scale")                                  \
   X(attend_all_entries, attend, AttendParams,                                                                        \
     "window positions displaced displaced_positions entries block_table queries sinks cos sin plan layer "           \
     "kind_layer",                                                                                                    \
-    "window positions entries output lse part_rows part_shares",                                                     \
+    "window positions entries output lse block_sums part_rows part_shares",                                          \
     "tokens requests size ratio count scale window_codec entry_codec entry_global_scale")                            \
   X(update_swa, update, UpdateParams, "window positions rows row_norm_weight row_cos row_sin plan layer",            \
     "window positions", "tokens requests eps window_codec")                                                          \

@@ -42,7 +42,7 @@ from dsv4_jax.spec.rotary import Rotary
 
 _WINDOW = "window positions displaced displaced_positions"
 _QUERIES = "queries sinks cos sin plan layer"
-_RESULTS = "output lse part_rows part_shares"
+_RESULTS = "output lse block_sums part_rows part_shares"
 _ATTEND_WINDOW = signature(
     "attend_window",
     f"{_WINDOW} {_QUERIES}",
@@ -62,8 +62,11 @@ _ATTEND_ALL_ENTRIES = signature(
     "tokens requests size ratio count scale window_codec entry_codec entry_global_scale",
 )
 
-# How kernels for Hopper share a token: tiles of rows for 64 heads, blocks of a cluster, clusters that run at once.
-_TILE_ROWS, _TILE_HEADS, _CLUSTER, _CLUSTERS = 64, 64, 16, 7
+# How kernels for Hopper share a token: tiles of rows for 64 heads, and how many clusters an H200 runs at once, by their
+# blocks. What merging parts costs, in the time of tiles: the launch, and each part.
+_TILE_ROWS, _TILE_HEADS = 64, 64
+_CLUSTERS_AT_ONCE = {16: 7, 8: 15, 4: 30, 2: 66, 1: 132}
+_MERGE_TILES, _PART_TILES = 3.0, 0.1
 
 
 def attend_window(
@@ -199,15 +202,27 @@ def attend_all_entries(
     return _attend(given, _Asked(op, implementation, window_format, size, scale, dtype, entry_format, ratio, count))
 
 
-def parts_of_token(tokens: int, heads: int, size: int, count: int) -> int:
-    """In how many parts the rows of a token are attended to, merged afterwards: 1 unless tokens are few and rows many.
+class Split(NamedTuple):
+    """How a token's rows are shared: by the blocks of a cluster, and where they are many by parts, a cluster each."""
 
-    One cluster takes a token's rows of 64 heads. Where that leaves most of an H200 idle and a cluster has more than two
-    tiles for each of its blocks, several take parts of them.
-    """
+    blocks: int
+    parts: int
+
+
+def split_of_token(tokens: int, heads: int, size: int, count: int) -> Split:
+    """The split that leaves a block the fewest tiles of rows, of those whose clusters all run at once on an H200."""
     tiles = -(-size // _TILE_ROWS) - (-count // _TILE_ROWS)
     clusters = tokens * -(-heads // _TILE_HEADS)
-    return max(1, min(_CLUSTERS // clusters, tiles // _CLUSTER)) if tiles > 2 * _CLUSTER else 1
+
+    def split(parts: int) -> Split:
+        fits = (n for n, at_once in _CLUSTERS_AT_ONCE.items() if parts * clusters <= at_once and n < 2 * tiles)
+        return Split(max(fits, default=1), parts)
+
+    def cost(split: Split) -> float:
+        merging = 0 if split.parts == 1 else _MERGE_TILES + split.parts * _PART_TILES
+        return -(-tiles // (split.parts * split.blocks)) + merging
+
+    return min(map(split, range(1, max(1, _CLUSTERS_AT_ONCE[1] // clusters) + 1)), key=cost)
 
 
 class _Given(NamedTuple):
@@ -343,13 +358,15 @@ def _operands(given: _Given) -> dict[str, Any]:
 
 
 def _results(queries: jax.Array, asked: _Asked) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """What is made: the output, its lse, and the workspace of parts, without elements where there is one."""
+    """What is made: the output, its lse, and workspace of a cluster's blocks and of parts, where there are several."""
     tokens, heads, _ = jnp.shape(queries)
-    parts = parts_of_token(tokens, heads, asked.size, asked.entries)
+    blocks, parts = split_of_token(tokens, heads, asked.size, asked.entries)
+    clusters = parts * tokens * -(-heads // _TILE_HEADS) if blocks > 2 else 0
     parts = 0 if parts == 1 else parts
     return {
         "output": ((tokens, heads, HEAD_DIM), asked.dtype),
         "lse": ((tokens, heads), jnp.float32),
+        "block_sums": ((clusters, blocks, _TILE_HEADS, HEAD_DIM), jnp.float32),
         "part_rows": ((parts, tokens, heads, HEAD_DIM), jnp.float32),
         "part_shares": ((parts, tokens, heads, 2), jnp.float32),
     }

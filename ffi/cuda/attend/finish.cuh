@@ -1,4 +1,5 @@
-// From sums over a block's keys to the output: the blocks of a cluster exchange what they have, each finishes its own
+// From sums over a block's keys to the output. Two blocks of a cluster send each other half of their sums; more than
+// two leave them in global memory, which is faster than the way between their shared memories. Each finishes its own
 // columns for all heads.
 #pragma once
 
@@ -12,8 +13,11 @@ __device__ __forceinline__ float log_of_sum(float peak, float total) {
   return total > 0.0f ? (peak + log2f(total)) * 0.6931471805599453f : -INFINITY;
 }
 
-__device__ __forceinline__ float sink_of_head(const AttendParams& params, int head, float peak) {
-  return params.sinks == nullptr ? 0.0f : exp2f(params.sinks[head] * kLog2E - peak);
+// What a head's sink adds to its sum, in units of the peak.
+__device__ __forceinline__ float share_of_sink(float sink, float peak) { return exp2f(sink * kLog2E - peak); }
+
+__device__ __forceinline__ float sink_of_head(const AttendParams& params, int head) {
+  return params.sinks == nullptr || head >= params.heads ? -INFINITY : __ldg(params.sinks + head);
 }
 
 // Warpgroup 0 tells every block its part of the softmax.
@@ -28,8 +32,8 @@ __device__ __forceinline__ void publish(const Shared& shared, int rank, int bloc
   }
   if (blocks > 1) cluster_wait();
   for (int there = lane % 4; there < blocks; there += 4) {
-    store_there(in_block(shared.share(rank, row), there), peak[0], total[0]);
-    store_there(in_block(shared.share(rank, row + 8), there), peak[1], total[1]);
+    store_there(in_block(shared.share_at(rank, row), there), peak[0], total[0]);
+    store_there(in_block(shared.share_at(rank, row + 8), there), peak[1], total[1]);
   }
 }
 
@@ -39,10 +43,8 @@ struct Destination {
   int part;
   int token;
   int first_head;
+  int cluster;  // of all
 
-  __device__ __forceinline__ int bytes(const AttendParams& params) const {
-    return partial || params.output_element == Element::kFloat32 ? 4 : 2;
-  }
   __device__ __forceinline__ int64_t row(const AttendParams& params, int head) const {
     const int64_t token_row = partial ? static_cast<int64_t>(part) * params.plan.tokens + token : token;
     return token_row * params.heads + first_head + head;
@@ -52,30 +54,41 @@ struct Destination {
   }
 };
 
-// What this block's sums of one head are multiplied by.
-__device__ __forceinline__ float factor_of_row(const AttendParams& params, const Shared& shared, const Destination& to,
-                                               int rank, int blocks, int row, bool tells) {
-  float peak = -INFINITY;
-  for (int block = 0; block < blocks; ++block) {
-    peak = fmaxf(peak, Shared::pointer<float2>(shared.share(block, row))->x);
+__device__ __forceinline__ Destination destination(const AttendParams& params, int token, int first_head, int blocks) {
+  const int part = static_cast<int>(blockIdx.x) / blocks;
+  const int groups = gridDim.z, cluster = (part * params.plan.tokens + token) * groups + static_cast<int>(blockIdx.z);
+  return {params.parts > 1, part, token, first_head, cluster};
+}
+
+// What each block's sums of a head are multiplied by, in place of its share of the softmax; by warpgroups 0 and 1, four
+// threads to a head. Tells lse, or a part's share.
+__device__ __forceinline__ void weigh_blocks(const AttendParams& params, const Shared& shared, const Destination& to,
+                                             int rank, int blocks, float sink) {
+  const int row = threadIdx.x / 4, first = threadIdx.x % 4, head = to.first_head + row;
+  float peak = -INFINITY, total = 0.0f;
+  for (int block = first; block < blocks; block += 4) peak = fmaxf(peak, shared.share(block, row)->x);
+  peak = fmaxf(peak, __shfl_xor_sync(kAll, peak, 1));
+  peak = fmaxf(peak, __shfl_xor_sync(kAll, peak, 2));
+  const float base = peak > -INFINITY ? peak : 0.0f;
+  for (int block = first; block < blocks; block += 4) {
+    const float2 share = *shared.share(block, row);
+    total = fmaf(share.y, exp2f(share.x - base), total);
   }
-  float total = 0.0f, mine = 0.0f;
-  if (peak > -INFINITY) {
-    for (int block = 0; block < blocks; ++block) {
-      const float2 share = *Shared::pointer<float2>(shared.share(block, row));
-      const float factor = exp2f(share.x - peak);
-      total += share.y * factor;
-      if (block == rank) mine = factor;
-    }
-  }
-  const int head = to.first_head + row;
-  if (head >= params.heads) return 0.0f;
+  total += __shfl_xor_sync(kAll, total, 1);
+  total += __shfl_xor_sync(kAll, total, 2);
+  const bool exists = head < params.heads, tells = exists && rank == 0 && first == 0;
+  float normalizer = total > 0.0f ? 1.0f : 0.0f;
   if (to.partial) {
     if (tells) reinterpret_cast<float2*>(params.part_shares)[to.row(params, row)] = float2{peak, total};
-    return mine;
+  } else {
+    if (tells) params.lse[to.row(params, row)] = log_of_sum(peak, total);
+    if (exists && total > 0.0f) normalizer = 1.0f / (total + share_of_sink(sink, peak));
   }
-  if (tells) params.lse[to.row(params, row)] = log_of_sum(peak, total);
-  return total > 0.0f ? mine / (total + sink_of_head(params, head, peak)) : 0.0f;
+  for (int block = first; block < blocks; block += 4) {
+    float2* share = shared.share(block, row);
+    share->x = exp2f(share->x - base) * normalizer;
+  }
+  meet(2, 256);
 }
 
 // Eight columns of the output, those of a quad: two of row `row` and two of row `row` + 8.
@@ -83,94 +96,145 @@ struct Columns {
   float x[4];
 };
 
-// Rotates columns back by the token's position if they are RoPE's. `eight` is which eight of the 512.
-__device__ __forceinline__ void rotate_back(const AttendParams& params, int token, int eight, int pair, Columns& part) {
-  constexpr int kFirst = (kHeadDim - kRopeDim) / 8;
-  if (params.cos == nullptr || eight < kFirst) return;
-  const int angle = token * (kRopeDim / 2) + (eight - kFirst) * 4 + pair;
-  const float cos = params.cos[angle], sin = params.sin[angle];
-  part = {{part.x[0] * cos + part.x[1] * sin, part.x[1] * cos - part.x[0] * sin, part.x[2] * cos + part.x[3] * sin,
-           part.x[3] * cos - part.x[2] * sin}};
-}
+// The angle by which columns are rotated back if they are RoPE's. `eight` is which eight of the 512.
+struct Angle {
+  float cos = 1.0f, sin = 0.0f;
 
-// Output rows in shared memory, `pitch` bytes each, and from there to the output by the copy engine.
-struct OutputRows {
-  uint32_t start;
-  int columns;
-  int bytes;  // of a number
-
-  __device__ __forceinline__ int pitch() const { return columns * bytes + 16; }
-  __device__ __forceinline__ void put(int row, int column, const Columns& part) const {
-    const uint32_t to = start + row * pitch() + column * bytes;
-    if (bytes == 2) {
-      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(two_bfloat16(part.x[0], part.x[1])) : "memory");
-      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + 8 * pitch()), "r"(two_bfloat16(part.x[2], part.x[3]))
-                   : "memory");
-    } else {
-      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(part.x[0]), "f"(part.x[1]) : "memory");
-      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to + 8 * pitch()), "f"(part.x[2]), "f"(part.x[3])
-                   : "memory");
-    }
+  __device__ __forceinline__ Angle() = default;
+  __device__ __forceinline__ Angle(const AttendParams& params, const Destination& to, int eight, int pair) {
+    constexpr int kFirst = (kHeadDim - kRopeDim) / 8;
+    if (to.partial || params.cos == nullptr || eight < kFirst) return;
+    const int angle = to.token * (kRopeDim / 2) + (eight - kFirst) * 4 + pair;
+    cos = __ldg(params.cos + angle), sin = __ldg(params.sin + angle);
   }
-  __device__ __forceinline__ void send(const AttendParams& params, const Destination& to, int first_column,
-                                       int thread) const {
-    if (thread >= kTileHeads || to.first_head + thread >= params.heads) return;
-    const int64_t place = to.row(params, thread) * kHeadDim + first_column;
-    bulk_store(to.rows(params) + place * bytes, start + thread * pitch(), columns * bytes);
-    wait_for_bulk_stores();
+  __device__ __forceinline__ void rotate_back(Columns& part) const {
+    if (cos == 1.0f && sin == 0.0f) return;  // infinity times 0 is none
+    part = {{part.x[0] * cos + part.x[1] * sin, part.x[1] * cos - part.x[0] * sin, part.x[2] * cos + part.x[3] * sin,
+             part.x[3] * cos - part.x[2] * sin}};
   }
 };
 
-// One block alone, or the warpgroup of two blocks that has received the other block's sums.
-__device__ __forceinline__ void store_half(const AttendParams& params, const Destination& to, int half, uint32_t start,
-                                           const float (&sum)[128], const float (&factor)[2]) {
-  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const OutputRows rows{start, kHeadDim / 2, to.bytes(params)};
-#pragma unroll
-  for (int j = 0; j < 32; ++j) {
-    Columns part{
-        {sum[4 * j] * factor[0], sum[4 * j + 1] * factor[0], sum[4 * j + 2] * factor[1], sum[4 * j + 3] * factor[1]}};
-    if (!to.partial) rotate_back(params, to.token, half * 32 + j, lane % 4, part);
-    rows.put(warp * 16 + lane / 4, 8 * j + lane % 4 * 2, part);
+// Output rows of so many columns in shared memory, numbers of kBytes bytes, a little apart; and from there to the
+// output 16 bytes at a time.
+template <int kColumns, int kBytes>
+struct OutputRows {
+  static constexpr int kPitch = kColumns * kBytes + 16;
+  static constexpr int kUnits = kColumns * kBytes / 16;
+  uint32_t start;
+
+  __device__ __forceinline__ void put(int row, int column, const Columns& part) const {
+    const uint32_t to = start + row * kPitch + column * kBytes;
+    if constexpr (kBytes == 2) {
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(two_bfloat16(part.x[0], part.x[1])) : "memory");
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + 8 * kPitch), "r"(two_bfloat16(part.x[2], part.x[3]))
+                   : "memory");
+    } else {
+      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(part.x[0]), "f"(part.x[1]) : "memory");
+      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to + 8 * kPitch), "f"(part.x[2]), "f"(part.x[3])
+                   : "memory");
+    }
   }
-  fence_async();
-  meet(3 + half, 128);
-  rows.send(params, to, half * (kHeadDim / 2), threadIdx.x % 128);
+  template <int kSenders>
+  __device__ __forceinline__ void send(const AttendParams& params, const Destination& to, int first_column,
+                                       int thread) const {
+    const int units = min(kTileHeads, params.heads - to.first_head) * kUnits;
+    uint8_t* const out = to.rows(params) + (to.row(params, 0) * kHeadDim + first_column) * kBytes;
+#pragma unroll 4
+    for (int i = thread; i < units; i += kSenders) {
+      const int row = i / kUnits, unit = i % kUnits;
+      const uint4 x = *Shared::pointer<uint4>(start + row * kPitch + unit * 16);
+      *reinterpret_cast<uint4*>(out + row * (kHeadDim * kBytes) + unit * 16) = x;
+    }
+  }
+};
+
+// Calls `store(bytes of a number of the output)`.
+template <class Store>
+__device__ __forceinline__ void with_bytes(const AttendParams& params, const Destination& to, Store&& store) {
+  if (to.partial || params.output_element == Element::kFloat32) {
+    store(std::integral_constant<int, 4>{});
+  } else {
+    store(std::integral_constant<int, 2>{});
+  }
 }
 
-// Four blocks or more: each takes the sums of 512 / kBlocks columns from all.
-template <int kBlocks>
-__device__ __forceinline__ void exchange(const AttendParams& params, const Shared& shared, const Destination& to,
-                                         int rank, int half, const float (&sum)[128], const float (&factor)[2]) {
-  constexpr int kEights = 64 / kBlocks;  // eights of columns for a block
+// One block alone, or the warpgroup of two blocks that has received the other block's sums.
+__device__ __forceinline__ void store_half(const AttendParams& params, const Shared& shared, const Destination& to,
+                                           int half, bool alone, const float (&sum)[128], const float (&factor)[2]) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  constexpr int kRopeEights = kRopeDim / 8;
+  Angle angles[kRopeEights];  // of the last eights, loaded at once
+#pragma unroll
+  for (int i = 0; i < kRopeEights; ++i) angles[i] = {params, to, half * 32 + 32 - kRopeEights + i, lane % 4};
+  with_bytes(params, to, [&](auto bytes) {
+    using Rows = OutputRows<kHeadDim / 2, bytes>;
+    const Rows rows{shared.output() + (alone ? half * kTileHeads * Rows::kPitch : 0)};
+#pragma unroll
+    for (int j = 0; j < 32; ++j) {
+      Columns part{
+          {sum[4 * j] * factor[0], sum[4 * j + 1] * factor[0], sum[4 * j + 2] * factor[1], sum[4 * j + 3] * factor[1]}};
+      if (j >= 32 - kRopeEights) angles[j - 32 + kRopeEights].rotate_back(part);
+      rows.put(warp * 16 + lane / 4, 8 * j + lane % 4 * 2, part);
+    }
+    meet(3 + half, 128);
+    rows.template send<128>(params, to, half * (kHeadDim / 2), threadIdx.x % 128);
+  });
+}
+
+// Where a block leaves its sums: [eight columns of 64][128 threads], each thread's four of both rows side by side.
+__device__ __forceinline__ float4* sums_of_block(const AttendParams& params, const Destination& to, int rank,
+                                                 int blocks) {
+  return reinterpret_cast<float4*>(params.block_sums) + (static_cast<int64_t>(to.cluster) * blocks + rank) * (64 * 128);
+}
+
+__device__ __forceinline__ void leave_sums(float4* to, int half, const float (&sum)[128]) {
   const int thread = threadIdx.x % 128;
 #pragma unroll
-  for (int i = 0; i < kBlocks / 2; ++i) {
-    const uint32_t there = in_block(shared.parts(), half * (kBlocks / 2) + i);
-#pragma unroll
-    for (int b = 0; b < kEights; ++b) {
-      const int j = i * kEights + b;
-      store_there(there + ((rank * kEights + b) * 128 + thread) * 16, sum[4 * j] * factor[0],
-                  sum[4 * j + 1] * factor[0], sum[4 * j + 2] * factor[1], sum[4 * j + 3] * factor[1]);
-    }
+  for (int j = 0; j < 32; ++j) {
+    __stcg(to + (half * 32 + j) * 128 + thread, float4{sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]});
   }
+}
+
+// Four blocks or more: each takes the sums of 512 / kBlocks columns from all that saw any row.
+template <int kBlocks>
+__device__ __forceinline__ void gather_sums(const AttendParams& params, const Shared& shared, const Destination& to,
+                                            int rank, int half) {
+  constexpr int kEights = 64 / kBlocks;  // eights of columns for a block
+  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, row = warp * 16 + lane / 4;
+  with_bytes(params, to, [&](auto bytes) {
+    const OutputRows<8 * kEights, bytes> rows{shared.output()};
+#pragma unroll 2
+    for (int b = half; b < kEights; b += 2) {
+      const Angle angle{params, to, rank * kEights + b, lane % 4};
+      const float4* from = sums_of_block(params, to, 0, kBlocks) + (rank * kEights + b) * 128 + thread;
+      float4 left[kBlocks];
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        left[block] = float4{0.0f, 0.0f, 0.0f, 0.0f};
+        // Whether the block saw any row is the same for all heads. A NaN is something.
+        if (!(shared.share(block, 0)->y == 0.0f)) left[block] = __ldcg(from + block * (64 * 128));
+      }
+      Columns part{{0.0f, 0.0f, 0.0f, 0.0f}};
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        const float first = shared.share(block, row)->x, second = shared.share(block, row + 8)->x;
+        part.x[0] = fmaf(left[block].x, first, part.x[0]), part.x[1] = fmaf(left[block].y, first, part.x[1]);
+        part.x[2] = fmaf(left[block].z, second, part.x[2]), part.x[3] = fmaf(left[block].w, second, part.x[3]);
+      }
+      angle.rotate_back(part);
+      rows.put(row, 8 * b + lane % 4 * 2, part);
+    }
+    meet(2, 256);
+    rows.template send<256>(params, to, rank * 8 * kEights, threadIdx.x);
+  });
+}
+
+// Warps that neither sum nor finish, in a cluster: its barriers, of which `finish` has the others.
+__device__ __forceinline__ void leave_to_sums(int blocks) {
+  if (blocks == 1) return;
+  cluster_wait();
   cluster_sync();
-  const OutputRows rows{shared.output(), 8 * kEights, to.bytes(params)};
-  const int warp = thread / 32, lane = thread % 32;
-#pragma unroll
-  for (int b = half; b < kEights; b += 2) {
-    Columns part{{0.0f, 0.0f, 0.0f, 0.0f}};
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      const float4 sent = *Shared::pointer<float4>(shared.parts() + ((block * kEights + b) * 128 + thread) * 16);
-      part.x[0] += sent.x, part.x[1] += sent.y, part.x[2] += sent.z, part.x[3] += sent.w;
-    }
-    if (!to.partial) rotate_back(params, to.token, rank * kEights + b, lane % 4, part);
-    rows.put(warp * 16 + lane / 4, 8 * b + lane % 4 * 2, part);
-  }
-  fence_async();
-  meet(2, 256);
-  rows.send(params, to, rank * 8 * kEights, threadIdx.x);
+  if (blocks == 2) cluster_sync();
 }
 
 // Warpgroups 0 and 1, after all their tiles.
@@ -178,19 +242,19 @@ __device__ __forceinline__ void finish(const AttendParams& params, const Shared&
                                        int rank, int blocks, int half, float (&sum)[128]) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, thread = threadIdx.x % 128;
   const int row = warp * 16 + lane / 4;
+  const float sink = sink_of_head(params, to.first_head + static_cast<int>(threadIdx.x) / 4);
   if (blocks == 1) {
     meet(2, 256);
   } else {
     if (half == 1) cluster_wait();
+    if (blocks > 2) leave_sums(sums_of_block(params, to, rank, blocks), half, sum);
     cluster_sync();
   }
-  const bool tells = half == 0 && rank == 0 && lane % 4 == 0;
-  const float factor[2] = {factor_of_row(params, shared, to, rank, blocks, row, tells),
-                           factor_of_row(params, shared, to, rank, blocks, row + 8, tells)};
+  weigh_blocks(params, shared, to, rank, blocks, sink);
+  const float factor[2] = {shared.share(rank, row)->x, shared.share(rank, row + 8)->x};
   switch (blocks) {
     case 1:
-      store_half(params, to, half, shared.output() + half * kTileHeads * (kHeadDim / 2 * to.bytes(params) + 16), sum,
-                 factor);
+      store_half(params, shared, to, half, true, sum, factor);
       return;
     case 2: {
       const uint32_t there = in_block(shared.parts() + thread * 16, rank ^ 1);
@@ -212,15 +276,15 @@ __device__ __forceinline__ void finish(const AttendParams& params, const Shared&
       }
       meet(3 + half, 128);  // a float32 output reaches into where the other block's sums were
       const float once[2] = {1.0f, 1.0f};
-      store_half(params, to, half, shared.output(), sum, once);
+      store_half(params, shared, to, half, false, sum, once);
       return;
     }
     case 4:
-      return exchange<4>(params, shared, to, rank, half, sum, factor);
+      return gather_sums<4>(params, shared, to, rank, half);
     case 8:
-      return exchange<8>(params, shared, to, rank, half, sum, factor);
+      return gather_sums<8>(params, shared, to, rank, half);
     case 16:
-      return exchange<16>(params, shared, to, rank, half, sum, factor);
+      return gather_sums<16>(params, shared, to, rank, half);
     default:
       return;
   }

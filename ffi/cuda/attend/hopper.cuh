@@ -2,10 +2,10 @@
 //
 // Roles of a block's warpgroups:
 //   0          logits, softmax, and the weighted sum of channels 0..255
-//   1          the weighted sum of channels 256..511
+//   1          the weighted sum of channels 256..511; meanwhile, where the rows of the next tiles lie
 //   2          rows from the cache into tiles of 64 rows, two of them in turn
-// What passes between them: `full` (a tile is there), `empty` (both sums are done with it), `weighed` (a tile's softmax
-// weights are there for warpgroup 1), `summed` (it is done with them).
+// What passes between them: `known` (a tile's rows are), `full` (a tile is there), `empty` (both sums are done with
+// it), `weighed` (a tile's softmax weights are there for warpgroup 1), `summed` (it is done with them).
 #pragma once
 
 #include <utility>
@@ -15,19 +15,21 @@
 
 namespace dsv4::cuda::attention {
 
-// Registers of a thread by role, multiples of 8; together at most what the block starts with, three times 168.
-constexpr int kSoftmaxRegisters = 216;
-constexpr int kSumRegisters = 192;
-constexpr int kProducerRegisters = 96;
-static_assert(kSoftmaxRegisters + kSumRegisters + kProducerRegisters <= 65536 / kThreads / 8 * 8 * 3);
+constexpr int kThreads = 256 + 32 * kDecoderWarps;
 
-// Queries of the block's heads into shared memory as bfloat16; zeros beyond the last head.
+// Registers of a thread by role, multiples of 8; together at most what the block starts with, three times 168.
+constexpr int kSoftmaxRegisters = 208;
+constexpr int kSumRegisters = 192;
+constexpr int kDecoderRegisters = 104;
+static_assert(kSoftmaxRegisters + kSumRegisters + kDecoderRegisters <= 65536 / kThreads / 8 * 8 * 3);
+
+// Queries of the block's heads into shared memory as bfloat16, by warpgroup 0; zeros beyond the last head.
 __device__ __forceinline__ void load_queries(const AttendParams& params, int token, int first_head,
                                              const Shared& shared) {
   const int64_t first_row = static_cast<int64_t>(token) * params.heads + first_head;
   const int heads = min(kTileHeads, params.heads - first_head);
 #pragma unroll 4
-  for (int place = threadIdx.x; place < kTileHeads * 64; place += 256) {
+  for (int place = threadIdx.x; place < kTileHeads * 64; place += 128) {
     const int head = place / 64, unit = place % 64;
     const uint32_t to = shared.queries() + unit_offset(head, unit);
     const int64_t channel = (first_row + (head < heads ? head : 0)) * kHeadDim + unit * 8;
@@ -62,8 +64,8 @@ __device__ __forceinline__ void multiply_rows(float (&sum)[128], float first, fl
 // Adds products of queries and rows over sixteens kFirst .. kEnd - 1 of their channels to logits, or begins these. A
 // group of its own.
 template <int kFirst, int kEnd, bool kBegins>
-__device__ __forceinline__ void add_logits(float (&logits)[32], const Shared& shared, int stage) {
-  const Operand queries = along_rows(shared.queries()), rows = along_rows(shared.tiles(stage));
+__device__ __forceinline__ void add_logits(float (&logits)[32], const Shared& shared, int tile) {
+  const Operand queries = along_rows(shared.queries()), rows = along_rows(shared.tiles(tile));
   if constexpr (!kBegins) pin(logits);
   wgmma_fence();
 #pragma unroll
@@ -80,25 +82,24 @@ __device__ __forceinline__ void add_logits(float (&logits)[32], const Shared& sh
 
 constexpr int kSixteens = kHeadDim / 16, kCodedSixteens = (kHeadDim - kRopeDim) / 16;
 
-// Begins a tile's logits and waits for what was in flight before. Where rows keep their tail apart, its products come
-// first, in units of the others: divided by the row's scale.
+// Begins a tile's logits. Where rows keep their tail apart, its products come first, in units of the others: divided by
+// the row's scale.
 template <bool kTailApart>
-__device__ __forceinline__ void begin_logits(float (&logits)[32], const Shared& shared, int stage) {
+__device__ __forceinline__ void begin_logits(float (&logits)[32], const Shared& shared, int tile) {
   if constexpr (kTailApart) {
-    add_logits<kCodedSixteens, kSixteens, true>(logits, shared, stage);
+    add_logits<kCodedSixteens, kSixteens, true>(logits, shared, tile);
     wgmma_wait<0>();
     pin(logits);
-    const float* factors = shared.facts(stage, kTailFactor) + threadIdx.x % 4 * 2;
+    const float* factors = shared.facts(tile, kTailFactor) + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const float2 factor = *reinterpret_cast<const float2*>(factors + 8 * j);
       logits[4 * j] *= factor.x, logits[4 * j + 1] *= factor.y;
       logits[4 * j + 2] *= factor.x, logits[4 * j + 3] *= factor.y;
     }
-    add_logits<0, kCodedSixteens, false>(logits, shared, stage);
+    add_logits<0, kCodedSixteens, false>(logits, shared, tile);
   } else {
-    add_logits<0, kSixteens, true>(logits, shared, stage);
-    wgmma_wait<1>();
+    add_logits<0, kSixteens, true>(logits, shared, tile);
   }
 }
 
@@ -145,17 +146,18 @@ __device__ __forceinline__ void softmax_and_sum(const Shared& shared, const Tile
   float logits[32];
   uint32_t weights[16];
   wait(shared.full(0), 0);
+  fence_async();
   begin_logits<kTailApart>(logits, shared, 0);
   for (int tile = 0; tile < tiles.count; ++tile) {
-    const int stage = tile % 2, parity = tile / 2 % 2;
+    const int parity = tile / kStages % 2;
     wgmma_wait<0>();
     pin(logits);
 
     float high[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float2 scale = *reinterpret_cast<const float2*>(shared.facts(stage, kLogitFactor) + 8 * j + 2 * pair);
-      const float2 exists = *reinterpret_cast<const float2*>(shared.facts(stage, kExists) + 8 * j + 2 * pair);
+      const float2 scale = *reinterpret_cast<const float2*>(shared.facts(tile, kLogitFactor) + 8 * j + 2 * pair);
+      const float2 exists = *reinterpret_cast<const float2*>(shared.facts(tile, kExists) + 8 * j + 2 * pair);
       logits[4 * j] = fmaf(logits[4 * j], scale.x, exists.x);
       logits[4 * j + 1] = fmaf(logits[4 * j + 1], scale.y, exists.y);
       logits[4 * j + 2] = fmaf(logits[4 * j + 2], scale.x, exists.x);
@@ -177,7 +179,7 @@ __device__ __forceinline__ void softmax_and_sum(const Shared& shared, const Tile
     }
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float2 scale = *reinterpret_cast<const float2*>(shared.facts(stage, kWeightFactor) + 8 * j + 2 * pair);
+      const float2 scale = *reinterpret_cast<const float2*>(shared.facts(tile, kWeightFactor) + 8 * j + 2 * pair);
       const float a = exp2_fast(logits[4 * j] - base[0]), b = exp2_fast(logits[4 * j + 1] - base[0]);
       const float c = exp2_fast(logits[4 * j + 2] - base[1]), d = exp2_fast(logits[4 * j + 3] - base[1]);
       total[0] += a + b;
@@ -186,66 +188,72 @@ __device__ __forceinline__ void softmax_and_sum(const Shared& shared, const Tile
       weights[2 * j + 1] = two_bfloat16(c * scale.x, d * scale.y);
     }
 
-    wait(shared.summed(stage), parity ^ 1);
+    wait(shared.summed(tile), parity ^ 1);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      store_matrices(shared.weights(stage) + unit_offset(matrix_row, 2 * k + lane / 16), weights[4 * k],
+      store_matrices(shared.weights(tile) + unit_offset(matrix_row, 2 * k + lane / 16), weights[4 * k],
                      weights[4 * k + 1], weights[4 * k + 2], weights[4 * k + 3]);
     }
-    if (pair == 0) shared.shrink(stage)[row] = shrink[0], shared.shrink(stage)[row + 8] = shrink[1];
+    if (pair == 0) shared.shrink(tile)[row] = shrink[0], shared.shrink(tile)[row + 8] = shrink[1];
     __syncwarp();
-    if (lane == 0) arrive(shared.weighed(stage));
+    if (lane == 0) arrive(shared.weighed(tile));
 
     if (__any_sync(kAll, shrink[0] != 1.0f || shrink[1] != 1.0f)) multiply_rows(sum, shrink[0], shrink[1]);
-    add_rows(sum, weights, shared.tiles(stage));
-    if (tile + 1 < tiles.count) {
-      wait(shared.full(stage ^ 1), (tile + 1) / 2 % 2);
-      begin_logits<kTailApart>(logits, shared, stage ^ 1);
-    } else {
-      wgmma_wait<0>();
-    }
+    // Its place is free before the next tile is waited for: rows are decoded meanwhile.
+    add_rows(sum, weights, shared.tiles(tile));
+    wgmma_wait<0>();
     pin(sum);
-    if (lane == 0) arrive(shared.empty(stage));
+    if (lane == 0) arrive(shared.empty(tile));
+    if (tile + 1 < tiles.count) {
+      wait(shared.full(tile + 1), (tile + 1) / kStages % 2);
+      fence_async();
+      begin_logits<kTailApart>(logits, shared, tile + 1);
+    }
   }
 }
 
 // Warpgroup 1. Weights come for coded channels.
-template <bool kTailApart>
-__device__ __forceinline__ void sum_only(const Shared& shared, const Tiles& tiles, float (&sum)[128]) {
+template <bool kTailApart, class Scout>
+__device__ __forceinline__ void sum_only(const Shared& shared, const Tiles& tiles, Scout& scout, float (&sum)[128]) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int row = warp * 16 + lane / 4;
   const int matrix_row = warp * 16 + lane / 8 % 2 * 8 + lane % 8;
-  for (int tile = 0; tile < tiles.count; ++tile) {
-    const int stage = tile % 2, parity = tile / 2 % 2;
-    wait(shared.full(stage), parity);
-    wait(shared.weighed(stage), parity);
-    const float first = shared.shrink(stage)[row], second = shared.shrink(stage)[row + 8];
-    uint32_t weights[16];
+#pragma unroll 1
+  for (int tile = Scout::kFirst; tile < tiles.count; ++tile) {
+    if (tile >= 0) {
+      const int parity = tile / kStages % 2;
+      // Warpgroup 0 has made the tile visible to products before it tells.
+      wait(shared.weighed(tile), parity);
+      const float first = shared.shrink(tile)[row], second = shared.shrink(tile)[row + 8];
+      uint32_t weights[16];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      load_matrices(shared.weights(stage) + unit_offset(matrix_row, 2 * k + lane / 16), weights[4 * k],
-                    weights[4 * k + 1], weights[4 * k + 2], weights[4 * k + 3]);
-    }
-    __syncwarp();
-    if (lane == 0) arrive(shared.summed(stage));
-    if (__any_sync(kAll, first != 1.0f || second != 1.0f)) multiply_rows(sum, first, second);
-    if constexpr (kTailApart) {
-      uint32_t tail_weights[16];
-      const float* factors = shared.facts(stage, kTailFactor) + lane % 4 * 2;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 factor = *reinterpret_cast<const float2*>(factors + 8 * j);
-        tail_weights[2 * j] = scaled(weights[2 * j], factor.x, factor.y);
-        tail_weights[2 * j + 1] = scaled(weights[2 * j + 1], factor.x, factor.y);
+      for (int k = 0; k < 4; ++k) {
+        load_matrices(shared.weights(tile) + unit_offset(matrix_row, 2 * k + lane / 16), weights[4 * k],
+                      weights[4 * k + 1], weights[4 * k + 2], weights[4 * k + 3]);
       }
-      add_rows_and_tail(sum, weights, tail_weights, shared.tiles(stage) + 4 * kTileBytes,
-                        std::make_integer_sequence<int, kTileRows / 16>{});
-    } else {
-      add_rows(sum, weights, shared.tiles(stage) + 4 * kTileBytes);
+      __syncwarp();
+      if (lane == 0) arrive(shared.summed(tile));
+      if (__any_sync(kAll, first != 1.0f || second != 1.0f)) multiply_rows(sum, first, second);
+      if constexpr (kTailApart) {
+        uint32_t tail_weights[16];
+        const float* factors = shared.facts(tile, kTailFactor) + lane % 4 * 2;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const float2 factor = *reinterpret_cast<const float2*>(factors + 8 * j);
+          tail_weights[2 * j] = scaled(weights[2 * j], factor.x, factor.y);
+          tail_weights[2 * j + 1] = scaled(weights[2 * j + 1], factor.x, factor.y);
+        }
+        add_rows_and_tail(sum, weights, tail_weights, shared.tiles(tile) + 4 * kTileBytes,
+                          std::make_integer_sequence<int, kTileRows / 16>{});
+      } else {
+        add_rows(sum, weights, shared.tiles(tile) + 4 * kTileBytes);
+      }
     }
+    scout.during(tile);
     wgmma_wait<0>();
     pin(sum);
-    if (lane == 0) arrive(shared.empty(stage));
+    if (tile >= 0 && lane == 0) arrive(shared.empty(tile));
+    scout.after(tile);
   }
 }
 
@@ -272,34 +280,29 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
     if (blockIdx.x == 0) store_unseen(params, rows, first_head, kTileHeads, kThreads);
     return;
   }
-  if (threadIdx.x == 0) shared.init_barriers(kProducerWarps);
+  if (threadIdx.x == 0) shared.init_barriers(kScoutsOfTile, kDecoderWarps);
   __syncthreads();
   if (blocks > 1) cluster_arrive();
   const Tiles tiles = tiles_of_block(rows, blockIdx.x, gridDim.x);
-  const Destination to{params.parts > 1, static_cast<int>(blockIdx.x) / blocks, token, first_head};
+  const Destination to = destination(params, token, first_head, blocks);
 
-  if (group >= 2) {
-    give_registers<kProducerRegisters>();
-    const int warp = threadIdx.x / 32 - 8, lane = threadIdx.x % 32;
-    Producer<WindowCodec, EntryCodec, kAlignment>{params, rows, tiles, shared, warp, lane}();
-    if (blocks > 1) {
-      cluster_wait();
-      cluster_sync();
-      cluster_sync();
-    }
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  if (group == 2) {
+    give_registers<kDecoderRegisters>();
+    Producer<WindowCodec, EntryCodec, kAlignment>{tiles, shared, warp, lane}();
+    leave_to_sums(blocks);
   } else if (group == 1) {
     take_registers<kSumRegisters>();
-    load_queries(params, token, first_head, shared);
-    meet(1, 256);
+    Scout<WindowCodec, EntryCodec> scout{params, rows, tiles, shared, warp, lane, {-1, -1}, false, {nullptr, {0u, 0u}}};
     float sum[128];
 #pragma unroll
     for (int i = 0; i < 128; ++i) sum[i] = 0.0f;
-    sum_only<kTailApart>(shared, tiles, sum);
+    sum_only<kTailApart>(shared, tiles, scout, sum);
     finish(params, shared, to, rank, blocks, 1, sum);
   } else {
     take_registers<kSoftmaxRegisters>();
     load_queries(params, token, first_head, shared);
-    meet(1, 256);
+    meet(1, 128);
     float sum[128], peak[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < 128; ++i) sum[i] = 0.0f;

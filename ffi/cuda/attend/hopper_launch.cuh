@@ -1,7 +1,5 @@
-// Launching attention on Hopper: how many blocks share a token's keys.
+// Launching attention on Hopper.
 #pragma once
-
-#include <algorithm>
 
 #include "cuda/attend/hopper.cuh"
 #include "cuda/attend/parts.cuh"
@@ -9,40 +7,27 @@
 
 namespace dsv4::cuda::attention {
 
-// Blocks of a cluster: a power of two that fills the device, at most one block to a tile.
-inline int blocks_of_token(const AttendParams& params, int multiprocessors) {
-  const int groups = (params.heads + kTileHeads - 1) / kTileHeads;
-  const int64_t clusters = static_cast<int64_t>(params.plan.tokens) * groups;
-  const int window = (params.window_size + kTileRows - 1) / kTileRows;
-  const int entries = params.entries.data == nullptr ? 0 : (params.count + kTileRows - 1) / kTileRows;
-  int blocks = 1;
-  while (2 * blocks <= kLargestCluster && 2 * blocks * clusters <= multiprocessors && blocks < window + entries) {
-    blocks *= 2;
-  }
-  return blocks;
-}
-
 template <class WindowCodec, class EntryCodec, int kAlignment>
-cudaError_t launch_hopper(cudaStream_t stream, const AttendParams& params, int blocks) {
+cudaError_t launch_hopper(cudaStream_t stream, const AttendParams& params) {
   const auto kernel = attend_kernel<WindowCodec, EntryCodec, kAlignment>;
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shared::kBytes);
-  if (status == cudaSuccess && blocks > 8) {
+  if (status == cudaSuccess && params.blocks > 8) {
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
   if (status != cudaSuccess) return status;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks * params.parts, params.plan.tokens, (params.heads + kTileHeads - 1) / kTileHeads);
+  config.gridDim = dim3(params.blocks * params.parts, params.plan.tokens, blocks_for(params.heads, kTileHeads));
   config.blockDim = kThreads;
   config.dynamicSmemBytes = Shared::kBytes;
   config.stream = stream;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  attribute.val.clusterDim = {static_cast<unsigned>(params.blocks), 1, 1};
   config.attrs = &attribute;
   config.numAttrs = 1;
   status = cudaLaunchKernelEx(&config, kernel, params);
   if (status != cudaSuccess || params.parts == 1) return status;
-  const dim3 grid((params.heads + kMergeWarps - 1) / kMergeWarps, params.plan.tokens);
+  const dim3 grid(blocks_for(params.heads, kMergeWarps), params.plan.tokens);
   merge_parts_kernel<<<grid, kMergeWarps * kWarp, 0, stream>>>(params);
   return cudaGetLastError();
 }
@@ -58,7 +43,6 @@ bool rows_at_16_bytes(const Pool& pool) {
 
 template <class WindowCodec, class... EntryCodecs>
 const char* launch_for_entries(CUstream_st* stream, const AttendParams& params, CodecList<EntryCodecs...>) {
-  const int blocks = params.parts > 1 ? kLargestCluster : blocks_of_token(params, static_cast<int>(multiprocessors()));
   cudaError_t status = cudaErrorNotSupported;
   const auto launch = [&](auto entry) {
     using EntryCodec = decltype(entry);
@@ -66,10 +50,10 @@ const char* launch_for_entries(CUstream_st* stream, const AttendParams& params, 
                          rows_at_16_bytes<WindowCodec>(params.displaced) &&
                          rows_at_16_bytes<EntryCodec>(params.entries);
     if constexpr (Layout<WindowCodec>::kAligned16 && Layout<EntryCodec>::kAligned16) {
-      status = launch_hopper<WindowCodec, EntryCodec, 16>(stream, params, blocks);
+      status = launch_hopper<WindowCodec, EntryCodec, 16>(stream, params);
     } else {
-      status = aligned ? launch_hopper<WindowCodec, EntryCodec, 16>(stream, params, blocks)
-                       : launch_hopper<WindowCodec, EntryCodec, 4>(stream, params, blocks);
+      status = aligned ? launch_hopper<WindowCodec, EntryCodec, 16>(stream, params)
+                       : launch_hopper<WindowCodec, EntryCodec, 4>(stream, params);
     }
   };
   // Without entries: as if they were stored like the window.

@@ -45,7 +45,7 @@ static __global__ void __launch_bounds__(kMergeWarps* kWarp)
     }
   }
   if (lane == 0) params.lse[row] = log_of_sum(peak, total);
-  const float factor = total > 0.0f ? 1.0f / (total + sink_of_head(params, head, peak)) : 0.0f;
+  const float factor = total > 0.0f ? 1.0f / (total + share_of_sink(sink_of_head(params, head), peak)) : 0.0f;
 #pragma unroll
   for (int quad = 0; quad < WarpRow<kHeadDim>::kQuads; ++quad) {
     float (&four)[4] = sum.x[quad];

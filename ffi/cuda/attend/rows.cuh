@@ -24,47 +24,27 @@ __device__ __forceinline__ uint32_t unit_offset(int key, int unit) {
   return unit / 8 * kTileBytes + key * kTileRowBytes + ((unit % 8 ^ key % 8) << 4);
 }
 
-// A stored row: where, and its scales or a part of them.
+// A stored row: where, and of its scales what a decoder wants.
 struct RowSource {
-  const uint8_t* data;  // null: no such row
-  int scales;           // from data
+  const uint8_t* data;
   uint2 scale;
-
-  // The row that another lane knows.
-  __device__ __forceinline__ RowSource from_lane(int lane) const {
-    const auto address = __shfl_sync(kAll, reinterpret_cast<unsigned long long>(data), lane);
-    return {reinterpret_cast<const uint8_t*>(address),
-            __shfl_sync(kAll, scales, lane),
-            {__shfl_sync(kAll, scale.x, lane), __shfl_sync(kAll, scale.y, lane)}};
-  }
 };
 
-// 16 bytes at `from` if `present`, else zeros; without a branch.
-template <int kAlignment>
-__device__ __forceinline__ uint4 load_unit(const uint8_t* from, bool present) {
-  uint4 x{0, 0, 0, 0};
-  if constexpr (kAlignment == 16) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
-        "@p ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n}\n"
-        : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
-        : "l"(from), "r"(static_cast<int>(present)));
-  } else {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
-        "@p ld.global.nc.b32 %0, [%4];\n@p ld.global.nc.b32 %1, [%4 + 4];\n"
-        "@p ld.global.nc.b32 %2, [%4 + 8];\n@p ld.global.nc.b32 %3, [%4 + 12];\n}\n"
-        : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
-        : "l"(from), "r"(static_cast<int>(present)));
-  }
-  return x;
-}
+// What is read in place of a row that does not exist: zeros in every format.
+__device__ const uint4 kNoRow[kHeadDim * 2 / 16] = {};
 
-__device__ __forceinline__ uint32_t load_two_bytes(const uint8_t* from, bool present) {
-  uint16_t x = 0;
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p ld.global.nc.u16 %0, [%1];\n}\n"
-               : "+h"(x)
-               : "l"(from), "r"(static_cast<int>(present)));
+// 16 bytes that no cache keeps but L2.
+template <int kAlignment>
+__device__ __forceinline__ uint4 load_unit(const uint8_t* from) {
+  uint4 x;
+  if constexpr (kAlignment == 16) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(from));
+  } else {
+    const auto* words = reinterpret_cast<const uint32_t*>(from);
+    x = {__ldg(words), __ldg(words + 1), __ldg(words + 2), __ldg(words + 3)};
+  }
   return x;
 }
 
@@ -148,7 +128,7 @@ struct E4m3Decoder {
   __device__ __forceinline__ static void fetch(const RowSource& row, int quarter, int j, Raw& raw) {
     const int from =
         j < kCodeUnits ? (4 * j + quarter) * 16 : 16 * 4 * kCodeUnits + (2 * quarter + j - kCodeUnits) * 16;
-    raw = load_unit<kAlignment>(row.data + from, row.data != nullptr);
+    raw = load_unit<kAlignment>(row.data + from);
   }
 
   __device__ __forceinline__ static void put(const RowSource& row, int j, const Raw& raw, const RowPlace& to) {
@@ -187,8 +167,8 @@ struct Fp8DsMlaCodes {
 template <>
 struct Decoder<Fp8<kHeadDim>> : E4m3Decoder<Fp8Codes> {
   static constexpr bool kTailApart = true;
-  __device__ __forceinline__ static uint2 scale(const uint8_t* scales, float) {
-    return {*reinterpret_cast<const uint32_t*>(scales), 0u};
+  __device__ __forceinline__ static uint2 scale(const StoredRow& row, float) {
+    return {*reinterpret_cast<const uint32_t*>(row.scales), 0u};
   }
   __device__ __forceinline__ static float row_scale(const RowSource& row) { return __uint_as_float(row.scale.x); }
 };
@@ -196,13 +176,13 @@ struct Decoder<Fp8<kHeadDim>> : E4m3Decoder<Fp8Codes> {
 template <>
 struct Decoder<Fp8DsMla<kHeadDim>> : E4m3Decoder<Fp8DsMlaCodes> {
   static constexpr bool kTailApart = false;
-  __device__ __forceinline__ static uint2 scale(const uint8_t* scales, float) {
-    return *reinterpret_cast<const uint2*>(scales);
+  __device__ __forceinline__ static uint2 scale(const StoredRow& row, float) {
+    return *reinterpret_cast<const uint2*>(row.scales);
   }
   __device__ __forceinline__ static float row_scale(const RowSource&) { return 1.0f; }
 };
 
-// E2M1 codes with an E4M3 scale per 16; a lane's 32 codes are half a tile's row.
+// E2M1 codes with an E4M3 scale per 16, which lie scale.y bytes behind them; a lane's 32 codes are half a tile's row.
 struct E2m1Decoder {
   static constexpr bool kCopies = false;
   static constexpr bool kTailApart = false;
@@ -214,9 +194,8 @@ struct E2m1Decoder {
 
   template <int kAlignment>
   __device__ __forceinline__ static void fetch(const RowSource& row, int quarter, int j, Raw& raw) {
-    const bool present = row.data != nullptr;
-    raw.codes = load_unit<kAlignment>(row.data + (4 * j + quarter) * 16, present);
-    raw.scales = load_two_bytes(row.data + row.scales + 2 * (4 * j + quarter), present);
+    raw.codes = load_unit<kAlignment>(row.data + (4 * j + quarter) * 16);
+    raw.scales = __ldg(reinterpret_cast<const uint16_t*>(row.data + row.scale.y) + 4 * j + quarter);
   }
 
   __device__ __forceinline__ static void put(const RowSource&, int j, const Raw& raw, const RowPlace& to) {
@@ -238,8 +217,8 @@ struct E2m1Decoder {
 
 template <>
 struct Decoder<Nvfp4<kHeadDim>> : E2m1Decoder {
-  __device__ __forceinline__ static uint2 scale(const uint8_t* scales, float) {
-    return {*reinterpret_cast<const uint32_t*>(scales + 32), 0u};
+  __device__ __forceinline__ static uint2 scale(const StoredRow& row, float) {
+    return {*reinterpret_cast<const uint32_t*>(row.scales + 32), static_cast<uint32_t>(row.scales - row.data)};
   }
   __device__ __forceinline__ static float row_scale(const RowSource& row) {
     return __uint_as_float(row.scale.x) * static_cast<float>(1 << kFoldedBits);
@@ -248,8 +227,8 @@ struct Decoder<Nvfp4<kHeadDim>> : E2m1Decoder {
 
 template <>
 struct Decoder<Nvfp4Static<kHeadDim>> : E2m1Decoder {
-  __device__ __forceinline__ static uint2 scale(const uint8_t*, float global_scale) {
-    return {__float_as_uint(global_scale), 0u};
+  __device__ __forceinline__ static uint2 scale(const StoredRow& row, float global_scale) {
+    return {__float_as_uint(global_scale), static_cast<uint32_t>(row.scales - row.data)};
   }
   __device__ __forceinline__ static float row_scale(const RowSource& row) {
     return __uint_as_float(row.scale.x) * static_cast<float>(1 << kFoldedBits);
@@ -262,17 +241,15 @@ struct Decoder<Bf16<kHeadDim>> {
   static constexpr bool kCopies = true;
   static constexpr bool kTailApart = false;
 
-  __device__ __forceinline__ static uint2 scale(const uint8_t*, float) { return {0u, 0u}; }
+  __device__ __forceinline__ static uint2 scale(const StoredRow&, float) { return {0u, 0u}; }
   __device__ __forceinline__ static float row_scale(const RowSource&) { return 1.0f; }
 
-  // `to` is the row's unit 0, `row` its place among eight; `anywhere` is an address that can be named for no row.
-  __device__ __forceinline__ static void copy(const uint8_t* data, const void* anywhere, int lane, uint32_t to,
-                                              int row) {
+  // `to` is the row's unit 0, `row` its place among eight.
+  __device__ __forceinline__ static void copy(const uint8_t* data, int lane, uint32_t to, int row) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int unit = i * 32 + lane;
-      copy_async(to + unit / 8 * kTileBytes + ((unit % 8 ^ row) << 4), data == nullptr ? anywhere : data + unit * 16,
-                 data != nullptr);
+      copy_async(to + unit / 8 * kTileBytes + ((unit % 8 ^ row) << 4), data + unit * 16, true);
     }
   }
 };
