@@ -26,6 +26,7 @@ class Mixing(NamedTuple):
     beside: jax.Array  # fp32 [T, n (from), n (to)], of the streams among themselves
 
 
+@jax.named_scope("model.streams")
 def mixing(weights: HyperConnectionWeights, config: DeepseekV4Config, streams: jax.Array) -> Mixing:
     """The weights with which a sublayer is connected to the streams [T, n, hidden]."""
     n = config.hc_mult
@@ -79,11 +80,13 @@ def spread(hidden: jax.Array, config: DeepseekV4Config) -> jax.Array:
     return jnp.broadcast_to(hidden[:, None], (hidden.shape[0], config.hc_mult, hidden.shape[1]))
 
 
+@jax.named_scope("model.streams")
 def collapse(streams: jax.Array, into: jax.Array) -> jax.Array:
     """The sublayer's input [T, hidden]: the streams [T, n, hidden], weighted by ``into`` [T, n]."""
     return (into[:, :, None] * streams).sum(axis=1).astype(streams.dtype)
 
 
+@jax.named_scope("model.streams")
 def connect(streams: jax.Array, output: jax.Array, mixing: Mixing) -> jax.Array:
     """The streams after a sublayer, [T, n, hidden], from those before it and its output [T, hidden]."""
     mixed = (mixing.beside[:, :, :, None] * streams[:, :, None, :]).sum(axis=1)

@@ -25,6 +25,7 @@ class Routing(NamedTuple):
     shares: jax.Array  # fp32 [T, experts per token]
 
 
+@jax.named_scope("model.shared_expert")
 def mixture(weights: MixtureWeights, config: DeepseekV4Config, x: jax.Array, routing: Routing) -> jax.Array:
     """The sublayer: routed experts and the shared one, [T, hidden] to the same; x is normed."""
     routed = apply_experts(weights.experts, x, routing, config.swiglu_limit)
@@ -32,6 +33,7 @@ def mixture(weights: MixtureWeights, config: DeepseekV4Config, x: jax.Array, rou
     return (routed + shared.astype(jnp.float32)).astype(x.dtype)
 
 
+@jax.named_scope("model.routing")
 def route(weights: MixtureWeights, config: DeepseekV4Config, x: jax.Array, tokens: jax.Array) -> Routing:
     """Who computes each token: the experts with the best scores, bias added, or those of its id.
 
@@ -66,6 +68,7 @@ def expert_scores(weights: MixtureWeights, config: DeepseekV4Config, x: jax.Arra
     return jax.nn.sigmoid(products) if config.scoring == "sigmoid" else jnp.sqrt(jax.nn.softplus(products))
 
 
+@jax.named_scope("model.experts")
 def apply_experts(weights: ExpertWeights, x: jax.Array, routing: Routing, limit: float) -> jax.Array:
     """The routed experts' part of every token, fp32 [T, hidden].
 

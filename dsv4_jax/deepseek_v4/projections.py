@@ -32,6 +32,7 @@ class Projections(NamedTuple):
     index_query: IndexQuery | None
 
 
+@jax.named_scope("model.projections")
 def project(
     weights: AttentionWeights, config: DeepseekV4Config, x: jax.Array, tokens: Rotary, closing: Rotary | None
 ) -> Projections:
@@ -62,6 +63,7 @@ def project(
     )
 
 
+@jax.named_scope("model.projections")
 def merge_heads(weights: AttentionWeights, config: DeepseekV4Config, attended: jax.Array) -> jax.Array:
     """The sublayer's output [T, hidden] from the attention's [T, heads, 512], which is rotated back.
 
