@@ -21,14 +21,13 @@ _E2M1_DEVIATION = (137 / 16) ** 0.5  # of the 16 codes' values
 
 
 def random_weights(config: DeepseekV4Config, seed: int = 0) -> ModelWeights:
-    """Weights as ``load_checkpoint`` returns those of a release, each distributed as in ``random_checkpoint``.
+    """Weights as ``load_checkpoint`` returns those of a release, with ``random_checkpoint``'s means and deviations.
 
-    Codes are random; the scales of a weight are all the same power of two. Temporary memory: 4 bytes for each number of
-    the largest plain or E4M3 weight. It may be traced.
+    Codes are random; the scales of a weight are all the same power of two. No temporary memory. It may be traced.
 
     Args:
       config: of the model.
-      seed: the same weights for the same one, on one platform and version of JAX.
+      seed: below 2^20; the same weights for the same one.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(weight_shapes(config))
     made = []
@@ -48,27 +47,36 @@ def random_weights(config: DeepseekV4Config, seed: int = 0) -> ModelWeights:
     return jax.tree.unflatten(tree, made)
 
 
-def _key(seed: jax.Array) -> jax.Array:
-    return jax.random.key(seed, impl="rbg")  # the fastest one that makes no large temporaries
+def _bits(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """uint32 of the index alone: fused into what it is for, without the temporaries of ``jax.random``."""
+    value = jnp.zeros(shape, jnp.uint32) + (seed + 1) * jnp.uint32(0x9E3779B9)
+    for axis in range(len(shape)):
+        value = (value + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)) * jnp.uint32(0x85EBCA6B)
+        value = value ^ (value >> 15)
+    return value * jnp.uint32(0xC2B2AE35)
+
+
+def _numbers(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """float32 of mean 0 and deviation 1, evenly spread."""
+    return (_bits(seed, shape) >> 8).astype(jnp.float32) * np.float32(3**0.5 * 2**-23) - np.float32(3**0.5)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 4))
 def _plain(seed: jax.Array, shape: tuple[int, ...], mean: jax.Array, deviation: jax.Array, dtype: str) -> jax.Array:
-    return (mean + jax.random.normal(_key(seed), shape) * deviation).astype(dtype)
+    return (mean + _numbers(seed, shape) * deviation).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _block_fp8(seed: jax.Array, shape: tuple[int, ...], deviation: float) -> BlockFp8:
     *stack, out, columns = shape
-    codes = jax.random.normal(_key(seed), shape).astype(jnp.float8_e4m3fn)
+    codes = _numbers(seed, shape).astype(jnp.float8_e4m3fn)
     return BlockFp8(codes, _scales((*stack, -(-out // FP8_BLOCK), -(-columns // FP8_BLOCK)), deviation))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _packed_fp4(seed: jax.Array, shape: tuple[int, ...], deviation: float) -> PackedFp4:
     *rows, columns = shape
-    words = jax.random.bits(_key(seed), (*rows, columns // 8), jnp.uint32)
-    codes = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*rows, columns // 2)
+    codes = (_bits(seed, (*rows, columns // 2)) >> 24).astype(jnp.uint8)
     return PackedFp4(codes, _scales((*rows, columns // FP4_GROUP), deviation / _E2M1_DEVIATION))
 
 
@@ -81,5 +89,5 @@ def _scales(shape: tuple[int, ...], scale: float) -> jax.Array:
 def _table(seed: jax.Array, shape: tuple[int, int], experts: int) -> jax.Array:
     """int32 [vocabulary, experts per token]: of each token different experts, evenly spaced from a random one on."""
     tokens, per_token = shape
-    first = jax.random.randint(_key(seed), (tokens, 1), 0, experts)
-    return (first + jnp.arange(per_token) * (experts // per_token)) % experts
+    first = (_bits(seed, (tokens, 1)) >> 8).astype(jnp.int32)
+    return (first + jnp.arange(per_token, dtype=jnp.int32) * (experts // per_token)) % experts

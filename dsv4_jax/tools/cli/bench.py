@@ -38,8 +38,8 @@ def bench(
     The time of an op is the difference of two programs, one of which makes twice as many calls, divided by the number
     of calls; on a GPU each program is a CUDA graph. What the host was too slow to measure, or what came out faster than
     a copy (or, where an op reads, a read) of the same bytes, a matrix product of as many operations, or the smallest
-    call, has no figure. Memory: about 40 GB on a GPU, but for `model/…`, which takes as many experts of DeepSeek-V4-Flash
-    as fit into what is there. Exits with 1 if a case failed or has no figure.
+    call, has no figure. Memory: about 40 GB on a GPU; `model/…` takes as many experts of DeepSeek-V4-Flash as fit into
+    what is there. Exits with 1 if a case failed or has no figure.
     """
     # Piped into a file, rich would assume 80 columns, too few for the table.
     console = Console(width=None if sys.stdout.isatty() else 132)

@@ -42,8 +42,8 @@ def trace(
     """Run decode steps of a small stack (writes, indexer, attention; no projections) and print where the time went.
 
     On a GPU the steps run without CUDA graphs, so that every kernel can be told from the others; times are the
-    kernels' own, not their launches'. On a CPU they are what the host spent in each op. The last lines are the shares of
-    cache updates, the indexer's choice, attention, and everything else.
+    kernels' own, not their launches'. On a CPU they are what the host spent in each op. The last lines are the shares
+    of cache updates, the indexer's choice, attention, and everything else.
     """
     console = Console(width=None if sys.stdout.isatty() else 132)
     config = None
