@@ -65,14 +65,17 @@ def sinkhorn_unrolled(matrices: jax.Array, *, iterations: int, eps: float) -> ja
     """``sinkhorn`` as one operation after another."""
     made = _divide(matrices, -2, eps)
     for _ in range(iterations - 1):
-        # Without a barrier XLA fuses all iterations, each computed again for every number that the next one reads.
+        # One kernel an iteration: without a barrier XLA fuses all of them, each computed again for every number that
+        # the next one reads.
         made = jax.lax.optimization_barrier(made)
         made = _divide(_divide(made, -1, eps), -2, eps)
     return made
 
 
 def _divide(matrices: jax.Array, axis: int, eps: float) -> jax.Array:
-    return matrices / (matrices.sum(axis=axis, keepdims=True) + eps)
+    """By the sums over an axis, added up term by term: of a reduction XLA makes a kernel of its own."""
+    terms = jnp.split(matrices, matrices.shape[axis], axis)
+    return matrices / (sum(terms[1:], terms[0]) + eps)
 
 
 def spread(hidden: jax.Array, config: DeepseekV4Config) -> jax.Array:
