@@ -72,7 +72,7 @@ REFUSED = {
 }
 NEEDED = {"capacity": ["--context", "1000"], "bench": ["--tiny"]}
 # Switches, and numbers of which every one that can be written is as good as another.
-HARMLESS = {"--help", "--hadamard", "--verify", "--quick", "--reference", "--tiny", "--list"}
+HARMLESS = {"--help", "--hadamard", "--verify", "--quick", "--reference", "--tiny", "--list", "--model"}
 
 
 def commands():
