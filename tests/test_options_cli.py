@@ -66,13 +66,14 @@ REFUSED = {
         "--steps": ["0", *BELOW, *HUGE],
         "--requests": ["0", *BELOW, *HUGE],
         "--context": ["0", *BELOW, *HUGE, "1048576"],
+        "--model": [],
         "--logdir": [NO_FOLDER, "/dev/null"],
     },
     "doctor": {},
 }
 NEEDED = {"capacity": ["--context", "1000"], "bench": ["--tiny"]}
 # Switches, and numbers of which every one that can be written is as good as another.
-HARMLESS = {"--help", "--hadamard", "--verify", "--quick", "--reference", "--tiny", "--list", "--model"}
+HARMLESS = {"--help", "--hadamard", "--verify", "--quick", "--reference", "--tiny", "--list"}
 
 
 def commands():
