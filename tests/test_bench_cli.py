@@ -17,6 +17,7 @@ from dsv4_jax.tools.bench import decode, formats, measure, reads, traffic
 from dsv4_jax.tools.bench.cases import all_cases
 from dsv4_jax.tools.bench.runner import run_cases
 from dsv4_jax.tools.bench.targets import TARGETS
+from dsv4_jax.tools.bench.trace import Op, instructions
 from dsv4_jax.tools.bench.traffic import StepShape
 from dsv4_jax.tools.bench.workload import FULL, TINY, model_of, noise, schema_of
 from dsv4_jax.tools.cli.bench import bench
@@ -207,15 +208,22 @@ def test_bench_runs_every_case_and_writes_json_and_a_picture(run, tmp_path):
     for case in found["cases"]:
         assert {"microseconds", "spread", "bytes", "gigabytes_per_second"} <= case.keys()
         assert "error" not in case
-        reads = case["name"].startswith(("attend", "index_topk", "step/flash"))
+        attends = case["name"].startswith(("attend", "index_topk", "step/flash"))
+        reads = attends or case["name"].startswith("model")
         assert ("percent_of_read" if reads else "percent_of_copy") in case
-        assert ("percent_of_matmul" in case) == reads
+        assert ("percent_of_matmul" in case) == attends
         assert case["name"] in result.output
     step = next(case for case in found["cases"] if case["name"] == "step/pro/b2")
     assert step["native_calls"] == 1 + 4
     step = next(case for case in found["cases"] if case["name"] == "step/flash/b2")
     assert step["native_calls"] == 1 + 3 * 2 + 2 * 2  # begin; two CSA layers; an SWA and an HCA layer
     assert step["temporary_megabytes"] < 64
+    model = next(case for case in found["cases"] if case["name"] == "model/flash/b2/256")
+    assert model["native_calls"] == 1 + 3 + 2  # begin; a CSA and an HCA layer
+    assert model["tokens_per_second"] == pytest.approx(2e6 / model["microseconds"], abs=0.1)
+    assert (model["layers"], model["experts"]) == (2, 8)
+    assert 2 <= model["experts_chosen"] <= 4
+    assert "tokens/s" in result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -251,11 +259,20 @@ def test_list_shows_the_names(run):
     assert result.output.split() == [case.name for case in all_cases(TINY) if case.quick]
 
 
-def test_trace_names_every_op(run, tmp_path):
-    result = run(trace, "--steps", "2", "--requests", "2", "--context", "256", "--logdir", str(tmp_path))
+def traced(result):
+    """Calls a step of each (layer, scope, op), and the percentages of what is below them."""
     assert result.exit_code == 0, result.output
     cells = [[cell.strip() for cell in re.split("[│┃]", line)] for line in result.output.splitlines()]
-    calls = {tuple(row[1:4]): float(row[4]) for row in cells if len(row) > 5 and row[4].replace(".", "").isdigit()}
+    rows = [row for row in cells if len(row) > 7 and row[7].replace(".", "").isdigit()]
+    shares = {row[1]: float(row[7]) for row in rows if not row[2]}
+    assert shares.keys() == {"together", "update", "index_topk", "attend", "everything else"}
+    assert shares.pop("together") == pytest.approx(sum(shares.values()), abs=0.3)
+    assert all(0 < share < 100 for share in shares.values())
+    return {tuple(row[1:4]): float(row[4]) for row in rows if row[2]}
+
+
+def test_trace_names_every_op(run, tmp_path):
+    calls = traced(run(trace, "--steps", "2", "--requests", "2", "--context", "256", "--logdir", str(tmp_path)))
     # Calls a step: a layer of each kind, and a second CSA layer.
     expected = {("step", "begin", "begin_step"): 1}
     expected |= {(kind, "update", f"update_{kind}"): n for kind, n in (("swa", 1), ("csa", 2), ("hca", 1))}
@@ -264,3 +281,25 @@ def test_trace_names_every_op(run, tmp_path):
     expected |= {("csa", "index_topk", "index_topk"): 2}
     assert {op: calls.get(op) for op in expected} == expected
     assert list(tmp_path.glob("**/*.xplane.pb"))
+
+
+def test_trace_of_the_whole_model(run):
+    calls = traced(run(trace, "--model", "--steps", "2", "--requests", "2", "--context", "256"))
+    assert calls["step", "begin", "begin_step"] == calls["csa", "index_topk", "index_topk"] == 1
+    assert calls["csa", "attend", "attend_entries"] == calls["hca", "attend", "attend_all_entries"] == 1
+    for scope in ("projections", "streams", "routing", "experts", "shared_expert", "head"):
+        assert calls["model", scope, "XLA"] > 0
+
+
+def test_instructions_belong_to_their_innermost_scope():
+    text = """
+  %add.1 = f32[2]{0} add(%a, %b), metadata={op_name="jit(step)/model.shared_expert/model.experts/while/body/add"}
+  %while.2 = (s32[], f32[2]{0}) while(%tuple), condition=%c, body=%b, metadata={op_name="jit(step)/model.experts/while"}
+  ROOT %attend = f32[2] custom-call(%x), custom_call_target="dsv4_attend_entries", metadata={op_name="a/csa.attend/b"}
+  %copy.3 = f32[2]{0} copy(%a)
+"""
+    assert instructions(text) == {
+        "add.1": Op("model", "experts", "XLA"),
+        "attend": Op("csa", "attend", "attend_entries"),
+        "copy.3": Op("step", "other", "XLA"),
+    }

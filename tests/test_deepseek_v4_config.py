@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from dsv4_jax import ConfigError, deepseek_v4_flash
-from dsv4_jax.deepseek_v4.config import read_config
+from dsv4_jax.deepseek_v4.config import flash_config, read_config
 from dsv4_jax.deepseek_v4.weights import weight_shapes
 
 RATIOS = [0, 0, *[4, 128] * 20, 4]
@@ -92,6 +92,11 @@ def test_every_form_says_the_same(form, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(form()))
     assert read_config(tmp_path) == read_config(tmp_path / "config.json") == config
     hash(config)
+
+
+def test_flash_without_a_file():
+    assert flash_config() == read_config(deepseek())
+    assert flash_config(num_experts=32) == read_config(deepseek() | {"n_routed_experts": 32})
 
 
 def test_weights_of_flash():

@@ -1,11 +1,13 @@
 """The parts of the model that Hugging Face's logits show one setting of: every score, any sizes, against NumPy."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from aot import compile_for_h200
 
 import dsv4_jax.deepseek_v4.mixture as mixture_module
 from dsv4_jax import tiny_spec
@@ -18,7 +20,9 @@ from dsv4_jax.deepseek_v4.hyper_connections import (
     sinkhorn_looped,
     sinkhorn_unrolled,
 )
-from dsv4_jax.deepseek_v4.mixture import Routing, apply_experts, mixture, route
+from dsv4_jax.deepseek_v4.layers import fused_product, grouped_linear, linear
+from dsv4_jax.deepseek_v4.mixture import Routing, apply_experts, experts_by_row, experts_in_tiles, mixture, route
+from dsv4_jax.deepseek_v4.quantized import PackedFp4, quantize_block_fp8
 from dsv4_jax.deepseek_v4.weights import ExpertWeights, HyperConnectionWeights, MixtureWeights
 
 SPEC = tiny_spec()
@@ -131,8 +135,18 @@ def test_bias_chooses_and_weighs_nothing(rng):
     assert np.std(routing.shares) > 0.01
 
 
-@pytest.mark.parametrize(("tokens", "at_once"), [(1, 100), (40, 100), (40, 1), (700, 4)])
-def test_experts_in_tiles(tokens, at_once, rng, monkeypatch):
+@pytest.mark.parametrize(
+    ("way", "tokens", "at_once"),
+    [
+        (experts_in_tiles, 1, 100),
+        (experts_in_tiles, 40, 100),
+        (experts_in_tiles, 40, 1),
+        (experts_in_tiles, 700, 4),
+        (experts_by_row, 1, 100),
+        (experts_by_row, 40, 100),
+    ],
+)
+def test_experts(way, tokens, at_once, rng, monkeypatch):
     """From one row of an expert to many tiles of it, experts that nobody chose, and many batches of experts."""
     monkeypatch.setattr(mixture_module, "_EXPANDED_BYTES", at_once * 3 * CONFIG.expert_width * HIDDEN * 4)
     weights, x, shares = expert_weights(rng, CONFIG.num_experts), normal(rng, tokens, HIDDEN), normal(rng, tokens, 2)
@@ -140,14 +154,14 @@ def test_experts_in_tiles(tokens, at_once, rng, monkeypatch):
         numpy_expert(ExpertWeights(*(stack[expert] for stack in weights)), x.astype(np.float64), CONFIG.swiglu_limit)
         for expert in range(CONFIG.num_experts)
     ]
-    run = jax.jit(apply_experts, static_argnums=3)
+    run = jax.jit(functools.partial(way, limit=CONFIG.swiglu_limit))
     for experts in (
         np.argsort(rng.random((tokens, CONFIG.num_experts)), axis=1)[:, :2],
         np.full((tokens, 2), 3),  # a table may name an expert twice
         np.tile([5, 2], (tokens, 1)),
     ):
         routing = Routing(jnp.asarray(experts, jnp.int32), jnp.asarray(shares))
-        made = run(on_device(weights), jnp.asarray(x), routing, CONFIG.swiglu_limit)
+        made = run(on_device(weights), jnp.asarray(x), routing)
         expected = sum(
             ((experts == expert) * shares).sum(axis=1)[:, None] * output for expert, output in enumerate(outputs)
         )
@@ -175,6 +189,42 @@ def test_quantized_experts_are_expanded_one_at_a_time(rng):
     plain = run_mixture(on_device(weights), CONFIG, x, tokens)
     halved = weights._replace(experts=ExpertWeights(*(Doubled(jnp.asarray(stack / 2)) for stack in weights.experts)))
     np.testing.assert_allclose(run_mixture(on_device(halved), CONFIG, x, tokens), plain, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_product_of_one_row(dtype, rng):
+    """What GPUs compute for a single row is what is computed for more."""
+    weight = jax.device_put(quantize_block_fp8(normal(rng, 160, 200)))
+    numbers = np.asarray(weight.expand(jnp.float32), np.float64)
+    x = jnp.asarray(normal(rng, 1, 200), dtype)
+    made = fused_product(x, weight, shape=weight.shape)
+    assert made.dtype == jnp.float32
+    np.testing.assert_allclose(made, np.asarray(x, np.float64) @ numbers.T, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(made, linear(x, weight, dtype=jnp.float32), rtol=0, atol=1e-4)
+
+    grouped = jnp.asarray(normal(rng, 1, 5, 200), dtype)  # each group by 32 of the rows
+    expected = np.einsum("tgi,goi->tgo", np.asarray(grouped, np.float64), numbers.reshape(5, 32, 200))
+    np.testing.assert_allclose(fused_product(grouped, weight, shape=(5, 32, 200)), expected, rtol=0, atol=1e-4)
+    tolerance = 1e-4 if dtype == jnp.float32 else 0.3  # of a result in that dtype, up to 70
+    np.testing.assert_allclose(grouped_linear(grouped, weight).astype(jnp.float32), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+def test_decoding_expands_no_expert_on_a_gpu(tokens, tmp_path):
+    """Flash's experts, 6 for each token: nothing in memory but rows, and no loop."""
+
+    def packed(*shape):
+        codes, scales = (*shape[:-1], shape[-1] // 2), (*shape[:-1], shape[-1] // 32)
+        return PackedFp4(*(jax.ShapeDtypeStruct(one, jnp.uint8) for one in (codes, scales)))
+
+    weights = ExpertWeights(packed(128, 2048, 4096), packed(128, 2048, 4096), packed(128, 4096, 2048))
+    routing = Routing(*(jax.ShapeDtypeStruct((tokens, 6), dtype) for dtype in (jnp.int32, jnp.float32)))
+    run = functools.partial(apply_experts, limit=10.0)
+    gpu = compile_for_h200(run, weights, jax.ShapeDtypeStruct((tokens, 4096), jnp.bfloat16), routing, dump=tmp_path)
+    one_expert = 3 * 2048 * 4096 * 2
+    assert gpu.compiled.memory_analysis().temp_size_in_bytes < one_expert
+    assert gpu.graphs == 1
+    assert not any(kind == "kWhile" for kind, _ in gpu.thunks)
 
 
 @pytest.mark.parametrize("normalize", [sinkhorn, sinkhorn_looped, sinkhorn_unrolled])

@@ -8,7 +8,7 @@ import dsv4_jax
 
 PACKAGE = Path(dsv4_jax.__file__).parent
 MODEL = PACKAGE / "deepseek_v4"
-COMMAND_LINE = PACKAGE / "tools" / "cli"
+COMMAND_LINE = PACKAGE / "tools"  # and what it runs: the benchmark
 NAME = "dsv4_jax.deepseek_v4"
 
 

@@ -66,6 +66,7 @@ REFUSED = {
         "--steps": ["0", *BELOW, *HUGE],
         "--requests": ["0", *BELOW, *HUGE],
         "--context": ["0", *BELOW, *HUGE, "1048576"],
+        "--model": [],
         "--logdir": [NO_FOLDER, "/dev/null"],
     },
     "doctor": {},

@@ -1,4 +1,7 @@
-"""Attention of one layer through the cache: update the layer, choose entries, attend over rows where they lie."""
+"""Attention of one layer through the cache: update the layer, choose entries, attend over rows where they lie.
+
+Named scopes, here and in the other parts, are what a profile is summed up by (``dsv4-jax trace --model``).
+"""
 
 from __future__ import annotations
 
@@ -33,9 +36,12 @@ def attend(
         layer, attended, selected = attend_gathered(layer, made, weights.sinks)
         output = apply_rotary(attended, tokens, inverse=True).astype(dtype)
     else:
-        layer = layer.update(made.rows, made.compressor, made.indexer)
-        selected = None
+        kind, selected = layer.kind.value, None
+        with jax.named_scope(f"{kind}.update"):
+            layer = layer.update(made.rows, made.compressor, made.indexer)
         if made.index_query is not None:
-            layer, selected = layer.index_topk(*made.index_query)
-        layer, (output, _) = layer.attend(made.queries, weights.sinks, indices=selected, rotary=tokens, dtype=dtype)
+            with jax.named_scope(f"{kind}.index_topk"):
+                layer, selected = layer.index_topk(*made.index_query)
+        with jax.named_scope(f"{kind}.attend"):
+            layer, (output, _) = layer.attend(made.queries, weights.sinks, indices=selected, rotary=tokens, dtype=dtype)
     return layer, merge_heads(weights, config, output), selected

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dsv4_jax import ConfigError, ModelSpec, model_spec
+from dsv4_jax import ConfigError, ModelSpec, deepseek_v4_flash, model_spec
 
 Scoring = Literal["sqrtsoftplus", "sigmoid", "softmax"]
 
@@ -100,6 +100,25 @@ _COUNTS = (
     "hc_mult",
     "hc_sinkhorn_iters",
 )
+
+
+def flash_config(*, num_experts: int = 256) -> DeepseekV4Config:
+    """DeepSeek-V4-Flash, by default with all its experts; MTP layers are left out."""
+    spec = deepseek_v4_flash()
+    return DeepseekV4Config(
+        spec=spec,
+        vocabulary=129_280,
+        q_lora_rank=1024,
+        o_lora_rank=1024,
+        o_groups=8,
+        num_experts=num_experts,
+        experts_per_token=6,
+        expert_width=2048,
+        routed_scaling=1.5,
+        swiglu_limit=10.0,
+        hashed=tuple(layer < 3 for layer in range(len(spec.layers))),
+        end_tokens=(1,),
+    )
 
 
 def read_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> DeepseekV4Config:

@@ -26,6 +26,7 @@ class Mixing(NamedTuple):
     beside: jax.Array  # fp32 [T, n (from), n (to)], of the streams among themselves
 
 
+@jax.named_scope("model.streams")
 def mixing(weights: HyperConnectionWeights, config: DeepseekV4Config, streams: jax.Array) -> Mixing:
     """The weights with which a sublayer is connected to the streams [T, n, hidden]."""
     n = config.hc_mult
@@ -64,14 +65,17 @@ def sinkhorn_unrolled(matrices: jax.Array, *, iterations: int, eps: float) -> ja
     """``sinkhorn`` as one operation after another."""
     made = _divide(matrices, -2, eps)
     for _ in range(iterations - 1):
-        # Without a barrier XLA fuses all iterations, each computed again for every number that the next one reads.
+        # One kernel an iteration: without a barrier XLA fuses all of them, each computed again for every number that
+        # the next one reads.
         made = jax.lax.optimization_barrier(made)
         made = _divide(_divide(made, -1, eps), -2, eps)
     return made
 
 
 def _divide(matrices: jax.Array, axis: int, eps: float) -> jax.Array:
-    return matrices / (matrices.sum(axis=axis, keepdims=True) + eps)
+    """By the sums over an axis, added up term by term: of a reduction XLA makes a kernel of its own."""
+    terms = jnp.split(matrices, matrices.shape[axis], axis)
+    return matrices / (sum(terms[1:], terms[0]) + eps)
 
 
 def spread(hidden: jax.Array, config: DeepseekV4Config) -> jax.Array:
@@ -79,11 +83,13 @@ def spread(hidden: jax.Array, config: DeepseekV4Config) -> jax.Array:
     return jnp.broadcast_to(hidden[:, None], (hidden.shape[0], config.hc_mult, hidden.shape[1]))
 
 
+@jax.named_scope("model.streams")
 def collapse(streams: jax.Array, into: jax.Array) -> jax.Array:
     """The sublayer's input [T, hidden]: the streams [T, n, hidden], weighted by ``into`` [T, n]."""
     return (into[:, :, None] * streams).sum(axis=1).astype(streams.dtype)
 
 
+@jax.named_scope("model.streams")
 def connect(streams: jax.Array, output: jax.Array, mixing: Mixing) -> jax.Array:
     """The streams after a sublayer, [T, n, hidden], from those before it and its output [T, hidden]."""
     mixed = (mixing.beside[:, :, :, None] * streams[:, :, None, :]).sum(axis=1)

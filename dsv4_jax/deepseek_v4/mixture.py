@@ -2,12 +2,13 @@
 
 Experts may be quantized, and all of them expanded would take many times the memory that a step has to spare. So rows
 are laid out in tiles, each of one expert's rows, and a loop takes a few tiles at a time: it expands their experts
-alone. (``jax.lax.ragged_dot`` needs all experts expanded at once, and multiplies every row with every one of them where
-XLA has no kernel for it.)
+alone. On GPUs, where rows are few, each is multiplied by itself, and nothing is expanded. (``jax.lax.ragged_dot`` needs
+all experts expanded at once, and multiplies every row with every one of them where XLA has no kernel for it.)
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ class Routing(NamedTuple):
     shares: jax.Array  # fp32 [T, experts per token]
 
 
+@jax.named_scope("model.shared_expert")
 def mixture(weights: MixtureWeights, config: DeepseekV4Config, x: jax.Array, routing: Routing) -> jax.Array:
     """The sublayer: routed experts and the shared one, [T, hidden] to the same; x is normed."""
     routed = apply_experts(weights.experts, x, routing, config.swiglu_limit)
@@ -32,6 +34,7 @@ def mixture(weights: MixtureWeights, config: DeepseekV4Config, x: jax.Array, rou
     return (routed + shared.astype(jnp.float32)).astype(x.dtype)
 
 
+@jax.named_scope("model.routing")
 def route(weights: MixtureWeights, config: DeepseekV4Config, x: jax.Array, tokens: jax.Array) -> Routing:
     """Who computes each token: the experts with the best scores, bias added, or those of its id.
 
@@ -66,11 +69,12 @@ def expert_scores(weights: MixtureWeights, config: DeepseekV4Config, x: jax.Arra
     return jax.nn.sigmoid(products) if config.scoring == "sigmoid" else jnp.sqrt(jax.nn.softplus(products))
 
 
+@jax.named_scope("model.experts")
 def apply_experts(weights: ExpertWeights, x: jax.Array, routing: Routing, limit: float) -> jax.Array:
     """The routed experts' part of every token, fp32 [T, hidden].
 
     Temporary memory: 512 MiB of experts expanded to x's dtype, or one expert if that is more; and for each of a token's
-    experts, and for each tile, a few rows [hidden].
+    experts, and for each tile, a few rows [hidden]. On GPUs none of the former with few rows and quantized experts.
 
     Args:
       weights: of all experts, stacked.
@@ -78,10 +82,30 @@ def apply_experts(weights: ExpertWeights, x: jax.Array, routing: Routing, limit:
       routing: of the tokens.
       limit: of the SwiGLU.
     """
+    in_tiles = functools.partial(experts_in_tiles, limit=limit)
+    _, _, tiles = _tiling(weights, x, routing)
+    # A row takes a GPU 0.4 times as long as a tile, by the instructions and bytes of both; it was not measured.
+    if isinstance(weights.gate, jax.Array) or 2 * routing.experts.size > 5 * tiles:
+        return in_tiles(weights, x, routing)
+    by_row = functools.partial(experts_by_row, limit=limit)
+    return jax.lax.platform_dependent(weights, x, routing, cuda=by_row, default=in_tiles)
+
+
+def experts_by_row(weights: ExpertWeights, x: jax.Array, routing: Routing, *, limit: float) -> jax.Array:
+    """``apply_experts`` with a product for every row by itself, which on GPUs expands nothing in memory."""
+
+    def compute(row: jax.Array, expert: jax.Array) -> jax.Array:
+        return swiglu(_expert(weights, expert), row[None], limit)[0]
+
+    made = jax.vmap(jax.vmap(compute, (None, 0)))(x, routing.experts)
+    return jnp.einsum("tk,tkd->td", routing.shares, made.astype(jnp.float32))
+
+
+def experts_in_tiles(weights: ExpertWeights, x: jax.Array, routing: Routing, *, limit: float) -> jax.Array:
+    """``apply_experts`` with a matrix product for every tile."""
     tokens, per_token = routing.experts.shape
-    experts, width, hidden = weights.gate.shape
-    at_once = max(1, _EXPANDED_BYTES // (3 * width * hidden * x.dtype.itemsize))
-    tile, tiles = _tiles(tokens * per_token, experts, at_once)
+    experts, _, hidden = weights.gate.shape
+    at_once, tile, tiles = _tiling(weights, x, routing)
 
     # Each expert's rows begin a tile, so its last tile has rows of nobody at its end; so have tiles that are left over.
     assigned = routing.experts.reshape(-1)
@@ -96,25 +120,31 @@ def apply_experts(weights: ExpertWeights, x: jax.Array, routing: Routing, limit:
 
     def compute(tile_of_one: tuple[jax.Array, jax.Array]) -> jax.Array:
         expert, rows = tile_of_one
-        one = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False), weights)
-        return swiglu(one, rows, limit)
+        return swiglu(_expert(weights, expert), rows, limit)
 
     rows = x[token_of_row].reshape(tiles, tile, hidden)
     made = jax.lax.map(compute, (expert_of_tile, rows), batch_size=min(tiles, at_once)).reshape(-1, hidden)
     return jnp.einsum("tk,tkd->td", routing.shares, made[place].reshape(tokens, per_token, hidden).astype(jnp.float32))
 
 
+def _expert(weights: ExpertWeights, expert: jax.Array) -> ExpertWeights:
+    return jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False), weights)
+
+
 _EXPANDED_BYTES = 2**29
 
 
-def _tiles(assigned: int, experts: int, at_once: int) -> tuple[int, int]:
-    """Rows of a tile, and how many tiles there can be, in whole batches of ``at_once``.
+def _tiling(weights: ExpertWeights, x: jax.Array, routing: Routing) -> tuple[int, int, int]:
+    """Tiles of a batch, rows of a tile, and how many tiles there can be, in whole batches.
 
     There is one for each expert that is chosen, and those that are full.
     """
+    experts, width, hidden = weights.gate.shape
+    at_once = max(1, _EXPANDED_BYTES // (3 * width * hidden * x.dtype.itemsize))
+    assigned = routing.experts.size
     chosen = min(assigned, experts)
     tile = 8
     while tile < min(128, assigned // chosen):
         tile *= 2
     tiles = chosen + (assigned - chosen) // tile
-    return tile, tiles if tiles <= at_once else -(-tiles // at_once) * at_once
+    return at_once, tile, tiles if tiles <= at_once else -(-tiles // at_once) * at_once

@@ -80,9 +80,11 @@ def run_layers(
             "the cache's schema with config.spec."
         )
     with jax.default_matmul_precision("highest"):  # fp32 products stay fp32 on GPUs too
-        cache_step = begin(cache, plan, implementation=implementation)
+        with jax.named_scope("step.begin"):
+            cache_step = begin(cache, plan, implementation=implementation)
         plan = cache_step.plan
-        angles = {layer: _angles(plan, layer) for layer in set(spec.layers)}
+        with jax.named_scope("step.angles"):
+            angles = {layer: _angles(plan, layer) for layer in set(spec.layers)}
         streams = spread(weights.embed[tokens].astype(dtype), config)
         selections, experts = [], []
         for index, (layer, layer_weights) in enumerate(zip(spec.layers, weights.layers, strict=True)):
@@ -104,6 +106,7 @@ def run_layers(
         return cache_step.end(), streams, Choices(entries, jnp.stack(experts))
 
 
+@jax.named_scope("model.head")
 def logits(weights: ModelWeights, config: DeepseekV4Config, streams: jax.Array) -> jax.Array:
     """fp32 [N, vocabulary] from the residual streams [N, n, hidden] of N tokens."""
     with jax.default_matmul_precision("highest"):

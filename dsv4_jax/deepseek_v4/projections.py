@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from dsv4_jax import CompressorInputs, RawRows, Rotary, apply_rotary
 from dsv4_jax.deepseek_v4.config import DeepseekV4Config
-from dsv4_jax.deepseek_v4.layers import linear, rms_norm
-from dsv4_jax.deepseek_v4.weights import AttentionWeights, CompressorWeights, IndexerWeights, expand
+from dsv4_jax.deepseek_v4.layers import grouped_linear, linear, rms_norm
+from dsv4_jax.deepseek_v4.weights import AttentionWeights, CompressorWeights, IndexerWeights
 
 
 class IndexQuery(NamedTuple):
@@ -32,6 +32,7 @@ class Projections(NamedTuple):
     index_query: IndexQuery | None
 
 
+@jax.named_scope("model.projections")
 def project(
     weights: AttentionWeights, config: DeepseekV4Config, x: jax.Array, tokens: Rotary, closing: Rotary | None
 ) -> Projections:
@@ -62,15 +63,15 @@ def project(
     )
 
 
+@jax.named_scope("model.projections")
 def merge_heads(weights: AttentionWeights, config: DeepseekV4Config, attended: jax.Array) -> jax.Array:
     """The sublayer's output [T, hidden] from the attention's [T, heads, 512], which is rotated back.
 
     Every group of heads has a low-rank projection of its own; one matrix makes the output of them all.
     """
     grouped = attended.reshape(attended.shape[0], config.o_groups, -1)
-    blocks = expand(weights.wo_a, attended.dtype).reshape(config.o_groups, config.o_lora_rank, -1)
-    low_rank = jnp.einsum("tgi,gri->tgr", grouped, blocks, preferred_element_type=jnp.float32)
-    return linear(low_rank.astype(attended.dtype).reshape(attended.shape[0], -1), weights.wo_b)
+    low_rank = grouped_linear(grouped, weights.wo_a)
+    return linear(low_rank.reshape(attended.shape[0], -1), weights.wo_b)
 
 
 def _compressor_inputs(weights: CompressorWeights, x: jax.Array, closing: Rotary) -> CompressorInputs:

@@ -122,19 +122,16 @@ def _scale_values(scales: jax.Array) -> jax.Array:
     """Scales as float32, from UE8M0 bytes (uint8) or float32."""
     if scales.dtype != jnp.uint8:
         return scales
-    values = lax.bitcast_convert_type(scales.astype(jnp.uint32) << 23, jnp.float32)
-    # Byte 0 is 2^-127, whose bits are a fraction: a number below the normal ones.
-    return jnp.where(scales == 255, jnp.nan, jnp.where(scales == 0, np.float32(2.0**-127), values))
+    return lax.bitcast_convert_type(scales, jnp.float8_e8m0fnu).astype(jnp.float32)
 
 
 def _unpacked_e2m1(codes: jax.Array) -> jax.Array:
     """E2M1 values of packed codes: uint8 [..., n / 2] -> float32 [..., n]."""
-    nibbles = codes[..., None] >> np.array([0, 4], np.uint8)
-    nibbles = (nibbles & 15).reshape(*codes.shape[:-1], -1).astype(jnp.uint32)
-    size = nibbles & 7
-    # Codes 0 and 1 are 0 and 0.5. Above, a code is the exponent and the first fraction bit of a float32.
-    bits = jnp.where(size < 2, size * np.uint32(0x3F00_0000), (size << 22) + np.uint32(126 << 23))
-    return lax.bitcast_convert_type(bits | (nibbles & 8) << 28, jnp.float32)
+    nibbles = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1).astype(jnp.uint16)
+    # Exponent and fraction go where a float16 has its last exponent bits and its first fraction bit. What is missing is
+    # the difference of the two biases, 14, for the numbers below the normal ones too.
+    bits = (nibbles & 7) << 9 | (nibbles & 8) << 12
+    return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32) * np.float32(2.0**14)
 
 
 def _times_groups(values: jax.Array, scales: jax.Array, group: int) -> jax.Array:

@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -132,34 +132,52 @@ def write_random_checkpoint(folder: Path, config: Mapping[str, Any], seed: int) 
 
 
 def _random_weight(path: str, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[Any]:
-    """float32 numbers with which every weight has an effect of order one on the logits."""
-    normal = rng.standard_normal(shape, np.float32)
+    mean, deviation = distribution(path, shape)
+    return np.float32(mean) + rng.standard_normal(shape, np.float32) * np.float32(deviation)
+
+
+def distribution(path: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and deviation of normal numbers with which every weight has an effect of order one on the logits."""
     last = path.rpartition(".")[2]
     if last.endswith("norm") or last == "scale":
-        return np.float32(1) + normal / 4
+        return 1.0, 0.25
     if last == "bias":
-        return normal / 4  # beside scores of order one
+        return 0.0, 0.25  # beside scores of order one
     if path == "embed" or last in ("sinks", "position_bias", "base"):
-        return normal
+        return 0.0, 1.0
     # An average over a hundred rows is small: the gain brings it back to the size of the residual streams.
     gain = 4 if last == "wo_b" else 1
-    return normal * np.float32(gain * shape[-1] ** -0.5)
+    return 0.0, gain * shape[-1] ** -0.5
 
+
+StoredAs = Literal["fp8", "fp4", "float32", "bfloat16"]
 
 _FP8 = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "indexer.query", "shared.gate", "shared.up", "shared.down")
 _FP4 = ("experts.gate", "experts.up", "experts.down")
 _FLOAT32 = ("position_bias", "sinks", "fn", "base", "scale", "bias")
 
 
+def stored_as(path: str) -> StoredAs:
+    """The format that the release has a weight in: ``BlockFp8`` and ``PackedFp4`` with UE8M0 scales, or plain."""
+    if path.endswith(_FP8):
+        return "fp8"
+    if path.endswith(_FP4):
+        return "fp4"
+    return "float32" if path.endswith(_FLOAT32) else "bfloat16"
+
+
 def _stored(path: str, name: str, weight: NDArray[Any]) -> dict[str, NDArray[Any]]:
     """A weight in the format that the release has it in: its tensor, or its codes and scales."""
-    if path.endswith(_FP8):
-        quantized = quantize_block_fp8(weight)
-        return {name: np.asarray(quantized.codes), scale_names(name)[0]: _ue8m0(quantized.scales)}
-    if path.endswith(_FP4):
-        packed = quantize_packed_fp4(weight)
-        return {name: np.asarray(packed.codes).view(np.int8), scale_names(name)[0]: _ue8m0(packed.scales)}
-    return {name: weight if path.endswith(_FLOAT32) else weight.astype(jnp.bfloat16)}
+    match stored_as(path):
+        case "fp8":
+            quantized = quantize_block_fp8(weight)
+            return {name: np.asarray(quantized.codes), scale_names(name)[0]: _ue8m0(quantized.scales)}
+        case "fp4":
+            packed = quantize_packed_fp4(weight)
+            return {name: np.asarray(packed.codes).view(np.int8), scale_names(name)[0]: _ue8m0(packed.scales)}
+        case "float32":
+            return {name: weight}
+    return {name: weight.astype(jnp.bfloat16)}
 
 
 def _ue8m0(scales: Any) -> NDArray[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from dsv4_jax.tools.bench import attention, decode, formats, reads
 from dsv4_jax.tools.bench.attended_step import whole_decode
 from dsv4_jax.tools.bench.attention import chunk_shape, decode_shape
 from dsv4_jax.tools.bench.measure import Outcome
+from dsv4_jax.tools.bench.model_step import whole_model
 from dsv4_jax.tools.bench.step import floor, host_part, prepare_forward, reset_slots, whole_step
 from dsv4_jax.tools.bench.targets import TARGETS, Target
 from dsv4_jax.tools.bench.traffic import StepShape
@@ -60,6 +62,7 @@ def all_cases(scale: Scale) -> list[Case]:
         *_index_topk(scale),
         *_formats(),
         *_steps(scale),
+        *_models(scale),
     ]
 
 
@@ -216,3 +219,9 @@ def _steps(scale: Scale) -> Iterator[Case]:
         yield Case(f"host/step/b{scale.step_requests}/{part}", run=run, has_reference=False)
     name = f"host/prepare_forward/{scale.host_requests}"
     yield Case(name, run=prepare_forward, quick=True, has_reference=False)
+
+
+def _models(scale: Scale) -> Iterator[Case]:
+    for batch, context in itertools.product(scale.model_batches, scale.model_contexts):
+        run = functools.partial(whole_model, batch, context)
+        yield Case(f"model/flash/b{batch}/{context}", run=run, has_reference=False)

@@ -30,8 +30,8 @@ def table(run: Run) -> Table:
         made.add_row(*_cells(result, run, with_reference))
     made.caption = (
         "bytes: the fewest that the op must move, read and written. copy: a device copy in the same run; for attend, "
-        "index_topk and step/flash a device read. matmul: a product of bfloat16 matrices in the same run. "
-        "step/ and host/: what host and device take together, and the host alone."
+        "index_topk, step/flash and model a device read. matmul: a product of bfloat16 matrices in the same run. "
+        "step/, model/ and host/: what host and device take together, and the host alone."
     )
     return made
 
@@ -54,6 +54,29 @@ def _cells(result: Result, run: Run, with_reference: bool) -> list[str]:
         ratio = result.reference.microseconds / timing.microseconds if timing.microseconds > 0 else float("nan")
         cells += [_number(result.reference.microseconds), f"{ratio:,.1f}"]
     return cells
+
+
+def model_table(run: Run) -> Table | None:
+    """The cases of a whole model in the terms of who serves it; None if there are none."""
+    made = Table(title="Whole model, random weights")
+    made.add_column("case", no_wrap=True)
+    columns = ["tokens/s", "ms a step", "layers", "experts, of which", "chosen", "weights GB", "cache GB"]
+    for column in columns:
+        made.add_column(column, justify="right", no_wrap=True)
+    for result in run.results:
+        if result.timing is not None and "tokens_per_second" in result.remarks:
+            found = result.remarks
+            made.add_row(
+                result.name,
+                _number(found["tokens_per_second"]),
+                f"{result.timing.microseconds / 1e3:.2f}",
+                str(found["layers"]),
+                str(found["experts"]),
+                str(found["experts_chosen"]),
+                f"{found['weight_bytes'] / 1e9:.1f}",
+                f"{found['cache_bytes'] / 1e9:.1f}",
+            )
+    return made if made.rows else None
 
 
 def _number(value: float) -> str:

@@ -1,15 +1,16 @@
 """Decode steps under the JAX profiler, and the time that each op of each kind of layer took in them: cache writes, the
-indexer's choice and attention, see ``attended_step``.
+indexer's choice and attention, see ``attended_step``; or all of a model's step, see ``model_step``.
 
 Every op runs in a named scope, which XLA keeps as the name of what it compiles it to; the profiler names the compiled
-instruction of each event. So events are matched to scopes through the text of the compiled program.
+instruction of each event. So events are matched to scopes through the text of the compiled program. What XLA fused
+across scopes counts for that of its result.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from dsv4_jax.tools.bench.attended_step import attended_inputs, attended_step, p
 from dsv4_jax.tools.bench.workload import FORMATS, admit
 
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*)$", re.MULTILINE)
-_SCOPE = re.compile(r"\b(step|swa|csa|hca)\.(\w+)")
+_SCOPE = re.compile(r"\b(step|swa|csa|hca|model)\.(\w+)")
+_AROUND_OTHERS = re.compile(r"^[^\"]*? (while|conditional|call)\(")
 _TARGET = re.compile(r'custom_call_target="dsv4_(\w+)"')
 
 
@@ -35,8 +37,8 @@ class Op:
     """What a compiled instruction belongs to.
 
     Attributes:
-      kind: "swa", "csa" or "hca"; "step" for what is done once a step.
-      scope: what the step asked for, such as "update".
+      kind: "swa", "csa" or "hca"; "step" for what is done once a step, "model" for what a model does besides.
+      scope: what the step asked for, such as "update"; "other" for what is in no scope.
       target: the native op, without its prefix, or "XLA" for what XLA made itself.
     """
 
@@ -89,18 +91,37 @@ def trace_steps(
     plans = [manager.prepare_forward((handles, ones)) for _ in range(2 * steps)]
     cache = placed_cache(schema, plans[0])
     inputs = attended_inputs(schema.spec, StepPlan(jnp.asarray(plans[0].packed), plans[0].layout))
+    return profiled(folder, attended_step, cache, plans, inputs)
+
+
+def profiled(
+    folder: Path, step: Callable[[Any, StepPlan, Any], Any], state: Any, plans: Sequence[StepPlan], operands: Any
+) -> dict[Op, Spent]:
+    """Runs steps, the second half of them under the profiler.
+
+    Args:
+      folder: where the profile goes.
+      step: (state, plan, operands) -> state, to be compiled.
+      state: donated.
+      plans: of all steps.
+      operands: of every step.
+
+    Raises:
+      RuntimeError: the profile has no event of the steps.
+    """
     # The profiler tells the kernels of a CUDA graph apart, but not which instruction each belongs to.
     options: dict[str, str | bool] = {} if jax.default_backend() == "cpu" else {"xla_gpu_enable_command_buffer": ""}
-    compiled = jax.jit(attended_step, donate_argnums=0).lower(cache, plans[0], inputs).compile(compiler_options=options)
-    for plan in plans[:steps]:
-        cache = compiled(cache, plan, inputs)
-    jax.block_until_ready(cache)
+    compiled = jax.jit(step, donate_argnums=0).lower(state, plans[0], operands).compile(compiler_options=options)
+    untraced = len(plans) // 2
+    for plan in plans[:untraced]:
+        state = compiled(state, plan, operands)
+    jax.block_until_ready(state)
     profiler = jax.profiler.ProfileOptions()
     profiler.python_tracer_level = 0
     with jax.profiler.trace(folder, profiler_options=profiler):
-        for plan in plans[steps:]:
-            cache = compiled(cache, plan, inputs)
-        jax.block_until_ready(cache)
+        for plan in plans[untraced:]:
+            state = compiled(state, plan, operands)
+        jax.block_until_ready(state)
     newest = max(folder.glob("**/*.xplane.pb"), key=lambda path: path.stat().st_mtime, default=None)
     spent = {} if newest is None else sum_events(newest, instructions(compiled.as_text() or ""))
     if not spent:
@@ -109,14 +130,16 @@ def trace_steps(
 
 
 def instructions(text: str) -> dict[str, Op]:
-    """Instruction name -> op, for the instructions of a compiled program that lie in one of our scopes."""
+    """Instruction name -> op, for the instructions of a compiled program; without those that run others."""
     found = {}
     for name, rest in _INSTRUCTION.findall(text):
+        if _AROUND_OTHERS.search(rest):
+            continue
         scope = re.search(r'op_name="([^"]*)"', rest)
-        where = scope and _SCOPE.search(scope[1])
-        if where:
-            target = _TARGET.search(rest)
-            found[name] = Op(where[1], where[2], target[1] if target else "XLA")
+        # The innermost one.
+        kind, where = ([("step", "other")] + (_SCOPE.findall(scope[1]) if scope else []))[-1]
+        target = _TARGET.search(rest)
+        found[name] = Op(kind, where, target[1] if target else "XLA")
     return found
 
 

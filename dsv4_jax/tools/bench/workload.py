@@ -59,6 +59,8 @@ class Scale:
       trials: timings of each program.
       step_requests: requests of the whole decode step, writes alone.
       step_batches: requests of the whole decode step with its reads.
+      model_batches: requests of the whole model's decode step.
+      model_contexts: tokens of each of them.
       host_requests: requests that `prepare_forward` plans.
     """
 
@@ -87,6 +89,8 @@ class Scale:
     trials: int
     step_requests: int
     step_batches: tuple[int, ...]
+    model_batches: tuple[int, ...]
+    model_contexts: tuple[int, ...]
     host_requests: int
 
     def __post_init__(self) -> None:
@@ -120,6 +124,8 @@ FULL = Scale(
     trials=11,
     step_requests=64,
     step_batches=(1, 8, 64),
+    model_batches=(1, 8, 64),
+    model_contexts=(4096, 65_536),
     host_requests=1024,
 )
 TINY = Scale(
@@ -148,6 +154,8 @@ TINY = Scale(
     trials=2,
     step_requests=2,
     step_batches=(2,),
+    model_batches=(2,),
+    model_contexts=(256,),
     host_requests=8,
 )
 

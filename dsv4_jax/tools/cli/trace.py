@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
@@ -13,7 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv4_jax.layout.schema import SchemaError
+from dsv4_jax.tools.bench.attended_step import PARTS
+from dsv4_jax.tools.bench.measure import NoFigureError
+from dsv4_jax.tools.bench.model_step import model_config, model_schema, trace_model
 from dsv4_jax.tools.bench.trace import Op, Spent, trace_schema, trace_steps
+from dsv4_jax.tools.bench.workload import FULL, TINY
 from dsv4_jax.tools.cli._limits import LONGEST_CONTEXT, MOST_REQUESTS, require_memory
 from dsv4_jax.tools.cli._output import print_table, writable_folder
 
@@ -24,6 +29,12 @@ def trace(
     context: Annotated[
         int, typer.Option(min=128, max=LONGEST_CONTEXT, help="Tokens of each request before the first step.")
     ] = 4096,
+    model: Annotated[
+        bool,
+        typer.Option(
+            "--model", help="Trace the whole model of `dsv4-jax bench --only model`: projections, experts and all."
+        ),
+    ] = False,
     logdir: Annotated[
         Path | None, typer.Option(file_okay=False, help="Keep the profile here, for TensorBoard or XProf.")
     ] = None,
@@ -31,13 +42,21 @@ def trace(
     """Run decode steps of a small stack (writes, indexer, attention; no projections) and print where the time went.
 
     On a GPU the steps run without CUDA graphs, so that every kernel can be told from the others; times are the
-    kernels' own, not their launches'. On a CPU they are what the host spent in each op.
+    kernels' own, not their launches'. On a CPU they are what the host spent in each op. The last lines are the shares
+    of cache updates, the indexer's choice, attention, and everything else.
     """
     console = Console(width=None if sys.stdout.isatty() else 132)
+    config = None
     try:
-        schema = trace_schema(steps=steps, requests=requests, context=context)
+        if model:
+            config = model_config(TINY if jax.default_backend() == "cpu" else FULL)
+            schema = model_schema(config, requests, context + 2 * steps)
+        else:
+            schema = trace_schema(steps=steps, requests=requests, context=context)
     except SchemaError as error:
         raise typer.BadParameter(f"--context and --steps: {error}") from error
+    except NoFigureError as error:
+        raise typer.BadParameter(f"--model: {error}") from error
     require_memory(
         schema.memory_bytes,
         f"A cache of {requests:,} requests of {schema.max_context:,} tokens takes",
@@ -45,11 +64,11 @@ def trace(
     )
     if logdir is not None:
         writable_folder(logdir, "--logdir")
-    if logdir is None:
-        with tempfile.TemporaryDirectory() as folder:
+    with contextlib.nullcontext(logdir) if logdir else tempfile.TemporaryDirectory() as folder:
+        if config is not None:
+            spent = trace_model(Path(folder), config, schema, steps=steps, context=context)
+        else:
             spent = trace_steps(Path(folder), steps=steps, requests=requests, context=context)
-    else:
-        spent = trace_steps(logdir, steps=steps, requests=requests, context=context)
     print_table(console, _table(spent, steps))
     if logdir is not None:
         console.print(f"The profile is in {logdir}.", markup=False, highlight=False, soft_wrap=True)
@@ -63,7 +82,7 @@ def _table(spent: dict[Op, Spent], steps: int) -> Table:
     for column in ("calls a step", "µs a call", "µs a step", "%"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("kernels")
-    order = ["step", "swa", "csa", "hca"]
+    order = ["step", "swa", "csa", "hca", "model"]
     rows = sorted(spent.items(), key=lambda item: (order.index(item[0].kind), -item[1].microseconds))
     for index, (op, one) in enumerate(rows):
         if index and rows[index - 1][0].kind != op.kind:
@@ -80,7 +99,17 @@ def _table(spent: dict[Op, Spent], steps: int) -> Table:
         )
     table.add_section()
     table.add_row("together", "", "", "", "", f"{total / steps:.2f}", "100.0", "")
+    for name, microseconds in _shares(spent).items():
+        table.add_row(name, "", "", "", "", f"{microseconds / steps:.2f}", f"{100 * microseconds / total:.1f}", "")
     return table
+
+
+def _shares(spent: dict[Op, Spent]) -> dict[str, float]:
+    """Microseconds of all layers' updates, choices and attention, and of everything else."""
+    shares: dict[str, float] = dict.fromkeys((*PARTS, "everything else"), 0.0)
+    for op, one in spent.items():
+        shares[op.scope if op.scope in PARTS else "everything else"] += one.microseconds
+    return shares
 
 
 def _short(kernel: str) -> str:
