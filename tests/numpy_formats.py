@@ -139,7 +139,7 @@ def encode_page(rows, codec, global_scale=1.0):
     """The bytes of a page of these fp32 rows: every row's data, every row's scales, zeros up to the page stride."""
     encoded = [encode_row(row, codec, global_scale) for row in rows]
     page = np.concatenate([data for data, _ in encoded] + [scales for _, scales in encoded]).astype(np.uint8)
-    padding = -len(page) % 576 if codec == "fp8_ds_mla" else 0
+    padding = -len(page) % (576 if codec == "fp8_ds_mla" else 16)
     return np.pad(page, (0, padding))
 
 

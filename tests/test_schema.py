@@ -38,7 +38,7 @@ PUBLISHED = (
     [
         *PUBLISHED,
         ("fp32", "fp32", 32 * (2048 + 512), 2048, None, None),
-        ("fp8", "nvfp4", 32 * (580 + 76), 580, None, None),
+        ("fp8", "nvfp4", 32 * (580 + 76), 592, None, None),
     ],
 )
 def test_bytes_of_a_block_and_of_a_million_tokens(entries, indexer, csa, hca, flash_gib, pro_gib):
@@ -98,7 +98,7 @@ def test_shapes_of_a_cache(lookahead, csa_rows):
         "window_positions": ((4, 3, ring), jnp.int32),
         "csa_entries": ((2, 50, 32 * 580), jnp.uint8),
         "csa_keys": ((2, 50, 32 * 76), jnp.uint8),
-        "hca_entries": ((1, 50, 580), jnp.uint8),
+        "hca_entries": ((1, 50, 592), jnp.uint8),
         "csa_tail": ((2, 3, 2, csa_rows, 512), jnp.float32),
         "csa_key_tail": ((2, 3, 2, csa_rows, 128), jnp.float32),
         "hca_tail": ((1, 3, 2, 128 + lookahead, 512), jnp.float32),

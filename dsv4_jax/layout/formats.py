@@ -93,7 +93,7 @@ class VectorFormat:
       data: what one row's codes (and unquantized channels) are.
       scales: what one row's scales are; nothing for unquantized formats.
       scale_padding: zero bytes behind a row's scales.
-      page_multiple: a page's size is padded up to a multiple of this many bytes.
+      page_multiple: a page's size is padded up to a multiple of this many bytes; kernels copy 16 at once.
       global_scale: the constant fp32 scale of ``nvfp4_static``; unused by the others.
 
     Raises:
@@ -106,7 +106,7 @@ class VectorFormat:
     data: tuple[Numbers, ...]
     scales: tuple[Numbers, ...] = ()
     scale_padding: int = 0
-    page_multiple: int = 1
+    page_multiple: int = 16
     global_scale: float = 1.0
 
     def __post_init__(self) -> None:

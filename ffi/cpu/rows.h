@@ -28,7 +28,7 @@ void store_row(StoredRow stored, const float* x, float global_scale) {
       }
     }
     const float four[4] = {x[channel], x[channel + 1], x[channel + 2], x[channel + 3]};
-    store_channels<Codec, 1>(stored.data, channel, four, scale);
+    store_channels<Codec>(stored.data, channel, four, scale);
   }
 }
 
@@ -36,7 +36,7 @@ template <class Codec, class T>
 void load_row(StoredRow stored, T* x, float global_scale) {
   for (int channel = 0; channel < Codec::kWidth; channel += 4) {
     float four[4];
-    load_channels<Codec, 1>(stored.data, channel, four, load_scale<Codec>(stored.scales, channel, global_scale));
+    load_channels<Codec>(stored.data, channel, four, load_scale<Codec>(stored.scales, channel, global_scale));
     for (int i = 0; i < 4; ++i) x[channel + i] = from_float<T>(four[i]);
   }
 }

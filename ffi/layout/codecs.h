@@ -24,7 +24,7 @@ struct CodecBase {
   static constexpr bool kNeedsRowAmax = false;
   static constexpr bool kStoresRowScale = false;
   static constexpr int kPaddingScaleBytes = 0;
-  static constexpr int kPageMultiple = 1;
+  static constexpr int kPageMultiple = 16;
   using Plain = bfloat16;
 
   DSV4_HOST_DEVICE static float row_scale(float /*row_amax*/, float /*global_scale*/) { return 1.0f; }
@@ -144,8 +144,7 @@ struct Layout {
   static constexpr int kScaleBytes =
       kBlocks + Codec::kPaddingScaleBytes + (Codec::kStoresRowScale ? static_cast<int>(sizeof(float)) : 0);
 
-  // Whether rows lie at multiples of 16 bytes however many there are to a page; at multiples of 4 they always do.
-  static constexpr bool kAligned16 = kDataBytes % 16 == 0 && (kScaleBytes % 16 == 0 || Codec::kPageMultiple % 16 == 0);
+  static_assert(kDataBytes % 16 == 0 && Codec::kPageMultiple % 16 == 0, "rows lie at multiples of 16 bytes");
 
   DSV4_HOST_DEVICE static int64_t page_bytes(int64_t rows) {
     const int64_t bytes = rows * (kDataBytes + kScaleBytes);
@@ -165,11 +164,12 @@ DSV4_HOST_DEVICE StoredRow stored_row(uint8_t* page, int64_t rows, int64_t row) 
   return {page + row * L::kDataBytes, page + rows * L::kDataBytes + row * L::kScaleBytes};
 }
 
-// Copies between a page and an aligned local value, in words as wide as the page's alignment allows.
-template <int kBytes, int kAlignment>
+// Copies between a page and an aligned local value, in words of up to 16 bytes: channels begin at multiples of what is
+// copied at once, rows and pages at multiples of 16 bytes.
+template <int kBytes>
 DSV4_HOST_DEVICE void copy_words(void* to, const void* from) {
 #if defined(__CUDA_ARCH__)
-  constexpr int kWord = kBytes < kAlignment ? kBytes : kAlignment;
+  constexpr int kWord = kBytes < 16 ? kBytes : 16;
   static_assert(kBytes % kWord == 0, "a whole number of words");
   using Word = std::conditional_t<
       kWord == 16, uint4,
@@ -182,46 +182,46 @@ DSV4_HOST_DEVICE void copy_words(void* to, const void* from) {
 #endif
 }
 
-// Codes N (2 or 4) consecutive channels, `scale` being that of their block. `data` is aligned to kAlignment bytes.
-template <class Codec, int kAlignment, int N>
+// Codes N (2 or 4) consecutive channels, `scale` being that of their block.
+template <class Codec, int N>
 DSV4_HOST_DEVICE void store_channels(uint8_t* data, int channel, const float (&x)[N], float scale) {
   if (Codec::kQuantized == 0 || channel >= Codec::kQuantized) {
     using Plain = typename Codec::Plain;
     alignas(16) Plain plain[N];
     for (int i = 0; i < N; ++i) plain[i] = from_float<Plain>(x[i]);
     const int offset = Layout<Codec>::kCodeBytes + (channel - Codec::kQuantized) * static_cast<int>(sizeof(Plain));
-    copy_words<sizeof plain, kAlignment>(data + offset, plain);
+    copy_words<sizeof plain>(data + offset, plain);
   } else if constexpr (Codec::kCodeBits == 8) {
     alignas(4) uint16_t codes[N / 2];
     for (int i = 0; i < N; i += 2) {
       codes[i / 2] = e4m3x2_from_float(Codec::in_units(x[i], scale), Codec::in_units(x[i + 1], scale));
     }
-    copy_words<sizeof codes, kAlignment>(data + channel, codes);
+    copy_words<sizeof codes>(data + channel, codes);
   } else {
     using Packed = std::conditional_t<N == 4, uint16_t, uint8_t>;
     uint32_t codes = 0;
     for (int i = 0; i < N; ++i) codes |= e2m1_from_float(Codec::in_units(x[i], scale)) << (4 * i);
     const Packed packed = static_cast<Packed>(codes);
-    copy_words<sizeof packed, kAlignment>(data + channel / 2, &packed);
+    copy_words<sizeof packed>(data + channel / 2, &packed);
   }
 }
 
 // The inverse of store_channels.
-template <class Codec, int kAlignment>
+template <class Codec>
 DSV4_HOST_DEVICE void load_channels(const uint8_t* data, int channel, float (&x)[4], float scale) {
   if (channel >= Codec::kQuantized) {
     using Plain = typename Codec::Plain;
     alignas(16) Plain four[4];
     const int offset = Layout<Codec>::kCodeBytes + (channel - Codec::kQuantized) * static_cast<int>(sizeof(Plain));
-    copy_words<sizeof four, kAlignment>(four, data + offset);
+    copy_words<sizeof four>(four, data + offset);
     for (int i = 0; i < 4; ++i) x[i] = to_float(four[i]);
   } else if constexpr (Codec::kCodeBits == 8) {
     uint32_t codes;
-    copy_words<sizeof codes, kAlignment>(&codes, data + channel);
+    copy_words<sizeof codes>(&codes, data + channel);
     for (int i = 0; i < 4; ++i) x[i] = float_from_e4m3(static_cast<uint8_t>(codes >> (8 * i))) * scale;
   } else {
     uint16_t codes;
-    copy_words<sizeof codes, kAlignment>(&codes, data + channel / 2);
+    copy_words<sizeof codes>(&codes, data + channel / 2);
     for (int i = 0; i < 4; ++i) x[i] = float_from_e2m1((codes >> (4 * i)) & 15u) * scale;
   }
 }
@@ -230,7 +230,7 @@ DSV4_HOST_DEVICE void load_channels(const uint8_t* data, int channel, float (&x)
 template <class Codec>
 DSV4_HOST_DEVICE void store_row_scale(uint8_t* scales, float row_scale) {
   using L = Layout<Codec>;
-  if constexpr (Codec::kStoresRowScale) copy_words<4, 4>(scales + L::kBlocks, &row_scale);
+  if constexpr (Codec::kStoresRowScale) copy_words<4>(scales + L::kBlocks, &row_scale);
   for (int i = 0; i < Codec::kPaddingScaleBytes; ++i) scales[L::kBlocks + i] = 0;
 }
 
@@ -244,7 +244,7 @@ template <class Codec>
 DSV4_HOST_DEVICE StoredScale load_stored_scale(const uint8_t* scales, int channel, float global_scale) {
   using L = Layout<Codec>;
   StoredScale stored{Codec::row_scale(0.0f, global_scale), 0};
-  if constexpr (Codec::kStoresRowScale) copy_words<4, 4>(&stored.row_scale, scales + L::kBlocks);
+  if constexpr (Codec::kStoresRowScale) copy_words<4>(&stored.row_scale, scales + L::kBlocks);
   if constexpr (Codec::kBlock != 0) {
     if (channel < Codec::kQuantized) stored.block_code = scales[channel / Codec::kBlock];
   }

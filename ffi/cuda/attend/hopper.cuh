@@ -266,7 +266,7 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-template <class WindowCodec, class EntryCodec, int kAlignment>
+template <class WindowCodec, class EntryCodec>
 __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_constant__ AttendParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr bool kTailApart = Decoder<WindowCodec>::kTailApart || Decoder<EntryCodec>::kTailApart;
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   if (group == 2) {
     give_registers<kDecoderRegisters>();
-    Producer<WindowCodec, EntryCodec, kAlignment>{tiles, shared, warp, lane}();
+    Producer<WindowCodec, EntryCodec>{tiles, shared, warp, lane}();
     leave_to_sums(blocks);
   } else if (group == 1) {
     take_registers<kSumRegisters>();

@@ -7,9 +7,9 @@
 
 namespace dsv4::cuda::attention {
 
-template <class WindowCodec, class EntryCodec, int kAlignment>
+template <class WindowCodec, class EntryCodec>
 cudaError_t launch_hopper(cudaStream_t stream, const AttendParams& params) {
-  const auto kernel = attend_kernel<WindowCodec, EntryCodec, kAlignment>;
+  const auto kernel = attend_kernel<WindowCodec, EntryCodec>;
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shared::kBytes);
   if (status == cudaSuccess && params.blocks > 8) {
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
@@ -36,26 +36,10 @@ cudaError_t launch_hopper(cudaStream_t stream, const AttendParams& params) {
 using HopperCodecs =
     CodecList<Bf16<kHeadDim>, Fp8<kHeadDim>, Fp8DsMla<kHeadDim>, Nvfp4<kHeadDim>, Nvfp4Static<kHeadDim>>;
 
-template <class Codec>
-bool rows_at_16_bytes(const Pool& pool) {
-  return pool.data == nullptr || Layout<Codec>::kAligned16 || Layout<Codec>::page_bytes(pool.rows) % 16 == 0;
-}
-
 template <class WindowCodec, class... EntryCodecs>
 const char* launch_for_entries(CUstream_st* stream, const AttendParams& params, CodecList<EntryCodecs...>) {
   cudaError_t status = cudaErrorNotSupported;
-  const auto launch = [&](auto entry) {
-    using EntryCodec = decltype(entry);
-    const bool aligned = rows_at_16_bytes<WindowCodec>(params.window) &&
-                         rows_at_16_bytes<WindowCodec>(params.displaced) &&
-                         rows_at_16_bytes<EntryCodec>(params.entries);
-    if constexpr (Layout<WindowCodec>::kAligned16 && Layout<EntryCodec>::kAligned16) {
-      status = launch_hopper<WindowCodec, EntryCodec, 16>(stream, params);
-    } else {
-      status = aligned ? launch_hopper<WindowCodec, EntryCodec, 16>(stream, params)
-                       : launch_hopper<WindowCodec, EntryCodec, 4>(stream, params);
-    }
-  };
+  const auto launch = [&](auto entry) { status = launch_hopper<WindowCodec, decltype(entry)>(stream, params); };
   // Without entries: as if they were stored like the window.
   const int codec = params.entries.data == nullptr ? params.window.codec : params.entries.codec;
   const char* name = nullptr;

@@ -75,7 +75,7 @@ __device__ __forceinline__ void load_tile(const AttendParams& params, const Atte
     for (int row = warp; row < Shared::kRows; row += kPortableWarps) {
       const StoredRow stored = shared.stored[row];
       if (stored.data != nullptr) {
-        load_row<Codec, kAlignmentOf<Codec>>(stored, shared.rows[row], lane, pool.global_scale);
+        load_row<Codec>(stored, shared.rows[row], lane, pool.global_scale);
       } else {
         const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         for (int quad = 0; quad < WarpRow<kHeadDim>::kQuads; ++quad) {

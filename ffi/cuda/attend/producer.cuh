@@ -8,7 +8,7 @@ namespace dsv4::cuda::attention {
 constexpr int kDecoderWarps = 4;
 constexpr int kSteps = kTileRows / (kWarpRows * kDecoderWarps);  // of a warp for a tile, eight rows each
 
-template <class WindowCodec, class EntryCodec, int kAlignment>
+template <class WindowCodec, class EntryCodec>
 struct Producer {
   const Tiles& tiles;
   const Shared& shared;
@@ -48,7 +48,7 @@ struct Producer {
     wait_for_scouts(tile);
     row = shared.row(tile, first_row(step) + lane / 4);
 #pragma unroll
-    for (int j = 0; j < D::kUnits; ++j) D::template fetch<kAlignment>(row, lane % 4, j, raw[j]);
+    for (int j = 0; j < D::kUnits; ++j) D::fetch(row, lane % 4, j, raw[j]);
     wait_for_scouts(tile);
   }
 

@@ -34,17 +34,11 @@ struct RowSource {
 __device__ const uint4 kNoRow[kHeadDim * 2 / 16] = {};
 
 // 16 bytes that no cache keeps but L2.
-template <int kAlignment>
 __device__ __forceinline__ uint4 load_unit(const uint8_t* from) {
   uint4 x;
-  if constexpr (kAlignment == 16) {
-    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(from));
-  } else {
-    const auto* words = reinterpret_cast<const uint32_t*>(from);
-    x = {__ldg(words), __ldg(words + 1), __ldg(words + 2), __ldg(words + 3)};
-  }
+  asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from));
   return x;
 }
 
@@ -124,11 +118,10 @@ struct E4m3Decoder {
   static constexpr int kCodeUnits = 7, kUnits = 9;
   using Raw = uint4;
 
-  template <int kAlignment>
   __device__ __forceinline__ static void fetch(const RowSource& row, int quarter, int j, Raw& raw) {
     const int from =
         j < kCodeUnits ? (4 * j + quarter) * 16 : 16 * 4 * kCodeUnits + (2 * quarter + j - kCodeUnits) * 16;
-    raw = load_unit<kAlignment>(row.data + from);
+    raw = load_unit(row.data + from);
   }
 
   __device__ __forceinline__ static void put(const RowSource& row, int j, const Raw& raw, const RowPlace& to) {
@@ -192,9 +185,8 @@ struct E2m1Decoder {
     uint32_t scales;
   };
 
-  template <int kAlignment>
   __device__ __forceinline__ static void fetch(const RowSource& row, int quarter, int j, Raw& raw) {
-    raw.codes = load_unit<kAlignment>(row.data + (4 * j + quarter) * 16);
+    raw.codes = load_unit(row.data + (4 * j + quarter) * 16);
     raw.scales = __ldg(reinterpret_cast<const uint16_t*>(row.data + row.scale.y) + 4 * j + quarter);
   }
 

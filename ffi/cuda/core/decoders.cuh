@@ -118,7 +118,7 @@ __device__ __forceinline__ LaneChannels<bfloat16> lane_channels(const float (&x)
 // What a lane loads of a row that becomes T, kept so that no load waits for another: codes apart from plain values,
 // because some lanes load the ones and some the others, which in the same registers would happen in turn; whole words,
 // because what is shifted into place is waited for; and nothing computed yet.
-template <class Codec, int kAlignment, class T>
+template <class Codec, class T>
 struct StoredChannels {
   using L = Layout<Codec>;
   using Plain = typename Codec::Plain;
@@ -133,14 +133,14 @@ struct StoredChannels {
   __device__ __forceinline__ void load(const StoredRow& from, int channel, float global_scale) {
     if constexpr (Codec::kQuantized > 0) {
       if (channel < Codec::kQuantized) {
-        copy_words<kCodeBytes, kAlignment>(codes, from.data + channel * Codec::kCodeBits / 8);
+        copy_words<kCodeBytes>(codes, from.data + channel * Codec::kCodeBits / 8);
       }
       scale = load_stored_scale<Codec>(from.scales, channel, global_scale);
     }
     if constexpr (Codec::kQuantized < Codec::kWidth) {
       if (channel >= Codec::kQuantized) {
         const int offset = L::kCodeBytes + (channel - Codec::kQuantized) * static_cast<int>(sizeof(Plain));
-        copy_words<kPlainBytes, kAlignment>(plain, from.data + offset);
+        copy_words<kPlainBytes>(plain, from.data + offset);
       }
     }
   }

@@ -25,9 +25,6 @@ __device__ __forceinline__ void visit_window_codec(int index, Visitor&& visit) {
   });
 }
 
-template <class Codec>
-constexpr int kAlignmentOf = Layout<Codec>::kAligned16 ? 16 : 4;
-
 // The pool with its rows to a page as a constant.
 template <int kRows>
 __device__ __forceinline__ Pool with_rows(Pool pool) {
@@ -47,7 +44,7 @@ __device__ __forceinline__ void store_spread(StoredRow stored, const float (&x)[
   if constexpr (Codec::kNeedsRowAmax) row_amax = threads.max(amax);
   const float row_scale = Codec::row_scale(row_amax, global_scale);
   if (channel == 0) store_row_scale<Codec>(stored.scales, row_scale);
-  store_scaled<Codec, kAlignmentOf<Codec>>(stored, x, channel, amax, row_scale);
+  store_scaled<Codec>(stored, x, channel, amax, row_scale);
 }
 
 }  // namespace dsv4::cuda

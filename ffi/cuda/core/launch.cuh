@@ -49,19 +49,10 @@ bool has_clusters(Kernel* kernel) {
   return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
 }
 
-// Calls `visit(codec, alignment)`, 16 wherever these pages allow it.
+// Calls `visit(codec)` for a pool's codec; the checks made sure there is one.
 template <class Visitor>
 void with_codec(const Pool& pool, Visitor&& visit) {
-  visit_codec(pool.width, pool.codec, [&](auto codec) {
-    using Codec = decltype(codec);
-    if constexpr (!Layout<Codec>::kAligned16) {
-      if (Layout<Codec>::page_bytes(pool.rows) % 16 != 0) {
-        visit(codec, std::integral_constant<int, 4>{});
-        return;
-      }
-    }
-    visit(codec, std::integral_constant<int, 16>{});
-  });
+  visit_codec(pool.width, pool.codec, visit);
 }
 
 // Calls `visit(T{})` with the element type.

@@ -46,7 +46,7 @@ __device__ __forceinline__ void store_values(T* to, const float (&x)[N]) {
   alignas(N * sizeof(T)) T values[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) values[i] = from_float<T>(x[i]);
-  copy_words<sizeof values, sizeof values>(to, values);
+  copy_words<sizeof values>(to, values);
 }
 
 // The largest value among groups of `kLanes` neighbouring lanes, known to each of them; none is below 0.
@@ -83,7 +83,7 @@ __device__ __forceinline__ float amax_of(const float (&x)[N], int channel) {
 }
 
 // Stores N (2 or 4) channels and, by the first lane of a block, its scale. All lanes of the warp call this together.
-template <class Codec, int kAlignment, int N>
+template <class Codec, int N>
 __device__ __forceinline__ void store_scaled(StoredRow stored, const float (&x)[N], int channel, float amax,
                                              float row_scale) {
   float scale = row_scale;
@@ -96,10 +96,10 @@ __device__ __forceinline__ void store_scaled(StoredRow stored, const float (&x)[
       scale = Codec::scale(code, row_scale);
     }
   }
-  store_channels<Codec, kAlignment>(stored.data, channel, x, scale);
+  store_channels<Codec>(stored.data, channel, x, scale);
 }
 
-template <class Codec, int kAlignment>
+template <class Codec>
 __device__ __forceinline__ void store_row(StoredRow stored, const WarpRow<Codec::kWidth>& row, int lane,
                                           float global_scale) {
   constexpr int kQuads = WarpRow<Codec::kWidth>::kQuads;
@@ -113,20 +113,18 @@ __device__ __forceinline__ void store_row(StoredRow stored, const WarpRow<Codec:
   const float row_scale = Codec::row_scale(row_amax, global_scale);
   if (lane == 0) store_row_scale<Codec>(stored.scales, row_scale);
 #pragma unroll
-  for (int q = 0; q < kQuads; ++q)
-    store_scaled<Codec, kAlignment>(stored, row.x[q], channel_of(q, lane), amax[q], row_scale);
+  for (int q = 0; q < kQuads; ++q) store_scaled<Codec>(stored, row.x[q], channel_of(q, lane), amax[q], row_scale);
 }
 
 // Reads a stored row and writes it to `to`, dense.
-template <class Codec, int kAlignment, class T>
+template <class Codec, class T>
 __device__ __forceinline__ void load_row(StoredRow stored, T* to, int lane, float global_scale) {
   constexpr int kQuads = WarpRow<Codec::kWidth>::kQuads;
   WarpRow<Codec::kWidth> row;
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
     const int channel = channel_of(q, lane);
-    load_channels<Codec, kAlignment>(stored.data, channel, row.x[q],
-                                     load_scale<Codec>(stored.scales, channel, global_scale));
+    load_channels<Codec>(stored.data, channel, row.x[q], load_scale<Codec>(stored.scales, channel, global_scale));
   }
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) store_values(to + channel_of(q, lane), row.x[q]);

@@ -22,7 +22,7 @@ constexpr int rows_in_flight() {
   return kBytes >= 2048 ? 2 : kBytes >= 256 ? 4 : 8;
 }
 
-template <class Codec, int kAlignment, class T, class Sources>
+template <class Codec, class T, class Sources>
 __global__ void __launch_bounds__(kGatherWarps* kWarp)
     gather_kernel(uint8_t* pool, float global_scale, Rows rows, unsigned warp_rows, Sources sources) {
   constexpr int kLanes = std::min(kWarp, Codec::kWidth / kLaneChannels<T>);  // of a row
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp)
   }
 
   const unsigned present = __ballot_sync(kAllLanes, mine.data >= 0);
-  StoredChannels<Codec, kAlignment, T> loaded[kSteps][kParts];
+  StoredChannels<Codec, T> loaded[kSteps][kParts];
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const int row = step * kAbreast + lane / kLanes;
@@ -75,12 +75,12 @@ const char* launch_gather(CUstream_st* stream, const char* op, const Pool& pool,
                           const Params& params) {
   const int64_t total = rows.queries * rows.count;
   if (total == 0) return nullptr;
-  with_codec(pool, [&](auto codec, auto alignment) {
+  with_codec(pool, [&](auto codec) {
     using Codec = decltype(codec);
     with_element(rows.element, [&](auto element) {
       const auto warp_rows =
           static_cast<unsigned>(std::clamp<int64_t>(total / kEnoughWarps, 1, rows_in_flight<Codec>()));
-      gather_kernel<Codec, decltype(alignment)::value, decltype(element)>
+      gather_kernel<Codec, decltype(element)>
           <<<blocks_for(total, kGatherWarps * warp_rows), kGatherWarps * kWarp, 0, stream>>>(
               pool.data, pool.global_scale, rows, warp_rows, Sources<Codec>{params});
     });

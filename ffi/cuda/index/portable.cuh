@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kPortableThreads)
       for (int i = 0; i < kKeyDim; i += 4) {
         float four[4];
         const float scale = load_scale<Codec>(stored.scales, i, params.pool.global_scale);
-        load_channels<Codec, 4>(stored.data, i, four, scale);
+        load_channels<Codec>(stored.data, i, four, scale);
 #pragma unroll
         for (int c = 0; c < 4; ++c) key[i + c] = four[c];
       }

@@ -12,7 +12,7 @@ __device__ __forceinline__ int64_t warp_index() {
   return static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarp;
 }
 
-template <class Codec, int kAlignment>
+template <class Codec>
 __global__ void flush_kernel(FlushParams params) {
   const int64_t row = warp_index();
   const int lane = threadIdx.x % kWarp;
@@ -26,11 +26,10 @@ __global__ void flush_kernel(FlushParams params) {
 #pragma unroll
   for (int q = 0; q < entry.kQuads; ++q)
     load_values(params.entries + row * Codec::kWidth + channel_of(q, lane), entry.x[q]);
-  store_row<Codec, kAlignment>(stored_row<Codec>(place.page, params.pool.rows, place.row), entry, lane,
-                               params.pool.global_scale);
+  store_row<Codec>(stored_row<Codec>(place.page, params.pool.rows, place.row), entry, lane, params.pool.global_scale);
 }
 
-template <class Codec, int kAlignment, class T>
+template <class Codec, class T>
 __global__ void quantize_kernel(QuantizeParams params) {
   const int64_t index = warp_index();
   const int lane = threadIdx.x % kWarp;
@@ -45,17 +44,16 @@ __global__ void quantize_kernel(QuantizeParams params) {
   for (int q = 0; q < row.kQuads; ++q) {
     load_values(static_cast<const T*>(params.rows) + index * Codec::kWidth + channel_of(q, lane), row.x[q]);
   }
-  store_row<Codec, kAlignment>(stored_row<Codec>(page.data, page.rows, index), row, lane, page.global_scale);
+  store_row<Codec>(stored_row<Codec>(page.data, page.rows, index), row, lane, page.global_scale);
 }
 
-template <class Codec, int kAlignment, class T>
+template <class Codec, class T>
 __global__ void dequantize_kernel(QuantizeParams params) {
   const int64_t index = warp_index();
   const Pool& page = params.page;
   if (index >= page.rows) return;
-  load_row<Codec, kAlignment>(stored_row<Codec>(page.data, page.rows, index),
-                              static_cast<T*>(params.rows) + index * Codec::kWidth, threadIdx.x % kWarp,
-                              page.global_scale);
+  load_row<Codec>(stored_row<Codec>(page.data, page.rows, index), static_cast<T*>(params.rows) + index * Codec::kWidth,
+                  threadIdx.x % kWarp, page.global_scale);
 }
 
 constexpr int kThreads = kRowWarps * kWarp;
@@ -64,18 +62,17 @@ constexpr int kThreads = kRowWarps * kWarp;
 
 const char* flush(CUstream_st* stream, const FlushParams& params) {
   if (params.closing == 0) return nullptr;
-  with_codec(params.pool, [&](auto codec, auto alignment) {
-    flush_kernel<decltype(codec), decltype(alignment)::value>
-        <<<blocks_for(params.closing, kRowWarps), kThreads, 0, stream>>>(params);
+  with_codec(params.pool, [&](auto codec) {
+    flush_kernel<decltype(codec)><<<blocks_for(params.closing, kRowWarps), kThreads, 0, stream>>>(params);
   });
   return launch_error("flush");
 }
 
 const char* quantize(CUstream_st* stream, const QuantizeParams& params) {
   if (params.page.rows == 0) return nullptr;
-  with_codec(params.page, [&](auto codec, auto alignment) {
+  with_codec(params.page, [&](auto codec) {
     with_element(params.element, [&](auto element) {
-      quantize_kernel<decltype(codec), decltype(alignment)::value, decltype(element)>
+      quantize_kernel<decltype(codec), decltype(element)>
           <<<blocks_for(params.page.rows, kRowWarps), kThreads, 0, stream>>>(params);
     });
   });
@@ -84,9 +81,9 @@ const char* quantize(CUstream_st* stream, const QuantizeParams& params) {
 
 const char* dequantize(CUstream_st* stream, const QuantizeParams& params) {
   if (params.page.rows == 0) return nullptr;
-  with_codec(params.page, [&](auto codec, auto alignment) {
+  with_codec(params.page, [&](auto codec) {
     with_element(params.element, [&](auto element) {
-      dequantize_kernel<decltype(codec), decltype(alignment)::value, decltype(element)>
+      dequantize_kernel<decltype(codec), decltype(element)>
           <<<blocks_for(params.page.rows, kRowWarps), kThreads, 0, stream>>>(params);
     });
   });

@@ -51,7 +51,7 @@ __global__ void table_changes_kernel(BeginStepParams params) {
 }
 
 // One warp a token.
-template <class Codec, int kAlignment, class T>
+template <class Codec, class T>
 __global__ void append_window_kernel(AppendWindowParams params) {
   const int index = blockIdx.x * kRowWarps + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const Pool& window = params.window;
@@ -64,7 +64,7 @@ __global__ void append_window_kernel(AppendWindowParams params) {
     load_values(static_cast<const T*>(params.rows) + static_cast<int64_t>(index) * Codec::kWidth + channel_of(q, lane),
                 row.x[q]);
   }
-  store_in_ring<Codec, kAlignment>(window, params.positions, layer, token, row, lane);
+  store_in_ring<Codec>(window, params.positions, layer, token, row, lane);
 }
 
 // One block a token, four channels a thread.
@@ -127,11 +127,11 @@ const char* begin_step(CUstream_st* stream, const BeginStepParams& params) {
 
 const char* append_window(CUstream_st* stream, const AppendWindowParams& params) {
   if (params.plan.tokens == 0) return nullptr;
-  with_codec(params.window, [&](auto codec, auto alignment) {
+  with_codec(params.window, [&](auto codec) {
     using Codec = decltype(codec);
     if constexpr (Codec::kWidth == kHeadDim) {
       with_element(params.element, [&](auto element) {
-        append_window_kernel<Codec, decltype(alignment)::value, decltype(element)>
+        append_window_kernel<Codec, decltype(element)>
             <<<blocks_for(params.plan.tokens, kRowWarps), kRowWarps * kWarp, 0, stream>>>(params);
       });
     }

@@ -63,7 +63,7 @@ __device__ __forceinline__ void store_window_row(const UpdateParams& params, int
   }
   visit_window_codec(window.codec, [&](auto codec) {
     using Codec = decltype(codec);
-    store_in_ring<Codec, kAlignmentOf<Codec>>(window, params.window.positions, layer, token, row, lane);
+    store_in_ring<Codec>(window, params.window.positions, layer, token, row, lane);
   });
 }
 
