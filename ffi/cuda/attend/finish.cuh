@@ -100,7 +100,7 @@ struct Columns {
 struct Angle {
   float cos = 1.0f, sin = 0.0f;
 
-  __device__ __forceinline__ Angle() = default;
+  Angle() = default;
   __device__ __forceinline__ Angle(const AttendParams& params, const Destination& to, int eight, int pair) {
     constexpr int kFirst = (kHeadDim - kRopeDim) / 8;
     if (to.partial || params.cos == nullptr || eight < kFirst) return;
