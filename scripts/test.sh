@@ -58,4 +58,4 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_DISABLE_MOST_OPTIMIZATIONS=true
 if [[ $jax_version == 0.10.* ]]; then  # later ones have no other emitters, and refuse the flag
   export XLA_FLAGS="--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 ${XLA_FLAGS:-}"
 fi
-python -m pytest -n auto --maxprocesses 4 "$@"
+python -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"
