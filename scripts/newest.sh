@@ -27,9 +27,19 @@ environment=build/newest-venv
 source "$environment/bin/activate"
 unset PYTHONPATH
 
-echo "== newest jax: install and build for the CPU"
-python -m pip install --quiet --upgrade jax "$(sed -n 's/^  "\(jaxlib>=.*\)",$/\1/p' pyproject.toml)"
-python -m pip install --quiet -Ccmake.define.DSV4_CUDA=OFF ".[test]"
+read_pyproject() { python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); print(*($1), sep='\n')"; }
+
+echo "== newest jax: build for the CPU"
+# In this environment, where the newest jaxlib then takes the place of the one whose headers the build is pinned to.
+{
+  read_pyproject "p['build-system']['requires']"
+  printf '%s\n' cmake ninja
+} | python -m pip install --quiet -r /dev/stdin
+python -m pip install --quiet --no-build-isolation --no-deps -Ccmake.define.DSV4_CUDA=OFF .
+
+echo "== newest jax: install"
+read_pyproject "p['project']['dependencies'] + p['project']['optional-dependencies']['test']" |
+  python -m pip install --quiet --upgrade -r /dev/stdin
 python -c "import jax, sys; print(f'jax {jax.__version__}, Python {sys.version.split()[0]}')"
 
 echo "== newest jax: tests"

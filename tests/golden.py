@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import numpy_reference
 
-GOLDEN = np.load(Path(__file__).parent / "data" / "dsv4_golden.npz")
+with np.load(Path(__file__).parent / "data" / "dsv4_golden.npz") as _file:
+    GOLDEN = dict(_file)  # arrays: the file would decompress one anew whenever it is asked
 META = json.loads(GOLDEN["meta.json"].tobytes())
 POSITIONS = GOLDEN["meta.positions_attn"]
 """The tokens whose attention the file holds, query by query."""

@@ -16,7 +16,9 @@ class Ops:
         self.implementation = implementation
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return functools.partial(getattr(ops, name), implementation=self.implementation)
+        operation = functools.partial(getattr(ops, name), implementation=self.implementation)
+        setattr(self, name, operation)  # the same object for the same word, by which what is compiled of it is found
+        return operation
 
 
 @functools.cache

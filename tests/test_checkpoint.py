@@ -22,6 +22,7 @@ from checkpoints import (
     with_saved_names,
     write_folder,
 )
+from cpu_devices import environment_of
 
 from dsv4_jax.deepseek_v4.checkpoint import load_checkpoint
 from dsv4_jax.deepseek_v4.quantized import BlockFp8, Nvfp4, PackedFp4, quantize_block_fp8, quantize_nvfp4
@@ -350,9 +351,8 @@ assert {array.shape[0] for array in reads if array.ndim == 3} == {1}
 
 
 def test_each_device_gets_its_experts_and_no_others(release):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "JAX_PLATFORMS": "cpu"}
     program = [sys.executable, "-c", ON_THREE_DEVICES, str(release)]
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(program, env=environment_of(3), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

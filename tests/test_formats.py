@@ -13,7 +13,8 @@ from implementations import IMPLEMENTATIONS, ops_of
 
 from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS, CacheFormats
 
-GOLDEN = np.load(Path(__file__).parent / "data" / "dsv4_quant_golden.npz")
+with np.load(Path(__file__).parent / "data" / "dsv4_quant_golden.npz") as _file:
+    GOLDEN = dict(_file)
 
 STATIC = {
     f"static_{scale}": dataclasses.replace(ENTRY_FORMATS["nvfp4_static"], global_scale=float(np.float32(scale)))

@@ -32,16 +32,14 @@ def pages_around_the_limits(pages, page_bytes):
     return [divmod(place, pages) for place in sorted(set(places))]
 
 
-@jax.jit
 def pages_in_use(pool):
-    """bool [layers, pages]: which pages hold anything but zeros."""
-    return (pool != 0).any(axis=tuple(range(2, pool.ndim)))
+    """bool [layers, pages]: which pages hold anything but zeros; NumPy goes over 2^31 bytes faster than one by one."""
+    return np.asarray(pool).reshape(*pool.shape[:2], -1).view(np.uint64).any(axis=-1)
 
 
-@jax.jit
 def tails_in_use(tail):
     """bool [layers, slots]: which slots' tails have any kv but zeros."""
-    return (tail[:, :, 0] != 0).any(axis=(2, 3))
+    return np.asarray(tail)[:, :, 0].any(axis=(2, 3))
 
 
 def donating(op, **attributes):
@@ -71,7 +69,7 @@ def test_entries_are_flushed_and_gathered(large, rng):
             np.testing.assert_array_equal(pool[layer, page], expected)
             decoded = numpy_formats.decode_page(expected, "fp8_ds_mla", 32, 512)
             np.testing.assert_array_equal(rows.values[index], decoded)
-    assert [tuple(place) for place in np.argwhere(np.asarray(pages_in_use(pool))).tolist()] == places
+    assert [tuple(place) for place in np.argwhere(pages_in_use(pool)).tolist()] == places
 
 
 def of_kind(kind):
@@ -130,8 +128,8 @@ def test_steps_write_what_they_write_to_a_small_cache(large, rng, kind, by):
     else:
         used = tails_in_use(cache.pools["hca_tail"])
         np.testing.assert_array_equal(used, pages_in_use(cache.window))
-    assert (np.flatnonzero(np.asarray(used).all(0)) == places).all()
-    assert np.asarray(used).sum() == LAYERS * len(places)
+    assert (np.flatnonzero(used.all(0)) == places).all()
+    assert used.sum() == LAYERS * len(places)
 
     for layer in range(LAYERS):
         read = [reader(*pair, layer) for pair in ((cache, plan), (small, small_plan))]

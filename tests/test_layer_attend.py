@@ -22,8 +22,8 @@ HEADS, CHOSEN = 8, 6
 class Given:
     """A step that brings `tokens` of requests behind these lengths: cache, plan, weights, what the tokens bring."""
 
-    def __init__(self, rng, lengths, tokens=1, **settings):
-        self.driver = Driver(random_weights(rng), CacheFormats(), buckets=(2, 16, 512), **settings)
+    def __init__(self, rng, lengths, tokens=1, buckets=(2, 16, 512), **settings):
+        self.driver = Driver(random_weights(rng), CacheFormats(), buckets=buckets, **settings)
         requests = [self.driver.admit(random_tokens(rng, 300)) for _ in lengths]
         self.driver.feed(dict(zip(requests, lengths, strict=True)))
         self.plan, self.brought = self.driver.prepare(dict.fromkeys(requests, tokens))
@@ -109,7 +109,7 @@ def test_drafts_see_what_single_tokens_see(seed, layer):
 @pytest.mark.parametrize("layer", [SWA, CSA, HCA])
 def test_long_chunks_see_what_the_gathers_read(rng, implementation, layer):
     """Chunks that overwrite ring rows which their early tokens see, and rows of their own."""
-    given = Given(rng, (131, 20), tokens=140)
+    given = Given(rng, (131, 20), tokens=140, buckets=(280,))
 
     def run(cache, plan):
         step = begin(cache, plan, implementation=implementation)

@@ -95,7 +95,8 @@ def as_usual(seed, implementation, hca_tail):
 @pytest.mark.parametrize(
     ("implementation", "hca_tail", "modes"),
     [
-        *(pytest.param("native", "rows", (mode,), id=f"native, {mode}") for mode in MODES),
+        pytest.param("native", "rows", ("x64",), id="native, x64"),
+        pytest.param("native", "rows", tuple(mode for mode in MODES if mode != "x64"), id="native, all that raise"),
         pytest.param("reference", "running", tuple(MODES), id="reference, all of them"),
     ],
 )

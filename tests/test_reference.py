@@ -76,8 +76,9 @@ def begin(ops, state, plan):
 
 
 @functools.cache
-def compiled_step(ops, append_first):
-    return jax.jit(functools.partial(run_step, ops, append_first))
+def jitted(function, *arguments, donate=(), **options):
+    """One, whoever asks. What is not jitted is compiled piece by piece."""
+    return jax.jit(functools.partial(function, *arguments, **options), donate_argnums=donate)
 
 
 def run_step(ops, append_first, state, plan, inputs):
@@ -137,7 +138,7 @@ class Server:
 
     def __init__(self, ops, *, append_first=False):
         self.ops = ops
-        self.step = compiled_step(ops, append_first)
+        self.step = jitted(run_step, ops, append_first, donate=0)
         self.state = poisoned_state()
         self.blocks = np.random.default_rng(0).permutation(BLOCKS)
 
@@ -147,7 +148,7 @@ class Server:
         changes = (np.full(MAX_BLOCKS, slot), np.arange(MAX_BLOCKS), blocks)
         layout = PlanLayout(tokens=128 * MAX_BLOCKS, requests=2)
         plan = build_plan(layout, [slot], [0], [1], [True], changes)
-        self.state, _ = begin(self.ops, self.state, plan)
+        self.state, _ = jitted(begin, self.ops)(self.state, plan)
 
     def run(self, requests):
         """One step: requests is [(slot, start, inputs of its new tokens)]."""
@@ -164,32 +165,27 @@ class Server:
 
     def entries(self, kind, slot, length):
         """The entries stored for a slot of that length: fp32 [n, width]."""
-        count = length // RATIOS[kind]
-        _, rows = self.ops.gather_all_entries(
+        count, asked = length // RATIOS[kind], LENGTH // RATIOS[kind] + 3
+        options = {"ratio": RATIOS[kind], "format": FORMATS[kind], "dtype": jnp.float32, "entries": asked}
+        _, rows = jitted(self.ops.gather_all_entries, **options)(
             self.state[POOLS[kind]],
             self.state["block_table"],
             build_plan(PlanLayout(1, 1), [slot], [length - 1], [1], False),
             LAYER[kind],
-            ratio=RATIOS[kind],
-            format=FORMATS[kind],
-            dtype=jnp.float32,
-            entries=count + 3,
         )
         values, positions, valid = (np.asarray(x[0]) for x in rows)
-        np.testing.assert_array_equal(valid, np.arange(count + 3) < count)
-        np.testing.assert_array_equal(positions, np.where(valid, RATIOS[kind] * np.arange(count + 3), -1))
+        np.testing.assert_array_equal(valid, np.arange(asked) < count)
+        np.testing.assert_array_equal(positions, np.where(valid, RATIOS[kind] * np.arange(asked), -1))
         assert not values[count:].any()
         return values[:count]
 
     def window(self, slot, last):
         """The window of a slot at a position: Rows of [128]."""
-        _, _, rows = self.ops.gather_window(
+        _, _, rows = jitted(self.ops.gather_window, format=FP32, dtype=jnp.float32)(
             self.state["window"],
             self.state["window_positions"],
             build_plan(PlanLayout(1, 1), [slot], [last], [1], False),
             WINDOW_LAYER,
-            format=FP32,
-            dtype=jnp.float32,
         )
         return tuple(np.asarray(x[0]) for x in rows)
 

@@ -1,7 +1,6 @@
 """Caches of several shards, and caches on several devices that no step may take; a step through jax.export."""
 
 import functools
-import os
 import subprocess
 import sys
 import textwrap
@@ -11,6 +10,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cpu_devices import environment_of
 
 from dsv4_jax import CacheManager, CacheSchema, PlanLayout, init_cache
 from dsv4_jax.cache.pools import Cache, check_one_shard
@@ -23,9 +23,10 @@ SCHEMA = CacheSchema(tiny_spec(), PROFILES["default"], slots=2, blocks=4, max_co
 
 def on_four_devices(code):
     """Runs code in a process of its own, with four CPU devices."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     program = PREAMBLE + textwrap.dedent(code)
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment_of(4), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

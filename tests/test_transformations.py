@@ -1,6 +1,5 @@
 """What JAX's transformations do with an op: derivatives and vmap are refused by one sentence, shard_map works."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cpu_devices import environment_of
 from harness import SPEC, inputs_of, random_tokens, random_weights
 from implementations import IMPLEMENTATIONS
 
@@ -71,7 +71,6 @@ def test_vmap_is_refused(rng, implementation):
 def test_shards_of_a_mesh_do_what_one_device_does(seed):
     """In a process of its own, which has two CPU devices."""
     script = Path(__file__).parent / "sharded_step.py"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     command = [sys.executable, str(script), str(seed)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    ran = subprocess.run(command, env=environment_of(2), capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stdout + ran.stderr
