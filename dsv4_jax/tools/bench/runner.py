@@ -111,7 +111,12 @@ class _States:
 
 
 def run_cases(
-    cases: Sequence[Case], scale: Scale, *, reference: bool = False, progress: Callable[[str], None] | None = None
+    cases: Sequence[Case],
+    scale: Scale,
+    *,
+    reference: bool = False,
+    progress: Callable[[str], None] | None = None,
+    found: Callable[[Result], None] | None = None,
 ) -> Run:
     """Measures what results are compared with, then every case in order.
 
@@ -123,6 +128,7 @@ def run_cases(
       scale: the same.
       reference: measure the jnp definition too, where a case has one.
       progress: called with each case's name before it starts.
+      found: called with its result afterwards.
     """
     copy, read, matmul = measure_copy(scale), measure_read(scale), measure_matmul(scale)
     states = _States(scale)
@@ -139,6 +145,8 @@ def run_cases(
             progress(case.name)
         result = smallest if case.name == smallest.name else _tried(case, scale, states, reference)
         results.append(believed(result, roofs, scale))
+        if found:
+            found(results[-1])
     return Run(roofs, _with_sums(results), scale)
 
 

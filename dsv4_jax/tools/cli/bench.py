@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dsv4_jax.tools.bench.cases import all_cases
 from dsv4_jax.tools.bench.report import draw, model_table, table, write_json
-from dsv4_jax.tools.bench.runner import run_cases
+from dsv4_jax.tools.bench.runner import Result, run_cases
 from dsv4_jax.tools.bench.workload import FULL, TINY
 from dsv4_jax.tools.cli._output import print_table, writable_file, writable_picture
 
@@ -59,9 +59,13 @@ def bench(
     if json is not None:
         writable_file(json, "--json")
 
+    def found(result: Result) -> None:
+        if not console.is_terminal and result.timing is not None:  # a log keeps what an interrupted run has found
+            print(f"{result.name}: {result.timing.microseconds:.2f} µs", flush=True)
+
     begin = time.perf_counter()
     with console.status("copy") as status:
-        run = run_cases(cases, scale, reference=reference, progress=status.update)
+        run = run_cases(cases, scale, reference=reference, progress=status.update, found=found)
     print_table(console, table(run))
     if (models := model_table(run)) is not None:
         print_table(console, models)
