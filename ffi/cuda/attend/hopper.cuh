@@ -6,6 +6,8 @@
 //   2          rows from the cache into tiles of 64 rows, two of them in turn
 // What passes between them: `known` (a tile's rows are), `full` (a tile is there), `empty` (both sums are done with
 // it), `weighed` (a tile's softmax weights are there for warpgroup 1), `summed` (it is done with them).
+//
+// Threads: 384. Registers by role: 208, 192, 104. Shared memory: `Shared`, 226 KB, so one block to a multiprocessor.
 #pragma once
 
 #include <utility>
@@ -15,13 +17,13 @@
 
 namespace dsv4::cuda::attention {
 
-constexpr int kThreads = 256 + 32 * kDecoderWarps;
+constexpr int kThreads = 256 + 32 * kProducerWarps;
 
 // Registers of a thread by role, multiples of 8; together at most what the block starts with, three times 168.
 constexpr int kSoftmaxRegisters = 208;
 constexpr int kSumRegisters = 192;
-constexpr int kDecoderRegisters = 104;
-static_assert(kSoftmaxRegisters + kSumRegisters + kDecoderRegisters <= 65536 / kThreads / 8 * 8 * 3);
+constexpr int kProducerRegisters = 104;
+static_assert(kSoftmaxRegisters + kSumRegisters + kProducerRegisters <= 65536 / kThreads / 8 * 8 * 3);
 
 // Queries of the block's heads into shared memory as bfloat16, by warpgroup 0; zeros beyond the last head.
 __device__ __forceinline__ void load_queries(const AttendParams& params, int token, int first_head,
@@ -280,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
     if (blockIdx.x == 0) store_unseen(params, rows, first_head, kTileHeads, kThreads);
     return;
   }
-  if (threadIdx.x == 0) shared.init_barriers(kScoutsOfTile, kDecoderWarps);
+  if (threadIdx.x == 0) shared.init_barriers(kScoutsOfTile, kProducerWarps);
   __syncthreads();
   if (blocks > 1) cluster_arrive();
   const Tiles tiles = tiles_of_block(rows, blockIdx.x, gridDim.x);
@@ -288,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
 
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   if (group == 2) {
-    give_registers<kDecoderRegisters>();
+    give_registers<kProducerRegisters>();
     Producer<WindowCodec, EntryCodec>{tiles, shared, warp, lane}();
     leave_to_sums(blocks);
   } else if (group == 1) {

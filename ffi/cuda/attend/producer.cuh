@@ -1,12 +1,12 @@
-// The decoding warps of attention on Hopper: from where rows lie to decoded tiles in shared memory.
+// The producing warps of attention on Hopper: from where rows lie to decoded tiles in shared memory.
 #pragma once
 
 #include "cuda/attend/scout.cuh"
 
 namespace dsv4::cuda::attention {
 
-constexpr int kDecoderWarps = 4;
-constexpr int kSteps = kTileRows / (kWarpRows * kDecoderWarps);  // of a warp for a tile, eight rows each
+constexpr int kProducerWarps = 4;
+constexpr int kSteps = kTileRows / (kWarpRows * kProducerWarps);  // of a warp for a tile, eight rows each
 
 template <class WindowCodec, class EntryCodec>
 struct Producer {
@@ -15,7 +15,7 @@ struct Producer {
   int warp;
   int lane;
 
-  __device__ __forceinline__ int first_row(int step) const { return (step * kDecoderWarps + warp) * kWarpRows; }
+  __device__ __forceinline__ int first_row(int step) const { return (step * kProducerWarps + warp) * kWarpRows; }
   __device__ __forceinline__ void wait_for_scouts(int tile) const { wait(shared.known(tile), tile / kAhead % 2); }
   // Whoever multiplies makes what is stored here visible to the products. A fence of this warp would wait for the loads
   // of the next tile.
@@ -43,8 +43,8 @@ struct Producer {
   template <class D>
   __device__ __forceinline__ void fetch_rows(int tile, int step, RowSource& row,
                                              typename D::Raw (&raw)[D::kUnits]) const {
-    // Between two waits, which the compiler moves no load across: towards the next tile it would put them all at its
-    // end.
+    // Between two waits: without them the compiler puts these loads behind the stores of the rows before, and waits for
+    // them at once.
     wait_for_scouts(tile);
     row = shared.row(tile, first_row(step) + lane / 4);
 #pragma unroll
