@@ -4,8 +4,9 @@
 //   0          logits, softmax, and the weighted sum of channels 0..255
 //   1          the weighted sum of channels 256..511; meanwhile, where the rows of the next tiles lie
 //   2          rows from the cache into tiles of 64 rows, two of them in turn
-// What passes between them: `known` (a tile's rows are), `full` (a tile is there), `empty` (both sums are done with
-// it), `weighed` (a tile's softmax weights are there for warpgroup 1), `summed` (it is done with them).
+// What passes between them: `known` (where a tile's rows lie is), `described` (what they are multiplied by), `full` (a
+// tile is there), `empty` (both sums are done with it), `weighed` (a tile's softmax weights are there for warpgroup 1),
+// `summed` (it is done with them).
 //
 // Threads: 384. Registers by role: 208, 192, 104. Shared memory: `Shared`, 226 KB, so one block to a multiprocessor.
 #pragma once
@@ -92,6 +93,7 @@ __device__ __forceinline__ void begin_logits(float (&logits)[32], const Shared& 
     add_logits<kCodedSixteens, kSixteens, true>(logits, shared, tile);
     wgmma_wait<0>();
     pin(logits);
+    wait(shared.described(tile), tile / kAhead % 2);
     const float* factors = shared.facts(tile, kTailFactor) + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -154,6 +156,7 @@ __device__ __forceinline__ void softmax_and_sum(const Shared& shared, const Tile
     const int parity = tile / kStages % 2;
     wgmma_wait<0>();
     pin(logits);
+    if constexpr (!kTailApart) wait(shared.described(tile), tile / kAhead % 2);
 
     float high[2] = {-INFINITY, -INFINITY};
 #pragma unroll

@@ -95,8 +95,9 @@ __device__ __forceinline__ uint32_t scaled(uint32_t pair, float first, float sec
   return two_bfloat16(__uint_as_float(pair << 16) * first, __uint_as_float(pair & 0xFFFF0000u) * second);
 }
 
-// A decoder moves rows in kUnits rounds, four lanes to a row: `fetch` loads round j, `put` decodes what was fetched
-// into the row's place of the tiles. In every round eight neighbouring lanes, of two rows, write to different banks.
+// A decoder wants the scale to decode, or leaves it to logits and weights (`kByScale`). It moves rows in kUnits rounds,
+// four lanes to a row: `fetch` loads round j, `put` decodes what was fetched into the row's place of the tiles. In
+// every round eight neighbouring lanes, of two rows, write to different banks.
 template <class Codec>
 struct Decoder;
 
@@ -159,7 +160,7 @@ struct Fp8DsMlaCodes {
 
 template <>
 struct Decoder<Fp8<kHeadDim>> : E4m3Decoder<Fp8Codes> {
-  static constexpr bool kTailApart = true;
+  static constexpr bool kTailApart = true, kByScale = false;
   __device__ __forceinline__ static uint2 scale(const StoredRow& row, float) {
     return {*reinterpret_cast<const uint32_t*>(row.scales), 0u};
   }
@@ -168,7 +169,7 @@ struct Decoder<Fp8<kHeadDim>> : E4m3Decoder<Fp8Codes> {
 
 template <>
 struct Decoder<Fp8DsMla<kHeadDim>> : E4m3Decoder<Fp8DsMlaCodes> {
-  static constexpr bool kTailApart = false;
+  static constexpr bool kTailApart = false, kByScale = true;
   __device__ __forceinline__ static uint2 scale(const StoredRow& row, float) {
     return *reinterpret_cast<const uint2*>(row.scales);
   }
@@ -178,7 +179,7 @@ struct Decoder<Fp8DsMla<kHeadDim>> : E4m3Decoder<Fp8DsMlaCodes> {
 // E2M1 codes with an E4M3 scale per 16, which lie scale.y bytes behind them; a lane's 32 codes are half a tile's row.
 struct E2m1Decoder {
   static constexpr bool kCopies = false;
-  static constexpr bool kTailApart = false;
+  static constexpr bool kTailApart = false, kByScale = false;
   static constexpr int kUnits = 4;
   struct Raw {
     uint4 codes;
@@ -231,7 +232,7 @@ struct Decoder<Nvfp4Static<kHeadDim>> : E2m1Decoder {
 template <>
 struct Decoder<Bf16<kHeadDim>> {
   static constexpr bool kCopies = true;
-  static constexpr bool kTailApart = false;
+  static constexpr bool kTailApart = false, kByScale = false;
 
   __device__ __forceinline__ static uint2 scale(const StoredRow&, float) { return {0u, 0u}; }
   __device__ __forceinline__ static float row_scale(const RowSource&) { return 1.0f; }

@@ -85,13 +85,18 @@ struct Scout {
     shared.facts(tile, kWeightFactor)[key()] = exists ? coded : 0.0f;
     if constexpr (kTailApart) shared.facts(tile, kTailFactor)[key()] = exists ? tail / coded : 0.0f;
   }
+  // Where the row lies is told before what its scale makes of it, for which a load is still on its way.
   __device__ __forceinline__ void tell(int tile) const {
     if (!tiles.has(tile)) return;
+    const bool window = tiles.in_window(tile);
     wait_for_consumers(shared, tile, kAhead);
-    shared.put_row(tile, key(), row);
-    describe(tile, tiles.in_window(tile));
+    const bool by_scale = window ? Window::kByScale : Entry::kByScale;
+    shared.put_row(tile, key(), {row.data, {by_scale ? row.scale.x : 0u, row.scale.y}});
     __syncwarp();
     if (lane == 0) arrive(shared.known(tile));
+    describe(tile, window);
+    __syncwarp();
+    if (lane == 0) arrive(shared.described(tile));
   }
 
   // While a tile is summed, and after it, when its place is free: every other tile a warp finishes with the one kAhead

@@ -28,7 +28,7 @@ struct Shared {
   static constexpr int kShrink = kSources + kAhead * kTileRows * 16;
   static constexpr int kShares = kShrink + kStages * kTileHeads * 4;
   static constexpr int kBarriers = kShares + kLargestCluster * kTileHeads * 8;
-  static constexpr int kBytes = kBarriers + (3 * kStages + 2 * kAhead) * 8 + kSwizzleBytes;  // with room to align
+  static constexpr int kBytes = kBarriers + (3 * kStages + 3 * kAhead) * 8 + kSwizzleBytes;  // with room to align
   static_assert(kBytes <= 227 * 1024);
 
   template <class T>
@@ -71,14 +71,20 @@ struct Shared {
   __device__ __forceinline__ uint32_t parts() const { return start + kTiles; }
   __device__ __forceinline__ uint32_t output() const { return start; }
 
-  // Barriers. A tile is decoded; its weights are there for warpgroup 1; it is done with them; its rows are known; both
+  // Barriers. A tile is decoded; its weights are there for warpgroup 1; it is done with them; its rows are known, and
+  // what they are multiplied by; both
   // sums are done with the tile.
   __device__ __forceinline__ uint32_t barrier(int i) const { return start + kBarriers + 8 * i; }
   __device__ __forceinline__ uint32_t full(int tile) const { return barrier(tile % kStages); }
   __device__ __forceinline__ uint32_t weighed(int tile) const { return barrier(kStages + tile % kStages); }
   __device__ __forceinline__ uint32_t summed(int tile) const { return barrier(2 * kStages + tile % kStages); }
   __device__ __forceinline__ uint32_t known(int tile) const { return barrier(3 * kStages + tile % kAhead); }
-  __device__ __forceinline__ uint32_t empty(int tile) const { return barrier(3 * kStages + kAhead + tile % kAhead); }
+  __device__ __forceinline__ uint32_t described(int tile) const {
+    return barrier(3 * kStages + kAhead + tile % kAhead);
+  }
+  __device__ __forceinline__ uint32_t empty(int tile) const {
+    return barrier(3 * kStages + 2 * kAhead + tile % kAhead);
+  }
 
   __device__ __forceinline__ void init_barriers(int scouts, int decoders) const {
     for (int tile = 0; tile < kStages; ++tile) {
@@ -88,6 +94,7 @@ struct Shared {
     }
     for (int tile = 0; tile < kAhead; ++tile) {
       init_barrier(known(tile), scouts);
+      init_barrier(described(tile), scouts);
       init_barrier(empty(tile), 8);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
