@@ -34,7 +34,7 @@ LAYOUTS = {"decode": PlanLayout(8, 8), "prefill": PlanLayout(200, 8)}
 
 
 def schema_of(spec, formats=PROFILES["default"]):
-    return CacheSchema(spec, formats, slots=512, blocks=1 << 16, max_context=4096, lookahead=3)
+    return CacheSchema(spec, formats, slots=2048, blocks=1 << 16, max_context=4096, lookahead=3)
 
 
 def shapes_of(schema: CacheSchema, layout: PlanLayout):

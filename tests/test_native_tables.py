@@ -75,11 +75,11 @@ def test_every_result_and_attribute_has_to_be_named():
 
 
 def test_what_attend_plans_with_is_what_its_kernels_have():
-    """Partial results are allocated in Python; Hopper's kernels that fill them have the same tiles and clusters."""
-    sources = "".join((ATTEND / name).read_text() for name in ("rows.cuh", "shared.cuh"))
+    """Workspace is allocated in Python; Hopper's kernels that fill it have the same tiles and clusters."""
+    sources = "".join((ATTEND / name).read_text() for name in ("rows.cuh", "shared.cuh", "../../ops/params.h"))
     in_kernels = {name: int(value) for name, value in re.findall(r"^constexpr int (k\w+) = (\d+);", sources, re.M)}
     assert (
         in_kernels["kTileRows"],
-        in_kernels["kTileHeads"],
+        in_kernels["kAttendedHeads"],
         in_kernels["kLargestCluster"],
-    ) == (attend._TILE_ROWS, attend._TILE_HEADS, attend._CLUSTER)
+    ) == (attend._TILE_ROWS, attend._TILE_HEADS, max(attend._CLUSTERS_AT_ONCE))
