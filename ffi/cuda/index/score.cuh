@@ -1,9 +1,8 @@
 // Indexer scores on Hopper: I[t, s] = sum over heads of w[t, h] * relu(q[t, h] . K[s]).
 //
 // Keys are the rows of the product, 16 a warp; they go through shared memory into the registers that wgmma takes its
-// first operand from; a token's queries are the columns, in shared memory. The sum over heads is a second product, of
-// the relu'd sums as halves with the head weights, and a warp's own: for a warpgroup's, eight columns would take as
-// long as 64. For bf16 keys, whose sums may exceed halves, it is fp32 arithmetic.
+// first operand from; a token's queries are the columns, in shared memory. The sum over heads is plain fp32 arithmetic:
+// what adds and multiplies is idle, while tensor cores and what turns keys into their operand are busy.
 //
 // Threads: two warpgroups; every warp copies and multiplies for itself. Barriers: an mbarrier a stage and one for
 // prepared queries; __syncthreads only where queries change. Shared memory: `Shared`, 44 to 200 KB. Registers: 128 a
@@ -39,58 +38,47 @@ struct Shared {
   static constexpr int kGroup = S::kGroup, kStages = S::kStages;
   static constexpr int kStageBytes = S::kStageKeys * (Keys::kRowBytes + Keys::kScaleBytes);
   alignas(1024) uint8_t queries[kGroup][kQueryBytes<Keys>];
-  alignas(16) uint8_t weights[kGroup][1024];  // the second product's operand as lanes read it; bf16: 64 floats
-  float weight_scale[kGroup];
+  float4 weights[kGroup][16];  // of heads, as lanes read them
   alignas(128) uint8_t stages[kWarpgroups * 4][kStages][kStageBytes];
   uint64_t full[kWarpgroups * 4][kStages];
   uint64_t queries_full;
   float raw_weights[64];
 };
 
-// A token's head weights where the sum over heads wants them, by one warp.
+// A token's head weights where the sum over heads wants them, by one warp. Half of them where the sum takes ReLU twice.
 template <class Keys>
-__device__ __forceinline__ void put_weights(uint8_t* to, float* scale, const float* weights, int lane) {
-  if constexpr (Keys::kPlain) {
-    reinterpret_cast<float2*>(to)[lane] = make_float2(weights[2 * lane], weights[2 * lane + 1]);
-  } else {
-    store_weights(to, scale, weights, lane);
-  }
+__device__ __forceinline__ void put_weights(float4 (&to)[16], const float* weights, int lane) {
+  // Quad 4 q + c has the heads 16 q + 2 c, + 1, + 8 and + 9.
+  constexpr float kFactor = Keys::kPlain ? 1.0f : 0.5f;
+  const float2 two = make_float2(kFactor * weights[2 * lane], kFactor * weights[2 * lane + 1]);
+  reinterpret_cast<float2*>(&to[lane / 8 * 4 + lane % 4])[lane / 4 % 2] = two;
 }
 
-// The sums over heads of a warp's keys row and row + 8, from what their products with the queries are; in the first of
-// the four lanes of a row. For bf16 keys.
-__device__ __forceinline__ void sum_floats(float (&sums)[2], const float (&acc)[32], const uint8_t* weights,
-                                           int column) {
-  const float* of_heads = reinterpret_cast<const float*>(weights) + 2 * column;
-  sums[0] = 0.0f, sums[1] = 0.0f;
+// This lane's part of the sums over heads of a warp's keys row and row + 8, from their products with the queries.
+template <class Keys>
+__device__ __forceinline__ void weigh(float (&sums)[2], const float (&acc)[32], const float4 (&weights)[16],
+                                      int column) {
+  float parts[4] = {};
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
+  for (int q = 0; q < 4; ++q) {
+    const float4 four = weights[4 * q + column];
+    const float of_heads[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float x = acc[4 * j + i];
-      sums[i / 2] = fmaf(of_heads[8 * j + i % 2], x < 0.0f ? 0.0f : x, sums[i / 2]);  // a NaN stays one
+    for (int i = 0; i < 8; ++i) {
+      const float x = acc[8 * q + i];
+      // A NaN stays one. Twice the ReLU is cheaper, but not for keys of any size, whose sums may be infinite.
+      const float relu = Keys::kPlain ? (x < 0.0f ? 0.0f : x) : x + fabsf(x);
+      parts[i % 4] = fmaf(of_heads[i / 4 * 2 + i % 2], relu, parts[i % 4]);
     }
   }
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2) {
-    sums[0] += __shfl_xor_sync(kAll, sums[0], step), sums[1] += __shfl_xor_sync(kAll, sums[1], step);
-  }
+  sums[0] = parts[0] + parts[1], sums[1] = parts[2] + parts[3];
 }
 
-// For other keys, from those products as halves.
-__device__ __forceinline__ void sum_halves(float (&sums)[2], const uint32_t (&halves)[16], const uint8_t* weights,
-                                           float scale, int lane) {
-  float products[4] = {};
-#pragma unroll
-  for (int step = 0; step < 4; step += 2) {
-    const uint4 of_heads = load16(weights + 512 * (step / 2) + 16 * lane);
-    weigh(products, halves[4 * step], halves[4 * step + 1], halves[4 * step + 2], halves[4 * step + 3], of_heads.x,
-          of_heads.y);
-    weigh(products, halves[4 * step + 4], halves[4 * step + 5], halves[4 * step + 6], halves[4 * step + 7], of_heads.z,
-          of_heads.w);
-  }
-  sums[0] = fmaf(products[1], 1.0f / kRestScale, products[0]) * scale;
-  sums[1] = fmaf(products[3], 1.0f / kRestScale, products[2]) * scale;
+// The sum of the four lanes of a row: of key row in an even column, of key row + 8 in an odd one.
+__device__ __forceinline__ float sum_row(const float (&sums)[2], int column) {
+  const float sum =
+      (column % 2 == 0 ? sums[0] : sums[1]) + __shfl_xor_sync(kAll, column % 2 == 0 ? sums[1] : sums[0], 1);
+  return sum + __shfl_xor_sync(kAll, sum, 2);
 }
 
 // A block scores a share of the keys of kGroup neighbouring tokens: grid (shares, groups).
@@ -184,7 +172,7 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
         }
       }
       for (int i = warp; i < count; i += kWarpgroups * 4) {
-        put_weights<Keys>(shared.weights[i], &shared.weight_scale[i], prepared[first + i - first_token].weights, lane);
+        put_weights<Keys>(shared.weights[i], prepared[first + i - first_token].weights, lane);
       }
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
       __syncthreads();
@@ -194,7 +182,7 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
       __syncthreads();
       prepare<Keys, kScoreThreads>(params, raw_query, shared.queries[0], shared.raw_weights);
       __syncthreads();
-      if (warp == 0) put_weights<Keys>(shared.weights[0], &shared.weight_scale[0], shared.raw_weights, lane);
+      if (warp == 0) put_weights<Keys>(shared.weights[0], shared.raw_weights, lane);
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
       __syncthreads();
     }
@@ -237,26 +225,15 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
     const auto finish = [&](const Read& tile, int i, int token, const Read& next, int next_token) {
       await_products(acc);
       float sums[2];
-      const uint8_t* const weights = shared.weights[token];
-      if constexpr (Keys::kPlain) {
-        sum_floats(sums, acc, weights, column);
-        start(next, next_token);
-      } else {
-        uint32_t halves[16];
-#pragma unroll
-        for (int j = 0; j < 16; ++j) halves[j] = relu_halves(acc[2 * j], acc[2 * j + 1]);
-        // At once if there are registers for it.
-        constexpr bool kEarly = Keys::kBytes == 1;
-        if constexpr (kEarly) start(next, next_token);
-        sum_halves(sums, halves, weights, shared.weight_scale[token], lane);
-        if constexpr (!kEarly) start(next, next_token);
-      }
-      if (column == 0) {
+      weigh<Keys>(sums, acc, shared.weights[token], column);
+      start(next, next_token);
+      const float sum = sum_row(sums, column);
+      if (column < 2) {
         const int unit = share + i / kTiles * shares;
-        const int key = unit * S::kUnitKeys + warp % 4 * S::kStageKeys + i % kTiles * kWarpKeys + row;
-        float* to = params.every_score + (static_cast<int64_t>(first + token - first_token) * params.capacity + key);
-        to[0] = tile.missing ? __int_as_float(0x7FC00000) : sums[0] * tile.keys.scale(0);
-        to[8] = tile.missing ? __int_as_float(0x7FC00000) : sums[1] * tile.keys.scale(1);
+        const int key = unit * S::kUnitKeys + warp % 4 * S::kStageKeys + i % kTiles * kWarpKeys + row + 8 * column;
+        float* const to =
+            params.every_score + (static_cast<int64_t>(first + token - first_token) * params.capacity + key);
+        *to = tile.missing ? __int_as_float(0x7FC00000) : sum * tile.keys.scale(column);
       }
     };
     // Tile i with each token, while the tile behind it is read.
