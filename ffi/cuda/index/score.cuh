@@ -187,10 +187,11 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
       __syncthreads();
     }
 
-    // Tile i: the keys `i % kTiles` of the warp's unit i / kTiles.
+    // Tile i: the keys `i % kTiles` of the warp's unit i / kTiles. A lane has the scale of the key whose score it
+    // stores.
     struct Read {
       typename Keys::Tile keys;
-      bool missing;
+      float scale;
     };
     const auto read = [&](int i) {
       const int unit = used + i / kTiles, stage = unit % kStages;
@@ -198,7 +199,9 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
       typename Keys::Raw raw;
       Keys::template load<S::kStageKeys>(raw, shared.stages[warp][stage], i % kTiles * kWarpKeys + row, column,
                                          params.pool.global_scale);
-      return Read{typename Keys::Tile(raw, column, params.pool.global_scale), (missing_ring >> stage & 1u) != 0u};
+      const typename Keys::Tile tile(raw, column, params.pool.global_scale);
+      const bool missing = (missing_ring >> stage & 1u) != 0u;
+      return Read{tile, missing ? __int_as_float(0x7FC00000) : tile.scale(column % 2)};
     };
     // Fills the stage of tile i again, if nothing else is in it, once products with the tile have begun: all lanes have
     // what they read.
@@ -208,6 +211,9 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
         fill(i / kTiles + kStages);
       }
     };
+    // Of the lane's key in the first tile of all.
+    float* const scores_of_lane = params.every_score + (first - first_token) * params.capacity +
+                                  (warp % 4 * S::kStageKeys + row + 8 * (column % 2));
     float acc[32];
     // Starts the products of a tile with a token's queries.
     const auto start = [&](const Read& tile, int token) {
@@ -229,11 +235,8 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
       start(next, next_token);
       const float sum = sum_row(sums, column);
       if (column < 2) {
-        const int unit = share + i / kTiles * shares;
-        const int key = unit * S::kUnitKeys + warp % 4 * S::kStageKeys + i % kTiles * kWarpKeys + row + 8 * column;
-        float* const to =
-            params.every_score + (static_cast<int64_t>(first + token - first_token) * params.capacity + key);
-        *to = tile.missing ? __int_as_float(0x7FC00000) : sum * tile.keys.scale(column);
+        const int unit = share + i / kTiles * shares, from = unit * S::kUnitKeys + i % kTiles * kWarpKeys;
+        scores_of_lane[token * params.capacity + from] = sum * tile.scale;
       }
     };
     // Tile i with each token, while the tile behind it is read.
