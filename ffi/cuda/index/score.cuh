@@ -100,6 +100,7 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
   const int pages = layer >= 0 && layer < params.pool.layers ? static_cast<int>(params.pool.pages) : 0;
   const uint8_t* const keys_of_layer =
       params.pool.data + (pages > 0 ? layer : 0) * params.pool.pages * params.pool.page_bytes;
+  const auto page_bytes = static_cast<uint32_t>(params.pool.page_bytes);
   const int32_t* const token_slot = params.plan.token_slot();
   const int shares = gridDim.x * kWarpgroups, share = blockIdx.x * kWarpgroups + warpgroup;
   uint64_t* const full = shared.full[warp];
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
       const int block = __shfl_sync(kAll, ahead, i - ahead_from), stage = filled % kStages;
       missing_ring = (missing_ring & ~(1u << stage)) | static_cast<unsigned>(block < 0) << stage;
       if (lane == 0) {
-        const uint8_t* page = keys_of_layer + static_cast<int64_t>(max(block, 0)) * params.pool.page_bytes;
+        const uint8_t* page = keys_of_layer + static_cast<uint64_t>(static_cast<uint32_t>(max(block, 0))) * page_bytes;
         uint8_t* to = shared.stages[warp][stage];
         constexpr int kData = S::kStageKeys * Keys::kRowBytes, kScales = S::kStageKeys * Keys::kScaleBytes;
         expect_bytes(full + stage, kData + kScales);
@@ -211,9 +212,10 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
         fill(i / kTiles + kStages);
       }
     };
-    // Of the lane's key in the first tile of all.
-    float* const scores_of_lane = params.every_score + (first - first_token) * params.capacity +
-                                  (warp % 4 * S::kStageKeys + row + 8 * (column % 2));
+    // Of the lane's key in the first tile of all. Not to be worked out again for each tile.
+    float* scores_of_lane = params.every_score + (first - first_token) * params.capacity +
+                            (warp % 4 * S::kStageKeys + row + 8 * (column % 2));
+    asm volatile("" : "+l"(scores_of_lane));
     float acc[32];
     // Starts the products of a tile with a token's queries.
     const auto start = [&](const Read& tile, int token) {
