@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
       const float sum = sum_row(sums, column);
       if (column < 2) {
         const int unit = share + i / kTiles * shares, from = unit * S::kUnitKeys + i % kTiles * kWarpKeys;
-        scores_of_lane[token * params.capacity + from] = sum * tile.scale;
+        __stcg(scores_of_lane + token * params.capacity + from, sum * tile.scale);
       }
     };
     // Tile i with each token, while the tile behind it is read.
