@@ -58,7 +58,7 @@ __device__ __forceinline__ void put_weights(float4 (&to)[16], const float* weigh
 template <class Keys>
 __device__ __forceinline__ void weigh(float (&sums)[2], const float (&acc)[32], const float4 (&weights)[16],
                                       int column) {
-  float parts[4] = {};
+  sums[0] = 0.0f, sums[1] = 0.0f;
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
     const float4 four = weights[4 * q + column];
@@ -68,10 +68,9 @@ __device__ __forceinline__ void weigh(float (&sums)[2], const float (&acc)[32], 
       const float x = acc[8 * q + i];
       // A NaN stays one. Twice the ReLU is cheaper, but not for keys of any size, whose sums may be infinite.
       const float relu = Keys::kPlain ? (x < 0.0f ? 0.0f : x) : x + fabsf(x);
-      parts[i % 4] = fmaf(of_heads[i / 4 * 2 + i % 2], relu, parts[i % 4]);
+      sums[i / 2 % 2] = fmaf(of_heads[i / 4 * 2 + i % 2], relu, sums[i / 2 % 2]);
     }
   }
-  sums[0] = parts[0] + parts[1], sums[1] = parts[2] + parts[3];
 }
 
 // The sum of the four lanes of a row: of key row in an even column, of key row + 8 in an odd one.
@@ -110,7 +109,7 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncwarp();
-  int filled = 0, used = 0;  // stages so far
+  int used = 0;  // stages so far
   unsigned queries_parity = 0;
 
   for (int begin = 0; begin < kGroup && group + begin < end_token;) {
@@ -143,7 +142,7 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
     const auto fill = [&](int i) {
       if (i >= mine) return;
       if (i - ahead_from == 32) ahead = look_up(i), ahead_from = i;
-      const int block = __shfl_sync(kAll, ahead, i - ahead_from), stage = filled % kStages;
+      const int block = __shfl_sync(kAll, ahead, i - ahead_from), stage = (used + i) % kStages;
       missing_ring = (missing_ring & ~(1u << stage)) | static_cast<unsigned>(block < 0) << stage;
       if (lane == 0) {
         const uint8_t* page = keys_of_layer + static_cast<uint64_t>(static_cast<uint32_t>(max(block, 0))) * page_bytes;
@@ -159,7 +158,6 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
           }
         }
       }
-      ++filled;
     };
     for (int i = 0; i < kStages; ++i) fill(i);
 
@@ -188,34 +186,30 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
       __syncthreads();
     }
 
-    // Tile i: the keys `i % kTiles` of the warp's unit i / kTiles. A lane has the scale of the key whose score it
-    // stores.
+    // A tile is part `part` of the warp's unit `unit`. A lane has the scale of the key whose score it stores.
     struct Read {
       typename Keys::Tile keys;
       float scale;
     };
-    const auto read = [&](int i) {
-      const int unit = used + i / kTiles, stage = unit % kStages;
-      wait_barrier(full + stage, unit / kStages & 1);
+    const auto read = [&](int unit, int part) {
+      const int turn = used + unit, stage = turn % kStages;
+      if (part == 0) wait_barrier(full + stage, turn / kStages & 1);
       typename Keys::Raw raw;
-      Keys::template load<S::kStageKeys>(raw, shared.stages[warp][stage], i % kTiles * kWarpKeys + row, column,
+      Keys::template load<S::kStageKeys>(raw, shared.stages[warp][stage], part * kWarpKeys + row, column,
                                          params.pool.global_scale);
       const typename Keys::Tile tile(raw, column, params.pool.global_scale);
       const bool missing = (missing_ring >> stage & 1u) != 0u;
       return Read{tile, missing ? __int_as_float(0x7FC00000) : tile.scale(column % 2)};
     };
-    // Fills the stage of tile i again, if nothing else is in it, once products with the tile have begun: all lanes have
-    // what they read.
-    const auto refill = [&](int i) {
-      if (i % kTiles == kTiles - 1) {
-        __syncwarp();
-        fill(i / kTiles + kStages);
-      }
+    // Fills the stage of a unit again once products with its last tile have begun: all lanes have what they read.
+    const auto refill = [&](int unit) {
+      __syncwarp();
+      fill(unit + kStages);
     };
-    // Of the lane's key in the first tile of all. Not to be worked out again for each tile.
+    // Of the lane's key in the first tile of all. Not to be worked out again for each tile, if registers suffice.
     float* scores_of_lane = params.every_score + (first - first_token) * params.capacity +
                             (warp % 4 * S::kStageKeys + row + 8 * (column % 2));
-    asm volatile("" : "+l"(scores_of_lane));
+    if constexpr (kGroup == 1) asm volatile("" : "+l"(scores_of_lane));
     float acc[32];
     // Starts the products of a tile with a token's queries.
     const auto start = [&](const Read& tile, int token) {
@@ -230,35 +224,43 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     };
     // Waits for the products of a tile with a token, starts the next ones and stores the sums over heads.
-    const auto finish = [&](const Read& tile, int i, int token, const Read& next, int next_token) {
+    const auto finish = [&](const Read& tile, int unit, int part, int token, const Read& next, int next_token) {
       await_products(acc);
       float sums[2];
       weigh<Keys>(sums, acc, shared.weights[token], column);
       start(next, next_token);
       const float sum = sum_row(sums, column);
       if (column < 2) {
-        const int unit = share + i / kTiles * shares, from = unit * S::kUnitKeys + i % kTiles * kWarpKeys;
+        const int from = (share + unit * shares) * S::kUnitKeys + part * kWarpKeys;
         __stcg(scores_of_lane + token * params.capacity + from, sum * tile.scale);
       }
     };
-    // Tile i with each token, while the tile behind it is read.
-    const auto score_tile = [&](const Read& tile, Read& next, int i) {
+    // A tile with each token, while the tile behind it is read.
+    const auto score_tile = [&](const Read& tile, Read& next, int unit, int part) {
       if constexpr (kGroup > 1) {
 #pragma unroll 1
-        for (int token = 0; token < count - 1; ++token) finish(tile, i, token, tile, token + 1);
+        for (int token = 0; token < count - 1; ++token) finish(tile, unit, part, token, tile, token + 1);
       }
-      if (i + 1 < mine * kTiles) next = read(i + 1);
-      finish(tile, i, count - 1, next, 0);  // behind the last tile its products are those of an old one, for nobody
-      if (i + 1 < mine * kTiles) refill(i + 1);
+      const bool last = part == kTiles - 1;  // of its unit
+      const int next_unit = last ? unit + 1 : unit, next_part = last ? 0 : part + 1;
+      const bool more = !last || next_unit < mine;
+      if (more) next = read(next_unit, next_part);
+      // Behind the last tile its products are those of an old one, for nobody.
+      finish(tile, unit, part, count - 1, next, 0);
+      if (more && next_part == kTiles - 1) refill(next_unit);
     };
     if (mine > 0) {
-      Read one = read(0), other = one;
+      Read one = read(0, 0), other = one;
       start(one, 0);
-      refill(0);
+      if constexpr (kTiles == 1) refill(0);
 #pragma unroll 1
-      for (int i = 0; i < mine * kTiles; i += 2) {
-        score_tile(one, other, i);
-        if (i + 1 < mine * kTiles) score_tile(other, one, i + 1);
+      for (int unit = 0; unit < mine; unit += 2 / kTiles) {
+        score_tile(one, other, unit, 0);
+        if constexpr (kTiles == 2) {
+          score_tile(other, one, unit, 1);
+        } else if (unit + 1 < mine) {
+          score_tile(other, one, unit + 1, 0);
+        }
       }
       await_products(acc);
     }

@@ -27,12 +27,12 @@ struct Threshold {
 
 // Behind it the block's scores lie.
 struct SelectShared {
-  int4 bins[kBins / 4];
-  int4 sums[kBins / 4];    // over all blocks, if there are several
-  int totals[kGroups];     // of a group of bins each, over all blocks
-  uint64_t list[kListed];  // this block's candidates
-  uint64_t all[kListed];   // every block's, if there are several
-  uint64_t cut;            // the least that is chosen of them
+  int4 bins[kBins / 4 + 1];  // the last one is for what no bin is for
+  int4 sums[kBins / 4];      // over all blocks, if there are several
+  int totals[kGroups];       // of a group of bins each, over all blocks
+  uint64_t list[kListed];    // this block's candidates
+  uint64_t all[kListed];     // every block's, if there are several
+  uint64_t cut;              // the least that is chosen of them
   uint2 ranges[kMostBlocks][32];
   int chosen[32], alike[32];        // of warps
   int chosen_before, alike_before;  // of blocks before this one: what is surely chosen, and alike
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) DSV4_CLUSTER_DIMS(k
         const uint4 four = fours[chunk];
         const auto count = [&](uint32_t number) {
           const uint32_t bin = (number >> shift) - base;
-          if (bin < used) atomicAdd(bins + bin, 1);
+          atomicAdd(bins + (bin < used ? bin : kBins), 1);  // a branch would take longer
         };
         count(four.x), count(four.y), count(four.z), count(four.w);
       }
@@ -239,13 +239,14 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) DSV4_CLUSTER_DIMS(k
     const bool tied = candidates > kListed;  // all of them score alike
 
     // A bit for each of this thread's neighbouring entries: what is chosen if its turn comes, and candidates. Threads
-    // begin at different chunks, in which they meet fewer on a bank.
+    // begin at different chunks where they would meet on a bank.
     const int each = (chunks + kThreads - 1) / kThreads, first = thread * each, mine = min(chunks - first, each);
+    const int turn = (each & (each - 1)) == 0 ? thread * each / 8 & (each - 1) : 0;
     unsigned chosen = 0u, alike = 0u;
     const uint32_t least = base << shift, largest = least | ((1u << shift) - 1u);
-    int chunk = each > 1 ? thread * each / 8 % each : 0;
 #pragma unroll 2
     for (int i = 0; i < each; ++i) {
+      const int chunk = i ^ turn;
       if (chunk < mine) {
         const uint4 four = fours[first + chunk];
         unsigned reached = four.x >= least ? 1u : 0u;
@@ -254,7 +255,6 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) DSV4_CLUSTER_DIMS(k
         if (four.w >= least) reached |= 8u;
         chosen |= reached << (4 * chunk);
       }
-      chunk = chunk + 1 == each ? 0 : chunk + 1;
     }
     const int first_entry = begin + 4 * first;
     const auto* const numbers = reinterpret_cast<const uint32_t*>(fours + first);
