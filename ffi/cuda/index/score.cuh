@@ -294,9 +294,9 @@ cudaError_t launch_score(cudaStream_t stream, const IndexTopkParams& params, int
   using Grouped = Shape<Keys::kBytes == 1 ? 8 : 4, Keys::kRowBytes == 128 ? 1 : 2, true>;
   prepare_kernel<Keys><<<tokens, kPrepareThreads, 0, stream>>>(params, first);
   const int groups = static_cast<int>(blocks_for(tokens, Grouped::kGroup));
-  // Several waves of blocks, for tokens differ in what they see; but no block prepares for next to nothing.
+  // Four whole waves of blocks, for tokens differ in what they see; but no block prepares for next to nothing.
   const int units = static_cast<int>(params.capacity) / Grouped::kUnitKeys, worthwhile = units / (4 * kWarpgroups);
-  return run(Grouped{}, std::min<int>(blocks_for(8 * places, groups), worthwhile));
+  return run(Grouped{}, std::min(4 * places / groups, worthwhile));
 }
 
 }  // namespace dsv4::cuda::index
