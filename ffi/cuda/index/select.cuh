@@ -14,7 +14,6 @@
 namespace dsv4::cuda::index {
 
 constexpr int kMostBlocks = 8;  // of a cluster
-constexpr int kMostEach = 32;   // entries of a thread
 constexpr int kBinBits = 11, kBins = 1 << kBinBits;
 constexpr int kGroupBins = 128, kGroups = kBins / kGroupBins;  // four bins a lane
 constexpr int kListed = 256;                                   // candidates that are ranked against each other
@@ -46,6 +45,12 @@ __device__ __forceinline__ uint32_t order_of(float score) {
   const uint32_t bits = __float_as_uint(0.0f - score);
   return bits ^ (~static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) & 0x7FFFFFFFu);
 }
+
+// The lowest bit of a mask, and how many it has.
+__device__ __forceinline__ int lowest(uint32_t mask) { return __ffs(static_cast<int>(mask)) - 1; }
+__device__ __forceinline__ int lowest(uint64_t mask) { return __ffsll(static_cast<long long>(mask)) - 1; }
+__device__ __forceinline__ int count_of(uint32_t mask) { return __popc(mask); }
+__device__ __forceinline__ int count_of(uint64_t mask) { return __popcll(mask); }
 
 // The sum over the lanes up to this one.
 __device__ __forceinline__ int sum_up_to(int x) {
@@ -133,9 +138,10 @@ __device__ __forceinline__ void find_threshold(Threshold& found, const int4* sum
   found = {bin, before, candidates};
 }
 
-// A cluster a token: grid tokens * kCluster, shared memory `select_bytes`. Barriers: of the cluster after the range,
-// twice for each round of bins, and after lists; of the block after a threshold, its cut and the counts of warps.
-template <int kThreads, int kCluster>
+// A cluster a token; a thread has as many entries as a Mask has bits: grid tokens * kCluster, shared memory
+// `select_bytes`. Barriers: of the cluster after the range, twice for each round of bins, and after lists; of the block
+// after a threshold, its cut and the counts of warps.
+template <int kThreads, int kCluster, class Mask>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads) DSV4_CLUSTER_DIMS(kCluster)
     select_kernel(const __grid_constant__ IndexTopkParams params, int first_token) {
   using Blocks = Cluster<kCluster>;
@@ -242,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) DSV4_CLUSTER_DIMS(k
     // begin at different chunks where they would meet on a bank.
     const int each = (chunks + kThreads - 1) / kThreads, first = thread * each, mine = min(chunks - first, each);
     const int turn = (each & (each - 1)) == 0 ? thread * each / 8 & (each - 1) : 0;
-    unsigned chosen = 0u, alike = 0u;
+    Mask chosen = 0, alike = 0;
     const uint32_t least = base << shift, largest = least | ((1u << shift) - 1u);
 #pragma unroll 2
     for (int i = 0; i < each; ++i) {
@@ -253,21 +259,21 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) DSV4_CLUSTER_DIMS(k
         if (four.y >= least) reached |= 2u;
         if (four.z >= least) reached |= 4u;
         if (four.w >= least) reached |= 8u;
-        chosen |= reached << (4 * chunk);
+        chosen |= static_cast<Mask>(reached) << (4 * chunk);
       }
     }
     const int first_entry = begin + 4 * first;
     const auto* const numbers = reinterpret_cast<const uint32_t*>(fours + first);
-    for (unsigned left = chosen; left != 0u; left &= left - 1u) {
-      const int bit = __ffs(static_cast<int>(left)) - 1;
+    for (Mask left = chosen; left != 0; left &= left - 1) {
+      const int bit = lowest(left);
       if (numbers[bit] <= largest) {
-        alike |= 1u << bit;
+        alike |= Mask{1} << bit;
         if (!tied) s.list[atomicAdd(&s.listed, 1)] = choice_key(numbers[bit], first_entry + bit);
       }
     }
     if constexpr (kCluster > 1) {
-      const int sure_here = __reduce_add_sync(kWholeWarp, __popc(chosen & ~alike)),
-                alike_here = __reduce_add_sync(kWholeWarp, __popc(alike));
+      const int sure_here = __reduce_add_sync(kWholeWarp, count_of(chosen & ~alike)),
+                alike_here = __reduce_add_sync(kWholeWarp, count_of(alike));
       if (rank < lane && lane < kCluster) {
         if (sure_here != 0) atomicAdd(Blocks::of(lane, &s.chosen_before), sure_here);
         if (tied && alike_here != 0) atomicAdd(Blocks::of(lane, &s.alike_before), alike_here);
@@ -292,9 +298,9 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) DSV4_CLUSTER_DIMS(k
     }
     // Of the candidates `wanted` stay.
     if (tied) {
-      int before = s.alike_before + sum_before(__popc(alike), s.alike);
-      for (unsigned left = alike; left != 0u; left &= left - 1u) {
-        if (before++ >= wanted) chosen &= ~(left & (0u - left));
+      int before = s.alike_before + sum_before(count_of(alike), s.alike);
+      for (Mask left = alike; left != 0; left &= left - 1) {
+        if (before++ >= wanted) chosen &= ~(left & (~left + 1));
       }
     } else {
       if (thread < candidates) {
@@ -306,13 +312,13 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) DSV4_CLUSTER_DIMS(k
         if (larger < wanted && entry_of_choice(own) < begin) atomicAdd(&s.chosen_before, 1);
       }
       __syncthreads();
-      for (unsigned left = alike; left != 0u; left &= left - 1u) {
-        const int bit = __ffs(static_cast<int>(left)) - 1;
-        if (choice_key(numbers[bit], first_entry + bit) < s.cut) chosen &= ~(1u << bit);
+      for (Mask left = alike; left != 0; left &= left - 1) {
+        const int bit = lowest(left);
+        if (choice_key(numbers[bit], first_entry + bit) < s.cut) chosen &= ~(Mask{1} << bit);
       }
     }
-    int place = s.chosen_before + (tied ? min(s.alike_before, wanted) : 0) + sum_before(__popc(chosen), s.chosen);
-    for (; chosen != 0u; chosen &= chosen - 1u) put(place++, first_entry + __ffs(static_cast<int>(chosen)) - 1);
+    int place = s.chosen_before + (tied ? min(s.alike_before, wanted) : 0) + sum_before(count_of(chosen), s.chosen);
+    for (; chosen != 0; chosen &= chosen - 1) put(place++, first_entry + lowest(chosen));
     Blocks::wait();  // until nobody reads this block's shared memory any more
   }
 }
