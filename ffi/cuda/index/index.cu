@@ -33,28 +33,42 @@ cudaError_t score(cudaStream_t stream, const IndexTopkParams& params, bool hoppe
   return score_portable<Codec>(stream, params, first, end);
 }
 
-template <int kEach, int kCluster>
+// Bytes of shared memory that a block can have.
+int shared_memory_room() {
+  int device = 0, room = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return room;
+}
+
+template <int kThreads, int kCluster, class Mask = uint32_t>
 cudaError_t launch_select(cudaStream_t stream, const IndexTopkParams& params, int first, int tokens) {
-  select_kernel<kEach, kCluster><<<tokens * kCluster, kSelectThreads, 0, stream>>>(params, first);
+  const auto kernel = select_kernel<kThreads, kCluster, Mask>;
+  const int shared = select_bytes(params.capacity, kCluster);
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  kernel<<<tokens * kCluster, kThreads, shared, stream>>>(params, first);
   return cudaGetLastError();
 }
 
 cudaError_t select(cudaStream_t stream, const IndexTopkParams& params, int first, int end) {
-  const int tokens = end - first, places = static_cast<int>(multiprocessors());
+  const int tokens = end - first, places = static_cast<int>(multiprocessors()), room = shared_memory_room();
   const int64_t most = params.capacity;
-  if (most <= 4096) return launch_select<4, 1>(stream, params, first, tokens);
-  if (most <= 16384) return launch_select<16, 1>(stream, params, first, tokens);
-  if (most <= 32768) return launch_select<32, 1>(stream, params, first, tokens);
-  if (!has_clusters(select_kernel<32, 8>) || most > 32 * 8 * kSelectThreads) {
+  const auto fits = [&](int cluster) { return most <= 32768 * cluster && select_bytes(most, cluster) <= room; };
+  // Two tokens a multiprocessor where there are so many.
+  if (most <= 16384 && tokens > places) return launch_select<512, 1>(stream, params, first, tokens);
+  if (most <= 20480 && tokens > places && fits(1)) {
+    return launch_select<512, 1, uint64_t>(stream, params, first, tokens);
+  }
+  if (fits(1)) return launch_select<1024, 1>(stream, params, first, tokens);
+  if (!has_clusters(select_kernel<1024, 8, uint32_t>) || !fits(8)) {
     portable_select_kernel<<<tokens, kDigitThreads, 0, stream>>>(params, first);
     return cudaGetLastError();
   }
   // More blocks for a token where there are few tokens.
-  if (most <= 65536 && 4 * tokens > places) return launch_select<32, 2>(stream, params, first, tokens);
-  if (most <= 65536) return launch_select<16, 4>(stream, params, first, tokens);
-  if (most <= 131072 && 8 * tokens > places) return launch_select<32, 4>(stream, params, first, tokens);
-  if (most <= 131072) return launch_select<16, 8>(stream, params, first, tokens);
-  return launch_select<32, 8>(stream, params, first, tokens);
+  if (most <= 131072 && 8 * tokens <= places) return launch_select<512, 8>(stream, params, first, tokens);
+  if (fits(2)) return launch_select<1024, 2>(stream, params, first, tokens);
+  if (fits(4)) return launch_select<1024, 4>(stream, params, first, tokens);
+  return launch_select<1024, 8>(stream, params, first, tokens);
 }
 
 }  // namespace

@@ -37,6 +37,13 @@ __device__ __forceinline__ void settle(uint32_t (&words)[2][N]) {
   for (int i = 0; i < 2 * N; ++i) asm volatile("" : "+r"(words[i / N][i % N]));
 }
 
+// The larger of two numbers of 16 bits, twice.
+__device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.u16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
 // Two products of halves.
 __device__ __forceinline__ uint32_t times_halves(uint32_t a, uint32_t b) {
   uint32_t product;
@@ -97,7 +104,7 @@ struct Fp8Keys : KeysOf<Fp8Pow2<kKeyDim>> {
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i] = words_[i & 1][2 * step + (i >> 1)];
     }
-    __device__ __forceinline__ float scale(int r) const { return scale_[r]; }
+    __device__ __forceinline__ float scale(int r) const { return r == 0 ? scale_[0] : scale_[1]; }
   };
   __device__ static int offset_of(int dim) {
     const int column = dim % 64 / 16, pair = dim / 64 * 8 + dim % 16 / 2;
@@ -128,16 +135,18 @@ struct Mxfp4Keys : KeysOf<Mxfp4<kKeyDim>> {
     uint32_t words_[2][8];
     float scale_[2];
     __device__ explicit Tile(const Raw& raw, int column, float) {
+      // The largest scale of both rows: of 16 bits the high byte decides.
+      const uint32_t first = __byte_perm(raw.scales[0], raw.scales[1], 0x5410),
+                     second = __byte_perm(raw.scales[0], raw.scales[1], 0x7632);
+      const uint32_t both = larger_pair(larger_pair(first, first << 8), larger_pair(second, second << 8));
+      const uint32_t largest[2] = {both >> 8 & 0xFFu, both >> 24};
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const uint32_t s = raw.scales[r];
-        uint32_t largest = __vmaxu4(s, s >> 16);
-        largest = max(largest & 0xFFu, largest >> 8 & 0xFFu);
-        scale_[r] = __uint_as_float(largest << 23);
-        const uint32_t below = largest - (s >> (8 * column) & 0xFFu);  // powers of two under the row's largest
-        const uint32_t shift = min(below, 13u) * 0x04040404u;
-        const uint32_t low = below > 13u ? 0u : kSizesLow - (shift & 0xFFFFFF00u);
-        const uint32_t high = below > 13u ? 0u : kSizesHigh - shift;
+        scale_[r] = __uint_as_float(largest[r] << 23);
+        // Powers of two under the row's largest; sizes that are zero stay so.
+        const uint32_t below = largest[r] - __byte_perm(raw.scales[r], 0u, 0x4440 + column);
+        const uint32_t low = below > 13u ? 0u : kSizesLow - below * 0x04040400u;
+        const uint32_t high = below > 13u ? 0u : kSizesHigh - below * 0x04040404u;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const uint32_t w = word_of(raw.data[r], i), select = w & 0x77777777u, even = w << 4;
@@ -153,7 +162,7 @@ struct Mxfp4Keys : KeysOf<Mxfp4<kKeyDim>> {
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i] = words_[i & 1][2 * step + (i >> 1)];
     }
-    __device__ __forceinline__ float scale(int r) const { return scale_[r]; }
+    __device__ __forceinline__ float scale(int r) const { return r == 0 ? scale_[0] : scale_[1]; }
   };
   __device__ static int offset_of(int dim) { return operand_offset<1>(dim % 32 / 8, dim % 8 / 4, dim / 32, dim % 4); }
 };
@@ -194,10 +203,12 @@ struct Nvfp4Keys
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const uint32_t w = word_of(raw.data[r], j);
-          // Where the bits of a half lie, E2M1 numbers are halves 2^14 times smaller: keys come out 2^7 times smaller.
-          const uint32_t small[4] = {
-              (w << 12 & 0x80008000u) | (w << 9 & 0x0E000E00u), (w << 8 & 0x80008000u) | (w << 5 & 0x0E000E00u),
-              (w << 4 & 0x80008000u) | (w << 1 & 0x0E000E00u), (w & 0x80008000u) | (w >> 3 & 0x0E000E00u)};
+          // Where the bits of a half's high byte lie, E2M1 numbers are halves 2^14 times smaller: keys come out 2^7
+          // times smaller.
+          const uint32_t even = (w << 4 & 0x80808080u) | (w << 1 & 0x0E0E0E0Eu),
+                         odd = (w & 0x80808080u) | (w >> 3 & 0x0E0E0E0Eu);
+          const uint32_t small[4] = {__byte_perm(even, 0u, 0x2404), __byte_perm(odd, 0u, 0x2404), even & 0xFF00FF00u,
+                                     odd & 0xFF00FF00u};
 #pragma unroll
           for (int i = 0; i < 4; ++i) words_[r][4 * j + i] = times_halves(small[i], of_block[j / 2]);
         }
@@ -208,7 +219,7 @@ struct Nvfp4Keys
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i] = words_[i & 1][2 * step + (i >> 1)];
     }
-    __device__ __forceinline__ float scale(int r) const { return scale_[r]; }
+    __device__ __forceinline__ float scale(int r) const { return r == 0 ? scale_[0] : scale_[1]; }
   };
   // Pair p = 4 j + i of a lane holds channels 32 c + 8 j + i and that + 4.
   __device__ static int offset_of(int dim) {

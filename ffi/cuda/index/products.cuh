@@ -46,21 +46,6 @@ __device__ __forceinline__ void await_products(float (&acc)[32]) {
                : "memory");
 }
 
-// The weighted sum over heads as a warp's product: relu of 16 accumulators of 16 keys, as halves, by the weights (in
-// columns 0 and 1 what a half holds of them and what it leaves).
-__device__ __forceinline__ void weigh(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                      uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ uint32_t relu_halves(float low, float high) {
-  uint32_t two;
-  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
-  return two;
-}
-
 // ---- Copies from global into shared memory by the copy engine.
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {

@@ -160,31 +160,4 @@ __global__ void __launch_bounds__(kPrepareThreads)
   prepare<Keys, kPrepareThreads>(params, raw, to.queries, to.weights);
 }
 
-// Head weights as the second product's operand, by one warp; `scale` is a power of two that its sums are multiplied by.
-// Column 0 has them as halves, column 1 what those leave, times kRestScale.
-constexpr float kRestScale = 4096.0f;
-
-__device__ __forceinline__ void store_weights(uint8_t* columns, float* scale, const float* weights, int lane) {
-  const float two[2] = {weights[2 * lane], weights[2 * lane + 1]};
-  float largest = fmaxf(fabsf(two[0]), fabsf(two[1]));
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, step));
-  largest = fminf(fmaxf(largest, 1e-30f), 1e38f);
-  const uint32_t exponent = (__float_as_uint(largest) >> 23) + 1u;
-  const float inverse = __uint_as_float((254u - exponent) << 23);
-  if (lane == 0) *scale = __uint_as_float(exponent << 23);
-  uint32_t high, low;
-  const float a = two[0] * inverse, b = two[1] * inverse;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(high) : "f"(b), "f"(a));
-  float high_a, high_b;
-  floats_from_halves(high, high_a, high_b);
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(low) : "f"((b - high_b) * kRestScale), "f"((a - high_a) * kRestScale));
-  // Word w has heads 2 w and 2 w + 1. Lane 4 n + c reads column n: words c, c + 4, c + 8 and so on, four at a time.
-#pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    const int to = lane / 16 * 512 + (4 * n + lane % 4) * 16 + lane / 4 % 4 * 4;
-    *reinterpret_cast<uint32_t*>(columns + to) = n == 0 ? high : n == 1 ? low : 0u;
-  }
-}
-
 }  // namespace dsv4::cuda::index

@@ -1,9 +1,8 @@
 // Indexer scores on Hopper: I[t, s] = sum over heads of w[t, h] * relu(q[t, h] . K[s]).
 //
 // Keys are the rows of the product, 16 a warp; they go through shared memory into the registers that wgmma takes its
-// first operand from; a token's queries are the columns, in shared memory. The sum over heads is a second product, of
-// the relu'd sums as halves with the head weights, and a warp's own: for a warpgroup's, eight columns would take as
-// long as 64. For bf16 keys, whose sums may exceed halves, it is fp32 arithmetic.
+// first operand from; a token's queries are the columns, in shared memory. The sum over heads is plain fp32 arithmetic:
+// what adds and multiplies is idle, while tensor cores and what turns keys into their operand are busy.
 //
 // Threads: two warpgroups; every warp copies and multiplies for itself. Barriers: an mbarrier a stage and one for
 // prepared queries; __syncthreads only where queries change. Shared memory: `Shared`, 44 to 200 KB. Registers: 128 a
@@ -39,58 +38,46 @@ struct Shared {
   static constexpr int kGroup = S::kGroup, kStages = S::kStages;
   static constexpr int kStageBytes = S::kStageKeys * (Keys::kRowBytes + Keys::kScaleBytes);
   alignas(1024) uint8_t queries[kGroup][kQueryBytes<Keys>];
-  alignas(16) uint8_t weights[kGroup][1024];  // the second product's operand as lanes read it; bf16: 64 floats
-  float weight_scale[kGroup];
+  float4 weights[kGroup][16];  // of heads, as lanes read them
   alignas(128) uint8_t stages[kWarpgroups * 4][kStages][kStageBytes];
   uint64_t full[kWarpgroups * 4][kStages];
   uint64_t queries_full;
   float raw_weights[64];
 };
 
-// A token's head weights where the sum over heads wants them, by one warp.
+// A token's head weights where the sum over heads wants them, by one warp. Half of them where the sum takes ReLU twice.
 template <class Keys>
-__device__ __forceinline__ void put_weights(uint8_t* to, float* scale, const float* weights, int lane) {
-  if constexpr (Keys::kPlain) {
-    reinterpret_cast<float2*>(to)[lane] = make_float2(weights[2 * lane], weights[2 * lane + 1]);
-  } else {
-    store_weights(to, scale, weights, lane);
-  }
+__device__ __forceinline__ void put_weights(float4 (&to)[16], const float* weights, int lane) {
+  // Quad 4 q + c has the heads 16 q + 2 c, + 1, + 8 and + 9.
+  constexpr float kFactor = Keys::kPlain ? 1.0f : 0.5f;
+  const float2 two = make_float2(kFactor * weights[2 * lane], kFactor * weights[2 * lane + 1]);
+  reinterpret_cast<float2*>(&to[lane / 8 * 4 + lane % 4])[lane / 4 % 2] = two;
 }
 
-// The sums over heads of a warp's keys row and row + 8, from what their products with the queries are; in the first of
-// the four lanes of a row. For bf16 keys.
-__device__ __forceinline__ void sum_floats(float (&sums)[2], const float (&acc)[32], const uint8_t* weights,
-                                           int column) {
-  const float* of_heads = reinterpret_cast<const float*>(weights) + 2 * column;
+// This lane's part of the sums over heads of a warp's keys row and row + 8, from their products with the queries.
+template <class Keys>
+__device__ __forceinline__ void weigh(float (&sums)[2], const float (&acc)[32], const float4 (&weights)[16],
+                                      int column) {
   sums[0] = 0.0f, sums[1] = 0.0f;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
+  for (int q = 0; q < 4; ++q) {
+    const float4 four = weights[4 * q + column];
+    const float of_heads[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float x = acc[4 * j + i];
-      sums[i / 2] = fmaf(of_heads[8 * j + i % 2], x < 0.0f ? 0.0f : x, sums[i / 2]);  // a NaN stays one
+    for (int i = 0; i < 8; ++i) {
+      const float x = acc[8 * q + i];
+      // A NaN stays one. Twice the ReLU is cheaper, but not for keys of any size, whose sums may be infinite.
+      const float relu = Keys::kPlain ? (x < 0.0f ? 0.0f : x) : x + fabsf(x);
+      sums[i / 2 % 2] = fmaf(of_heads[i / 4 * 2 + i % 2], relu, sums[i / 2 % 2]);
     }
-  }
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2) {
-    sums[0] += __shfl_xor_sync(kAll, sums[0], step), sums[1] += __shfl_xor_sync(kAll, sums[1], step);
   }
 }
 
-// For other keys, from those products as halves.
-__device__ __forceinline__ void sum_halves(float (&sums)[2], const uint32_t (&halves)[16], const uint8_t* weights,
-                                           float scale, int lane) {
-  float products[4] = {};
-#pragma unroll
-  for (int step = 0; step < 4; step += 2) {
-    const uint4 of_heads = load16(weights + 512 * (step / 2) + 16 * lane);
-    weigh(products, halves[4 * step], halves[4 * step + 1], halves[4 * step + 2], halves[4 * step + 3], of_heads.x,
-          of_heads.y);
-    weigh(products, halves[4 * step + 4], halves[4 * step + 5], halves[4 * step + 6], halves[4 * step + 7], of_heads.z,
-          of_heads.w);
-  }
-  sums[0] = fmaf(products[1], 1.0f / kRestScale, products[0]) * scale;
-  sums[1] = fmaf(products[3], 1.0f / kRestScale, products[2]) * scale;
+// The sum of the four lanes of a row: of key row in an even column, of key row + 8 in an odd one.
+__device__ __forceinline__ float sum_row(const float (&sums)[2], int column) {
+  const float sum =
+      (column % 2 == 0 ? sums[0] : sums[1]) + __shfl_xor_sync(kAll, column % 2 == 0 ? sums[1] : sums[0], 1);
+  return sum + __shfl_xor_sync(kAll, sum, 2);
 }
 
 // A block scores a share of the keys of kGroup neighbouring tokens: grid (shares, groups).
@@ -112,6 +99,7 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
   const int pages = layer >= 0 && layer < params.pool.layers ? static_cast<int>(params.pool.pages) : 0;
   const uint8_t* const keys_of_layer =
       params.pool.data + (pages > 0 ? layer : 0) * params.pool.pages * params.pool.page_bytes;
+  const auto page_bytes = static_cast<uint32_t>(params.pool.page_bytes);
   const int32_t* const token_slot = params.plan.token_slot();
   const int shares = gridDim.x * kWarpgroups, share = blockIdx.x * kWarpgroups + warpgroup;
   uint64_t* const full = shared.full[warp];
@@ -121,7 +109,7 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncwarp();
-  int filled = 0, used = 0;  // stages so far
+  int used = 0;  // stages so far
   unsigned queries_parity = 0;
 
   for (int begin = 0; begin < kGroup && group + begin < end_token;) {
@@ -154,10 +142,10 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
     const auto fill = [&](int i) {
       if (i >= mine) return;
       if (i - ahead_from == 32) ahead = look_up(i), ahead_from = i;
-      const int block = __shfl_sync(kAll, ahead, i - ahead_from), stage = filled % kStages;
+      const int block = __shfl_sync(kAll, ahead, i - ahead_from), stage = (used + i) % kStages;
       missing_ring = (missing_ring & ~(1u << stage)) | static_cast<unsigned>(block < 0) << stage;
       if (lane == 0) {
-        const uint8_t* page = keys_of_layer + static_cast<int64_t>(max(block, 0)) * params.pool.page_bytes;
+        const uint8_t* page = keys_of_layer + static_cast<uint64_t>(static_cast<uint32_t>(max(block, 0))) * page_bytes;
         uint8_t* to = shared.stages[warp][stage];
         constexpr int kData = S::kStageKeys * Keys::kRowBytes, kScales = S::kStageKeys * Keys::kScaleBytes;
         expect_bytes(full + stage, kData + kScales);
@@ -170,7 +158,6 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
           }
         }
       }
-      ++filled;
     };
     for (int i = 0; i < kStages; ++i) fill(i);
 
@@ -184,7 +171,7 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
         }
       }
       for (int i = warp; i < count; i += kWarpgroups * 4) {
-        put_weights<Keys>(shared.weights[i], &shared.weight_scale[i], prepared[first + i - first_token].weights, lane);
+        put_weights<Keys>(shared.weights[i], prepared[first + i - first_token].weights, lane);
       }
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
       __syncthreads();
@@ -194,32 +181,35 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
       __syncthreads();
       prepare<Keys, kScoreThreads>(params, raw_query, shared.queries[0], shared.raw_weights);
       __syncthreads();
-      if (warp == 0) put_weights<Keys>(shared.weights[0], &shared.weight_scale[0], shared.raw_weights, lane);
+      if (warp == 0) put_weights<Keys>(shared.weights[0], shared.raw_weights, lane);
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
       __syncthreads();
     }
 
-    // Tile i: the keys `i % kTiles` of the warp's unit i / kTiles.
+    // A tile is part `part` of the warp's unit `unit`. A lane has the scale of the key whose score it stores.
     struct Read {
       typename Keys::Tile keys;
-      bool missing;
+      float scale;
     };
-    const auto read = [&](int i) {
-      const int unit = used + i / kTiles, stage = unit % kStages;
-      wait_barrier(full + stage, unit / kStages & 1);
+    const auto read = [&](int unit, int part) {
+      const int turn = used + unit, stage = turn % kStages;
+      if (part == 0) wait_barrier(full + stage, turn / kStages & 1);
       typename Keys::Raw raw;
-      Keys::template load<S::kStageKeys>(raw, shared.stages[warp][stage], i % kTiles * kWarpKeys + row, column,
+      Keys::template load<S::kStageKeys>(raw, shared.stages[warp][stage], part * kWarpKeys + row, column,
                                          params.pool.global_scale);
-      return Read{typename Keys::Tile(raw, column, params.pool.global_scale), (missing_ring >> stage & 1u) != 0u};
+      const typename Keys::Tile tile(raw, column, params.pool.global_scale);
+      const bool missing = (missing_ring >> stage & 1u) != 0u;
+      return Read{tile, missing ? __int_as_float(0x7FC00000) : tile.scale(column % 2)};
     };
-    // Fills the stage of tile i again, if nothing else is in it, once products with the tile have begun: all lanes have
-    // what they read.
-    const auto refill = [&](int i) {
-      if (i % kTiles == kTiles - 1) {
-        __syncwarp();
-        fill(i / kTiles + kStages);
-      }
+    // Fills the stage of a unit again once products with its last tile have begun: all lanes have what they read.
+    const auto refill = [&](int unit) {
+      __syncwarp();
+      fill(unit + kStages);
     };
+    // Of the lane's key in the first tile of all. Not to be worked out again for each tile, if registers suffice.
+    float* scores_of_lane = params.every_score + (first - first_token) * params.capacity +
+                            (warp % 4 * S::kStageKeys + row + 8 * (column % 2));
+    if constexpr (kGroup == 1) asm volatile("" : "+l"(scores_of_lane));
     float acc[32];
     // Starts the products of a tile with a token's queries.
     const auto start = [&](const Read& tile, int token) {
@@ -234,49 +224,43 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     };
     // Waits for the products of a tile with a token, starts the next ones and stores the sums over heads.
-    const auto finish = [&](const Read& tile, int i, int token, const Read& next, int next_token) {
+    const auto finish = [&](const Read& tile, int unit, int part, int token, const Read& next, int next_token) {
       await_products(acc);
       float sums[2];
-      const uint8_t* const weights = shared.weights[token];
-      if constexpr (Keys::kPlain) {
-        sum_floats(sums, acc, weights, column);
-        start(next, next_token);
-      } else {
-        uint32_t halves[16];
-#pragma unroll
-        for (int j = 0; j < 16; ++j) halves[j] = relu_halves(acc[2 * j], acc[2 * j + 1]);
-        // At once if there are registers for it.
-        constexpr bool kEarly = Keys::kBytes == 1;
-        if constexpr (kEarly) start(next, next_token);
-        sum_halves(sums, halves, weights, shared.weight_scale[token], lane);
-        if constexpr (!kEarly) start(next, next_token);
-      }
-      if (column == 0) {
-        const int unit = share + i / kTiles * shares;
-        const int key = unit * S::kUnitKeys + warp % 4 * S::kStageKeys + i % kTiles * kWarpKeys + row;
-        float* to = params.every_score + (static_cast<int64_t>(first + token - first_token) * params.capacity + key);
-        to[0] = tile.missing ? __int_as_float(0x7FC00000) : sums[0] * tile.keys.scale(0);
-        to[8] = tile.missing ? __int_as_float(0x7FC00000) : sums[1] * tile.keys.scale(1);
+      weigh<Keys>(sums, acc, shared.weights[token], column);
+      start(next, next_token);
+      const float sum = sum_row(sums, column);
+      if (column < 2) {
+        const int from = (share + unit * shares) * S::kUnitKeys + part * kWarpKeys;
+        __stcg(scores_of_lane + token * params.capacity + from, sum * tile.scale);
       }
     };
-    // Tile i with each token, while the tile behind it is read.
-    const auto score_tile = [&](const Read& tile, Read& next, int i) {
+    // A tile with each token, while the tile behind it is read.
+    const auto score_tile = [&](const Read& tile, Read& next, int unit, int part) {
       if constexpr (kGroup > 1) {
 #pragma unroll 1
-        for (int token = 0; token < count - 1; ++token) finish(tile, i, token, tile, token + 1);
+        for (int token = 0; token < count - 1; ++token) finish(tile, unit, part, token, tile, token + 1);
       }
-      if (i + 1 < mine * kTiles) next = read(i + 1);
-      finish(tile, i, count - 1, next, 0);  // behind the last tile its products are those of an old one, for nobody
-      if (i + 1 < mine * kTiles) refill(i + 1);
+      const bool last = part == kTiles - 1;  // of its unit
+      const int next_unit = last ? unit + 1 : unit, next_part = last ? 0 : part + 1;
+      const bool more = !last || next_unit < mine;
+      if (more) next = read(next_unit, next_part);
+      // Behind the last tile its products are those of an old one, for nobody.
+      finish(tile, unit, part, count - 1, next, 0);
+      if (more && next_part == kTiles - 1) refill(next_unit);
     };
     if (mine > 0) {
-      Read one = read(0), other = one;
+      Read one = read(0, 0), other = one;
       start(one, 0);
-      refill(0);
+      if constexpr (kTiles == 1) refill(0);
 #pragma unroll 1
-      for (int i = 0; i < mine * kTiles; i += 2) {
-        score_tile(one, other, i);
-        if (i + 1 < mine * kTiles) score_tile(other, one, i + 1);
+      for (int unit = 0; unit < mine; unit += 2 / kTiles) {
+        score_tile(one, other, unit, 0);
+        if constexpr (kTiles == 2) {
+          score_tile(other, one, unit, 1);
+        } else if (unit + 1 < mine) {
+          score_tile(other, one, unit + 1, 0);
+        }
       }
       await_products(acc);
     }
@@ -310,9 +294,9 @@ cudaError_t launch_score(cudaStream_t stream, const IndexTopkParams& params, int
   using Grouped = Shape<Keys::kBytes == 1 ? 8 : 4, Keys::kRowBytes == 128 ? 1 : 2, true>;
   prepare_kernel<Keys><<<tokens, kPrepareThreads, 0, stream>>>(params, first);
   const int groups = static_cast<int>(blocks_for(tokens, Grouped::kGroup));
-  // Several waves of blocks, for tokens differ in what they see; but no block prepares for next to nothing.
+  // Four whole waves of blocks, for tokens differ in what they see; but no block prepares for next to nothing.
   const int units = static_cast<int>(params.capacity) / Grouped::kUnitKeys, worthwhile = units / (4 * kWarpgroups);
-  return run(Grouped{}, std::min<int>(blocks_for(8 * places, groups), worthwhile));
+  return run(Grouped{}, std::min(4 * places / groups, worthwhile));
 }
 
 }  // namespace dsv4::cuda::index

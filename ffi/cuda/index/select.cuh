@@ -1,11 +1,11 @@
-// Exact top-k of a token's scores by a cluster of thread blocks; a thread holds up to kEach scores in registers, as
+// Exact top-k of a token's scores by a cluster of thread blocks, each with a share of them in its shared memory, as
 // numbers in their order.
 //
-// At least k groups of lanes are looked at for a bound: the least of their largest scores, which k scores reach. What
-// reaches it is counted in bins of equal width in that order, over all blocks, and what lies in the bin of the k-th
-// largest is counted in narrower bins, until so little does that it is listed and ranked, by score, then by id. Two or
-// three rounds end in one score at the latest, of which the lowest ids are taken. What is chosen is a bit an entry, so
-// that it leaves in the order of ids.
+// At least k groups of scores are looked at for a bound: the least of their largest, which k scores reach. What reaches
+// it is counted in bins of equal width in that order, over all blocks, and what lies in the bin of the k-th largest is
+// counted in narrower bins, until so little does that it is listed and ranked, by score, then by id. Three rounds end
+// in one score at the latest, of which the lowest ids are taken. Then a thread has neighbouring entries, so that what
+// is chosen leaves in the order of ids.
 #pragma once
 
 #include "cuda/core/barriers.cuh"
@@ -13,29 +13,44 @@
 
 namespace dsv4::cuda::index {
 
-constexpr int kSelectThreads = 1024;
 constexpr int kMostBlocks = 8;  // of a cluster
 constexpr int kBinBits = 11, kBins = 1 << kBinBits;
-constexpr int kListed = 256;  // candidates that are ranked against each other
+constexpr int kGroupBins = 128, kGroups = kBins / kGroupBins;  // four bins a lane
+constexpr int kListed = 256;                                   // candidates that are ranked against each other
 constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 
-// A bit for each entry of a block, 32 entries a word, and how many are set of 1024 entries each.
-struct Marks {
-  unsigned words[32][33];  // one more than is used: a warp writes a column
-  int counts[32];
-  int before;  // of what blocks before this one have set
+// The bin of the k-th largest: how many are above it, and in it.
+struct Threshold {
+  int bin, above, candidates;
 };
 
+// Behind it the block's scores lie.
 struct SelectShared {
-  int bins[kBins];
-  int sums[kBins];         // over all blocks, if there are several
-  int totals[kBins / 32];  // of 32 bins each, over all blocks
-  uint64_t list[kListed];  // this block's candidates
-  uint64_t all[kListed];   // every block's, if there are several
+  int4 bins[kBins / 4 + 1];  // the last one is for what no bin is for
+  int4 sums[kBins / 4];      // over all blocks, if there are several
+  int totals[kGroups];       // of a group of bins each, over all blocks
+  uint64_t list[kListed];    // this block's candidates
+  uint64_t all[kListed];     // every block's, if there are several
+  uint64_t cut;              // the least that is chosen of them
   uint2 ranges[kMostBlocks][32];
-  Marks chosen, ties;
+  int chosen[32], alike[32];        // of warps
+  int chosen_before, alike_before;  // of blocks before this one: what is surely chosen, and alike
   int listed;
+  Threshold threshold;
 };
+
+// Numbers in the order of scores; NaN comes below all, as 0. A difference makes both zeros one, and its NaN is positive
+// on the device.
+__device__ __forceinline__ uint32_t order_of(float score) {
+  const uint32_t bits = __float_as_uint(0.0f - score);
+  return bits ^ (~static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) & 0x7FFFFFFFu);
+}
+
+// The lowest bit of a mask, and how many it has.
+__device__ __forceinline__ int lowest(uint32_t mask) { return __ffs(static_cast<int>(mask)) - 1; }
+__device__ __forceinline__ int lowest(uint64_t mask) { return __ffsll(static_cast<long long>(mask)) - 1; }
+__device__ __forceinline__ int count_of(uint32_t mask) { return __popc(mask); }
+__device__ __forceinline__ int count_of(uint64_t mask) { return __popcll(mask); }
 
 // The sum over the lanes up to this one.
 __device__ __forceinline__ int sum_up_to(int x) {
@@ -48,11 +63,13 @@ __device__ __forceinline__ int sum_up_to(int x) {
   return x;
 }
 
-// How many marks lie before a lane's word of the warp's 32.
-__device__ __forceinline__ int marks_before(const Marks& marks, unsigned word) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, here = __popc(word);
-  const int of_warps = static_cast<int>(__reduce_add_sync(kWholeWarp, lane < warp ? marks.counts[lane] : 0));
-  return marks.before + of_warps + sum_up_to(here) - here;
+// The sum over the block's threads before this one; `warps` is shared memory.
+__device__ __forceinline__ int sum_before(int x, int (&warps)[32]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int up_to = sum_up_to(x);
+  if (lane == 31) warps[warp] = up_to;
+  __syncthreads();
+  return static_cast<int>(__reduce_add_sync(kWholeWarp, lane < warp ? warps[lane] : 0)) + up_to - x;
 }
 
 template <int kCluster>
@@ -75,66 +92,66 @@ struct Cluster : ClusterBarrier<kCluster> {
 };
 
 // Sums the bins of all blocks and makes the sums known to each. Returns where they are.
-template <int kCluster>
-__device__ __forceinline__ const int* sum_bins(SelectShared& s) {
+template <int kThreads, int kCluster>
+__device__ __forceinline__ const int4* sum_bins(SelectShared& s) {
   using Blocks = Cluster<kCluster>;
+  constexpr int kWarps = kThreads / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Blocks::sync();
-  if constexpr (kCluster == 1) {
+  // Groups of bins are spread over the blocks.
+  for (int group = warp * kCluster + Blocks::rank(); group < kGroups; group += kWarps * kCluster) {
+    const int at = 32 * group + lane;
+    int4 sum = s.bins[at];
+    if constexpr (kCluster > 1) {
+      sum = make_int4(0, 0, 0, 0);
 #pragma unroll
-    for (int group = 2 * warp; group < 2 * warp + 2; ++group) {
-      const int total = __reduce_add_sync(kWholeWarp, s.bins[32 * group + lane]);
-      if (lane == 0) s.totals[group] = total;
+      for (int r = 0; r < kCluster; ++r) {
+        const int4 of_block = Blocks::of(r, s.bins)[at];
+        sum.x += of_block.x, sum.y += of_block.y, sum.z += of_block.z, sum.w += of_block.w;
+      }
+#pragma unroll
+      for (int r = 0; r < kCluster; ++r) Blocks::of(r, s.sums)[at] = sum;
     }
-    Blocks::sync();
-    return s.bins;
-  } else {
-    constexpr int kGroups = kBins / 32 / kCluster;  // that this block sums
-    if (warp < kGroups) {
-      const int group = Blocks::rank() * kGroups + warp;
-      int sum = 0;
-#pragma unroll
-      for (int r = 0; r < kCluster; ++r) sum += Blocks::of(r, s.bins)[32 * group + lane];
-#pragma unroll
-      for (int r = 0; r < kCluster; ++r) Blocks::of(r, s.sums)[32 * group + lane] = sum;
-      const int total = __reduce_add_sync(kWholeWarp, sum);
-      if (lane < kCluster) Blocks::of(lane, s.totals)[group] = total;
-    }
-    Blocks::sync();
-    return s.sums;
+    const int total = __reduce_add_sync(kWholeWarp, sum.x + sum.y + sum.z + sum.w);
+    if (lane < kCluster) Blocks::of(lane, s.totals)[group] = total;
   }
+  Blocks::sync();
+  return kCluster == 1 ? s.bins : s.sums;
 }
 
-// The bin of the k-th largest: how many are above it, and in it.
-struct Threshold {
-  int bin, above, candidates;
-};
-
-// Every warp finds it for itself.
-__device__ __forceinline__ Threshold find_threshold(const int* sums, const int* totals, int k) {
+// By one warp; at least k are counted.
+__device__ __forceinline__ void find_threshold(Threshold& found, const int4* sums, const int* totals, int k) {
   const int lane = threadIdx.x % 32;
-  const int upper = totals[63 - 2 * lane], lower = totals[62 - 2 * lane];
-  int up_to = sum_up_to(upper + lower);
+  const int total = lane < kGroups ? totals[kGroups - 1 - lane] : 0;
+  int up_to = sum_up_to(total);
   int at = __ffs(static_cast<int>(__ballot_sync(kWholeWarp, up_to >= k))) - 1;
-  int above = __shfl_sync(kWholeWarp, up_to - upper - lower, at), group = 63 - 2 * at;
-  const int of_upper = __shfl_sync(kWholeWarp, upper, at);
-  if (above + of_upper < k) above += of_upper, --group;
-  const int count = sums[32 * group + 31 - lane];
-  up_to = above + sum_up_to(count);
+  const int above = __shfl_sync(kWholeWarp, up_to - total, at), four = 32 * (kGroups - 1 - at) + 31 - lane;
+  const int4 counts = sums[four];
+  const int sum = counts.x + counts.y + counts.z + counts.w;
+  up_to = above + sum_up_to(sum);
   at = __ffs(static_cast<int>(__ballot_sync(kWholeWarp, up_to >= k))) - 1;
-  const int candidates = __shfl_sync(kWholeWarp, count, at);
-  return {32 * group + 31 - at, __shfl_sync(kWholeWarp, up_to, at) - candidates, candidates};
+  if (lane != at) return;
+  int before = up_to - sum, bin = 4 * four + 3, candidates = counts.w;
+  if (before + candidates < k) before += candidates, candidates = counts.z, --bin;
+  if (before + candidates < k) before += candidates, candidates = counts.y, --bin;
+  if (before + candidates < k) before += candidates, candidates = counts.x, --bin;
+  found = {bin, before, candidates};
 }
 
-// A cluster a token: grid tokens * kCluster, 1024 threads, 32 KB of shared memory, up to 64 registers a thread.
-// Barriers: of the cluster after the range, twice for each round of bins, and after marks and lists.
-template <int kEach, int kCluster>
-__global__ void __launch_bounds__(kSelectThreads, 1) DSV4_CLUSTER_DIMS(kCluster)
+// A cluster a token; a thread has as many entries as a Mask has bits: grid tokens * kCluster, shared memory
+// `select_bytes`. Barriers: of the cluster after the range, twice for each round of bins, and after lists; of the block
+// after a threshold, its cut and the counts of warps.
+template <int kThreads, int kCluster, class Mask>
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads) DSV4_CLUSTER_DIMS(kCluster)
     select_kernel(const __grid_constant__ IndexTopkParams params, int first_token) {
   using Blocks = Cluster<kCluster>;
-  static_assert(kEach <= 32 && kCluster <= kMostBlocks && kBins / 32 == 64);
+  constexpr int kWarps = kThreads / 32;
+  static_assert(kThreads >= kListed && kThreads <= 1024 && kCluster <= kMostBlocks);
   if constexpr (Blocks::kCompiled) {
-    __shared__ SelectShared s;
+    extern __shared__ __align__(16) uint8_t raw_shared[];
+    auto& s = *reinterpret_cast<SelectShared*>(raw_shared);
+    auto* const fours = reinterpret_cast<uint4*>(raw_shared + sizeof(SelectShared));
+    auto* const bins = reinterpret_cast<int*>(s.bins);
     const int rank = Blocks::rank(), thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int row = blockIdx.x / kCluster, token = first_token + row, k = params.k;
     const float* const scores = params.every_score + row * params.capacity;
@@ -143,106 +160,125 @@ __global__ void __launch_bounds__(kSelectThreads, 1) DSV4_CLUSTER_DIMS(kCluster)
       params.indices[at] = entry;
       if (params.scores != nullptr) params.scores[at] = entry >= 0 ? scores[entry] : -INFINITY;
     };
+    const auto clear_bins = [&] {
+      for (int i = thread; i < kBins / 4; i += kThreads) s.bins[i] = make_int4(0, 0, 0, 0);
+    };
     Blocks::begin();
-    for (int i = thread; i < kBins; i += kSelectThreads) s.bins[i] = 0;
-    if (warp == 0) s.chosen.counts[lane] = 0, s.ties.counts[lane] = 0;
-    if (thread == 0) s.chosen.before = 0, s.ties.before = 0, s.listed = 0;
+    clear_bins();
+    if (thread == 0) s.chosen_before = 0, s.alike_before = 0, s.listed = 0;
     const int entries = entries_seen(params, token);
     if (entries <= k) {  // the same for the whole cluster
-      for (int i = rank * kSelectThreads + thread; i < k; i += kCluster * kSelectThreads) {
-        put(i, i < entries ? i : -1);
-      }
+      for (int i = rank * kThreads + thread; i < k; i += kCluster * kThreads) put(i, i < entries ? i : -1);
       Blocks::wait();
       return;
     }
 
-    // Score j of a thread is entry begin + 1024 j + thread. 0 is the number of what does not exist.
+    // This block's are entries begin .. begin + here - 1, four a chunk. Behind the last one zeros fill a chunk: like
+    // NaN, but of higher ids than any.
     const int span = (entries + 32 * kCluster - 1) / (32 * kCluster) * 32, begin = rank * span;
-    const int here = min(entries - begin, span);
-    uint32_t keys[kEach];
+    const int here = max(min(entries - begin, span), 0), chunks = (here + 3) / 4;
+    uint32_t high = 0;
+    constexpr int kBatch = kCluster == 1 ? 8 : 4;  // reads under way
+#pragma unroll 1
+    for (int first = thread; first < chunks; first += kBatch * kThreads) {
+      float4 read[kBatch];
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-      const int i = j * kSelectThreads + thread;
-      keys[j] = i < here ? ordered_score(scores[begin + i]) : 0u;
+      for (int i = 0; i < kBatch; ++i) {
+        const int chunk = first + i * kThreads;
+        if (chunk < chunks) read[i] = reinterpret_cast<const float4*>(scores + begin)[chunk];
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int chunk = first + i * kThreads, left = here - 4 * chunk;
+        if (left <= 0) break;
+        uint4 four = {order_of(read[i].x), order_of(read[i].y), order_of(read[i].z), order_of(read[i].w)};
+        if (left < 4) four.w = 0u, four.z = left < 3 ? 0u : four.z, four.y = left < 2 ? 0u : four.y;
+        high = max(max(high, max(four.x, four.y)), max(four.z, four.w));
+        fours[chunk] = four;
+      }
     }
 
     // Of every warp as many groups of lanes as make k groups in all; none has a bound where that is more than lanes.
-    uint32_t high = 0;
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) high = max(high, keys[j]);
     uint32_t low = high;
-    constexpr int kWarps = kCluster * kSelectThreads / 32;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const uint32_t other = __shfl_xor_sync(kWholeWarp, low, step);
-      if (16 / step * kWarps >= k) low = max(low, other);
+      if (16 / step * kWarps * kCluster >= k) low = max(low, other);
     }
-    low = 32 * kWarps >= k ? low : 0u;
+    low = kThreads * kCluster >= k ? low : 0u;
     low = __reduce_min_sync(kWholeWarp, low), high = __reduce_max_sync(kWholeWarp, high);
     Blocks::wait();
     if (lane < kCluster) Blocks::of(lane, &s)->ranges[rank][warp] = make_uint2(low, high);
     Blocks::sync();
 #pragma unroll
     for (int r = 0; r < kCluster; ++r) {
-      const uint2 of_warp = s.ranges[r][lane];
+      const uint2 of_warp = s.ranges[r][lane % kWarps];
       low = min(low, of_warp.x), high = max(high, of_warp.y);
     }
-    low = max(__reduce_min_sync(kWholeWarp, low), 1u), high = __reduce_max_sync(kWholeWarp, high);
+    low = __reduce_min_sync(kWholeWarp, low), high = __reduce_max_sync(kWholeWarp, high);
 
-    // Candidates are the numbers low .. low + width; of what is above them so many are chosen that `wanted` are not.
-    uint32_t width = high - low;
-    int wanted = k, candidates = 0;
+    // Bins are the numbers that agree but for their last `shift` bits, from `base` on. Of what is above them so many
+    // are chosen that `wanted` are not.
+    int shift = max(32 - kBinBits - __clz(static_cast<int>(high - low)), 0), wanted = k, candidates = 0;
+    if ((high >> shift) - (low >> shift) >= kBins) ++shift;
+    uint32_t base = low >> shift, used = (high >> shift) - base + 1;
     while (true) {
-      const int shift = max(32 - kBinBits - __clz(static_cast<int>(width)), 0);
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        const uint32_t place = keys[j] - low;
-        if (place <= width) atomicAdd(&s.bins[place >> shift], 1);
+#pragma unroll 2
+      for (int chunk = thread; chunk < chunks; chunk += kThreads) {
+        const uint4 four = fours[chunk];
+        const auto count = [&](uint32_t number) {
+          const uint32_t bin = (number >> shift) - base;
+          atomicAdd(bins + (bin < used ? bin : kBins), 1);  // a branch would take longer
+        };
+        count(four.x), count(four.y), count(four.z), count(four.w);
       }
-      const int* const sums = sum_bins<kCluster>(s);
-      const Threshold found = find_threshold(sums, s.totals, wanted);
-      const uint32_t first = static_cast<uint32_t>(found.bin) << shift;
-      low += first, width = min(width - first, (1u << shift) - 1u);
-      wanted -= found.above, candidates = found.candidates;
-      if (candidates <= kListed || width == 0u) break;
+      const int4* const sums = sum_bins<kThreads, kCluster>(s);
+      if (warp == 0) find_threshold(s.threshold, sums, s.totals, wanted);
       __syncthreads();
-      for (int i = thread; i < kBins; i += kSelectThreads) s.bins[i] = 0;
+      base += s.threshold.bin, wanted -= s.threshold.above, candidates = s.threshold.candidates;
+      if (candidates <= kListed || shift == 0) break;
+      const int finer = max(shift - kBinBits, 0);
+      base <<= shift - finer, used = 1u << (shift - finer), shift = finer;
+      clear_bins();
       __syncthreads();
     }
     const bool tied = candidates > kListed;  // all of them score alike
 
-    // A warp's marks of 32 entries each: lane j keeps those of score j.
-    unsigned chosen = 0u, ties = 0u;
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-      const unsigned above = __ballot_sync(kWholeWarp, keys[j] > low + width);
-      if (lane == j) chosen = above;
-    }
-    if (tied) {
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        const unsigned alike = __ballot_sync(kWholeWarp, keys[j] == low);
-        if (lane == j) ties = alike;
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        if (keys[j] - low <= width) {
-          s.list[atomicAdd(&s.listed, 1)] = choice_key(keys[j], begin + j * kSelectThreads + thread);
-        }
+    // A bit for each of this thread's neighbouring entries: what is chosen if its turn comes, and candidates. Threads
+    // begin at different chunks where they would meet on a bank.
+    const int each = (chunks + kThreads - 1) / kThreads, first = thread * each, mine = min(chunks - first, each);
+    const int turn = (each & (each - 1)) == 0 ? thread * each / 8 & (each - 1) : 0;
+    Mask chosen = 0, alike = 0;
+    const uint32_t least = base << shift, largest = least | ((1u << shift) - 1u);
+#pragma unroll 2
+    for (int i = 0; i < each; ++i) {
+      const int chunk = i ^ turn;
+      if (chunk < mine) {
+        const uint4 four = fours[first + chunk];
+        unsigned reached = four.x >= least ? 1u : 0u;
+        if (four.y >= least) reached |= 2u;
+        if (four.z >= least) reached |= 4u;
+        if (four.w >= least) reached |= 8u;
+        chosen |= static_cast<Mask>(reached) << (4 * chunk);
       }
     }
-    const auto mark = [&](Marks& marks, unsigned word) {
-      const int count = __popc(word);
-      if (lane < kEach) marks.words[lane][warp] = word;
-      if (count != 0) atomicAdd(&marks.counts[lane], count);
-      if constexpr (kCluster > 1) {
-        const int of_warp = __reduce_add_sync(kWholeWarp, count);
-        if (rank < lane && lane < kCluster && of_warp != 0) atomicAdd(Blocks::of(lane, &marks.before), of_warp);
+    const int first_entry = begin + 4 * first;
+    const auto* const numbers = reinterpret_cast<const uint32_t*>(fours + first);
+    for (Mask left = chosen; left != 0; left &= left - 1) {
+      const int bit = lowest(left);
+      if (numbers[bit] <= largest) {
+        alike |= Mask{1} << bit;
+        if (!tied) s.list[atomicAdd(&s.listed, 1)] = choice_key(numbers[bit], first_entry + bit);
       }
-    };
-    mark(s.chosen, chosen);
-    if (tied) mark(s.ties, ties);
+    }
+    if constexpr (kCluster > 1) {
+      const int sure_here = __reduce_add_sync(kWholeWarp, count_of(chosen & ~alike)),
+                alike_here = __reduce_add_sync(kWholeWarp, count_of(alike));
+      if (rank < lane && lane < kCluster) {
+        if (sure_here != 0) atomicAdd(Blocks::of(lane, &s.chosen_before), sure_here);
+        if (tied && alike_here != 0) atomicAdd(Blocks::of(lane, &s.alike_before), alike_here);
+      }
+    }
     Blocks::sync();
 
     const uint64_t* list = s.list;
@@ -260,35 +296,36 @@ __global__ void __launch_bounds__(kSelectThreads, 1) DSV4_CLUSTER_DIMS(kCluster)
       Blocks::leave();
       __syncthreads();
     }
-    if (!tied) {
+    // Of the candidates `wanted` stay.
+    if (tied) {
+      int before = s.alike_before + sum_before(count_of(alike), s.alike);
+      for (Mask left = alike; left != 0; left &= left - 1) {
+        if (before++ >= wanted) chosen &= ~(left & (~left + 1));
+      }
+    } else {
       if (thread < candidates) {
         const uint64_t own = list[thread];
         int larger = 0;
 #pragma unroll 4
         for (int i = 0; i < candidates; ++i) larger += list[i] > own;
-        const int place = entry_of_choice(own) - begin;
-        if (larger < wanted && place < 0) atomicAdd(&s.chosen.before, 1);
-        if (larger < wanted && place >= 0 && place < here) {
-          atomicOr(&s.chosen.words[place / 1024][place / 32 % 32], 1u << (place % 32));
-          atomicAdd(&s.chosen.counts[place / 1024], 1);
-        }
+        if (larger == wanted - 1) s.cut = own;
+        if (larger < wanted && entry_of_choice(own) < begin) atomicAdd(&s.chosen_before, 1);
       }
       __syncthreads();
-    }
-
-    // A warp has 1024 entries, a lane 32.
-    if (warp < kEach) {
-      const unsigned sure = s.chosen.words[warp][lane], alike = tied ? s.ties.words[warp][lane] : 0u;
-      const int first = begin + 1024 * warp + 32 * lane;
-      int alike_before = tied ? marks_before(s.ties, alike) : 0;
-      int place = marks_before(s.chosen, sure) + min(alike_before, wanted);
-      for (unsigned left = sure | alike; left != 0u; left &= left - 1u) {
-        const int bit = __ffs(static_cast<int>(left)) - 1;
-        if ((sure >> bit & 1u) != 0u || alike_before++ < wanted) put(place++, first + bit);
+      for (Mask left = alike; left != 0; left &= left - 1) {
+        const int bit = lowest(left);
+        if (choice_key(numbers[bit], first_entry + bit) < s.cut) chosen &= ~(Mask{1} << bit);
       }
     }
+    int place = s.chosen_before + (tied ? min(s.alike_before, wanted) : 0) + sum_before(count_of(chosen), s.chosen);
+    for (; chosen != 0; chosen &= chosen - 1) put(place++, first_entry + lowest(chosen));
     Blocks::wait();  // until nobody reads this block's shared memory any more
   }
+}
+
+// Dynamic shared memory of a block of `kCluster` for rows of `capacity` scores.
+constexpr int select_bytes(int64_t capacity, int cluster) {
+  return static_cast<int>(sizeof(SelectShared) + (capacity + 32 * cluster - 1) / (32 * cluster) * 128);
 }
 
 }  // namespace dsv4::cuda::index
