@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.cache.pools import Cache
+from dsv4_jax.cache.pools import Cache, init_cache
 from dsv4_jax.host.manager import CacheManager
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.layout.schema import CacheSchema
@@ -23,7 +23,7 @@ from dsv4_jax.tools.bench.measure import MOST_REPLAYS, NoFigureError, Outcome, n
 from dsv4_jax.tools.bench.step import compile_step, time_dispatches
 from dsv4_jax.tools.bench.trace import Op, Spent, profiled
 from dsv4_jax.tools.bench.traffic import StepShape
-from dsv4_jax.tools.bench.workload import Scale, admit, noisy_cache, schema_of
+from dsv4_jax.tools.bench.workload import Scale, admit, schema_of
 
 if TYPE_CHECKING:
     from dsv4_jax.deepseek_v4.config import DeepseekV4Config
@@ -184,7 +184,7 @@ def _compiled(config: DeepseekV4Config, schema: CacheSchema) -> tuple[jax.stages
 
     layout = CacheManager(schema, token_buckets=(schema.slots, schema.max_context)).layouts[0]
     plan = StepPlan(jax.ShapeDtypeStruct((layout.size,), jnp.int32), layout)
-    state = jax.eval_shape(lambda: _state(config, noisy_cache(schema)))
+    state = jax.eval_shape(lambda: _state(config, init_cache(schema)))
     weights = jax.eval_shape(lambda: random_weights(config))
     return compile_step(functools.partial(model_step, config=config), state, plan, weights)
 
