@@ -178,6 +178,25 @@ def test_a_million_tokens(device, rng, window_name, entries_name, requests):
     jax.tree.map(np.testing.assert_array_equal, attended, again)
 
 
+@pytest.mark.parametrize(("tokens", "blocks"), [(1, 16), (8, 8), (20, 4), (60, 2), (140, 1)])
+def test_however_many_blocks_share_a_token(device, rng, tokens, blocks):
+    """A chunk of any number of tokens within a deep ring, each with 512 entries of its own: ten tiles of rows."""
+    start, heads, count = 2200, 8, 512
+    assert split_of_token(tokens, heads, 128, count) == Split(blocks, 1)
+    held = HeldRows(
+        WINDOW_FORMATS["bf16"], ENTRY_FORMATS["fp8"], ratio=4, ring=128 + tokens, slots=2, blocks=-(-2400 // 128)
+    )
+    held.draw(rng, {1: start + tokens - 1})
+    indices = np.stack([rng.permutation((start + token + 1) // 4)[:count] for token in range(tokens)])
+    queries = jnp.asarray(15 * rng.normal(size=(tokens, heads, 512)), jnp.bfloat16)
+
+    attended = held.attend(queries, plan_of([1], [start], [tokens]), jnp.asarray(indices, jnp.int32), None)
+
+    for token in {0, tokens // 2, tokens - 1}:
+        rows = held.seen(1, start + token, indices[token])
+        assert_attended(attended, token, queries[token], rows, None, None, exact=False)
+
+
 @pytest.mark.parametrize(
     ("tokens", "heads", "count", "split"),
     [
