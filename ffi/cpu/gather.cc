@@ -35,7 +35,7 @@ void read_or_clear(const Rows& rows, int64_t out, const Pool& pool, const uint8_
 
 void gather_entries(const GatherEntriesParams& params) {
   const Rows& rows = params.rows;
-  with_codec(params.pool, [&](auto codec) {
+  visit_codec(params.pool.width, params.pool.codec, [&](auto codec) {
     using Codec = decltype(codec);
     for (int64_t query = 0; query < rows.queries; ++query) {
       const EntryQuery from = params.indices != nullptr
@@ -57,7 +57,7 @@ void gather_window(const GatherWindowParams& params) {
   const Rows& rows = params.rows;
   const Pool& window = params.window;
   const int64_t layer = *params.layer;
-  with_codec(window, [&](auto codec) {
+  visit_codec(window.width, window.codec, [&](auto codec) {
     using Codec = decltype(codec);
     for (int64_t query = 0; query < rows.queries; ++query) {
       const WindowQuery from = window_of_request(params.plan, query, static_cast<int>(window.pages), params.before);

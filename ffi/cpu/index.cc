@@ -68,7 +68,7 @@ void score_entries(const IndexTopkParams& params, int64_t token, int entries, fl
 }  // namespace
 
 void index_topk(const IndexTopkParams& params) {
-  with_codec(params.pool, [&](auto codec) {
+  visit_codec(params.pool.width, params.pool.codec, [&](auto codec) {
     using Codec = decltype(codec);
     if constexpr (Codec::kWidth == kKeyDim) {
       std::vector<float> scores(params.capacity);

@@ -8,7 +8,7 @@
 
 namespace dsv4::cpu {
 void flush(const FlushParams& params) {
-  with_codec(params.pool, [&](auto codec) {
+  visit_codec(params.pool.width, params.pool.codec, [&](auto codec) {
     using Codec = decltype(codec);
     for (int row = 0; row < params.closing; ++row) {
       const int index = params.plan.closing(params.ratio)[row];
@@ -23,7 +23,7 @@ void flush(const FlushParams& params) {
 }
 
 void quantize(const QuantizeParams& params) {
-  with_codec(params.page, [&](auto codec) {
+  visit_codec(params.page.width, params.page.codec, [&](auto codec) {
     using Codec = decltype(codec);
     float row[Codec::kWidth];
     for (int64_t i = 0; i < params.page.rows; ++i) {
@@ -37,7 +37,7 @@ void quantize(const QuantizeParams& params) {
 }
 
 void dequantize(const QuantizeParams& params) {
-  with_codec(params.page, [&](auto codec) {
+  visit_codec(params.page.width, params.page.codec, [&](auto codec) {
     using Codec = decltype(codec);
     for (int64_t i = 0; i < params.page.rows; ++i) {
       const StoredRow stored = stored_row<Codec>(params.page.data, params.page.rows, i);

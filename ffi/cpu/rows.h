@@ -50,10 +50,4 @@ inline void load_floats(const void* data, Element type, int64_t first, int count
   for (int i = 0; i < count; ++i) out[i] = element(data, type, first + i);
 }
 
-// Calls `visit(codec)` for a pool's codec; the checks made sure there is one.
-template <class Visitor>
-void with_codec(const Pool& pool, Visitor&& visit) {
-  visit_codec(pool.width, pool.codec, visit);
-}
-
 }  // namespace dsv4::cpu

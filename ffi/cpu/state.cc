@@ -59,7 +59,7 @@ void append_window(const AppendWindowParams& params) {
   const Pool& window = params.window;
   const int64_t layer = *params.layer;
   if (layer < 0 || layer >= window.layers) return;
-  with_codec(window, [&](auto codec) {
+  visit_codec(window.width, window.codec, [&](auto codec) {
     using Codec = decltype(codec);
     float row[Codec::kWidth];
     for (int index = 0; index < params.plan.tokens; ++index) {

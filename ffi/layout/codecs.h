@@ -275,6 +275,7 @@ void visit_codec(CodecList<Codecs...>, int index, Visitor&& visit) {
   static_cast<void>(((place++ == index ? (visit(Codecs{}), true) : false) || ...));
 }
 
+// Likewise, of the codecs for rows of that width: a pool's `width` and `codec`.
 template <class Visitor>
 void visit_codec(int width, int index, Visitor&& visit) {
   width == kHeadDim ? visit_codec(HeadCodecs{}, index, visit) : visit_codec(KeyCodecs{}, index, visit);

@@ -220,8 +220,8 @@ struct AttendParams {
   const int32_t* window_layer;
   int window_size;  // a token at position t sees window rows t - window_size + 1 .. t
 
-  // Window rows that the step displaced, or data is null: a page of `displaced_rows` rows. A row
-  // of request r at position p is row (window_size - 1) * (r + 1) + first token of r + p - start of r.
+  // Window rows that the step displaced, or data is null: a page of `displaced_rows` rows. A row of request r at
+  // position p is row (window_size - 1) * (r + 1) + first token of r + p - start of r.
   Pool displaced;                      // [1, 1, page]
   const int32_t* displaced_positions;  // [rows], -1 where nothing was saved
 

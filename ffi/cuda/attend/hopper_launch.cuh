@@ -32,25 +32,18 @@ cudaError_t launch_hopper(cudaStream_t stream, const AttendParams& params) {
   return cudaGetLastError();
 }
 
-// Formats of entries that have a decoder.
-using HopperCodecs =
-    CodecList<Bf16<kHeadDim>, Fp8<kHeadDim>, Fp8DsMla<kHeadDim>, Nvfp4<kHeadDim>, Nvfp4Static<kHeadDim>>;
-
-template <class WindowCodec, class... EntryCodecs>
-const char* launch_for_entries(CUstream_st* stream, const AttendParams& params, CodecList<EntryCodecs...>) {
-  cudaError_t status = cudaErrorNotSupported;
-  const auto launch = [&](auto entry) { status = launch_hopper<WindowCodec, decltype(entry)>(stream, params); };
-  // Without entries: as if they were stored like the window.
-  const int codec = params.entries.data == nullptr ? params.window.codec : params.entries.codec;
-  const char* name = nullptr;
-  visit_codec(HeadCodecs{}, codec, [&](auto known) { name = decltype(known)::kName; });
-  static_cast<void>(((strcmp(EntryCodecs::kName, name) == 0 ? (launch(EntryCodecs{}), true) : false) || ...));
-  return launch_error("attend", status);
-}
-
+// Launches for the format of the entries, which is any but fp32; without entries, as if they were stored like the
+// window.
 template <class WindowCodec>
 const char* launch_for_entries(CUstream_st* stream, const AttendParams& params) {
-  return launch_for_entries<WindowCodec>(stream, params, HopperCodecs{});
+  cudaError_t status = cudaErrorNotSupported;
+  visit_codec(HeadCodecs{}, (params.entries.data == nullptr ? params.window : params.entries).codec, [&](auto codec) {
+    using EntryCodec = decltype(codec);
+    if constexpr (!std::is_same_v<EntryCodec, Fp32<kHeadDim>>) {
+      status = launch_hopper<WindowCodec, EntryCodec>(stream, params);
+    }
+  });
+  return launch_error("attend", status);
 }
 
 }  // namespace dsv4::cuda::attention

@@ -1,5 +1,5 @@
 // Scouting for attention on Hopper: looking up where the rows of tiles lie before the warps that decode them want to
-// know, telling what is known of each, and bringing them into the L2 cache.
+// know, and telling what is known of each.
 #pragma once
 
 #include "cuda/attend/rows.cuh"

@@ -72,8 +72,7 @@ struct Shared {
   __device__ __forceinline__ uint32_t output() const { return start; }
 
   // Barriers. A tile is decoded; its weights are there for warpgroup 1; it is done with them; its rows are known, and
-  // what they are multiplied by; both
-  // sums are done with the tile.
+  // what they are multiplied by; both sums are done with the tile.
   __device__ __forceinline__ uint32_t barrier(int i) const { return start + kBarriers + 8 * i; }
   __device__ __forceinline__ uint32_t full(int tile) const { return barrier(tile % kStages); }
   __device__ __forceinline__ uint32_t weighed(int tile) const { return barrier(kStages + tile % kStages); }

@@ -49,12 +49,6 @@ bool has_clusters(Kernel* kernel) {
   return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
 }
 
-// Calls `visit(codec)` for a pool's codec; the checks made sure there is one.
-template <class Visitor>
-void with_codec(const Pool& pool, Visitor&& visit) {
-  visit_codec(pool.width, pool.codec, visit);
-}
-
 // Calls `visit(T{})` with the element type.
 template <class Visitor>
 void with_element(Element element, Visitor&& visit) {

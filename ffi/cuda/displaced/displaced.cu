@@ -1,7 +1,7 @@
 // Window rows set aside on the GPU: save_displaced.
 //
-// Threads: a warp to each row, which all of its lanes look up; then they copy it, 4 bytes a lane at a time, since that
-// is all that rings of any length are aligned to. No barriers, no shared memory.
+// Threads: a warp to each row, which all of its lanes look up; then they copy it, 4 bytes a lane at a time, which the
+// scales of every format are aligned to. No barriers, no shared memory.
 
 #include "cuda/core/launch.cuh"
 #include "layout/displaced.h"

@@ -75,7 +75,7 @@ const char* launch_gather(CUstream_st* stream, const char* op, const Pool& pool,
                           const Params& params) {
   const int64_t total = rows.queries * rows.count;
   if (total == 0) return nullptr;
-  with_codec(pool, [&](auto codec) {
+  visit_codec(pool.width, pool.codec, [&](auto codec) {
     using Codec = decltype(codec);
     with_element(rows.element, [&](auto element) {
       const auto warp_rows =

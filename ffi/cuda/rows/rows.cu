@@ -62,7 +62,7 @@ constexpr int kThreads = kRowWarps * kWarp;
 
 const char* flush(CUstream_st* stream, const FlushParams& params) {
   if (params.closing == 0) return nullptr;
-  with_codec(params.pool, [&](auto codec) {
+  visit_codec(params.pool.width, params.pool.codec, [&](auto codec) {
     flush_kernel<decltype(codec)><<<blocks_for(params.closing, kRowWarps), kThreads, 0, stream>>>(params);
   });
   return launch_error("flush");
@@ -70,7 +70,7 @@ const char* flush(CUstream_st* stream, const FlushParams& params) {
 
 const char* quantize(CUstream_st* stream, const QuantizeParams& params) {
   if (params.page.rows == 0) return nullptr;
-  with_codec(params.page, [&](auto codec) {
+  visit_codec(params.page.width, params.page.codec, [&](auto codec) {
     with_element(params.element, [&](auto element) {
       quantize_kernel<decltype(codec), decltype(element)>
           <<<blocks_for(params.page.rows, kRowWarps), kThreads, 0, stream>>>(params);
@@ -81,7 +81,7 @@ const char* quantize(CUstream_st* stream, const QuantizeParams& params) {
 
 const char* dequantize(CUstream_st* stream, const QuantizeParams& params) {
   if (params.page.rows == 0) return nullptr;
-  with_codec(params.page, [&](auto codec) {
+  visit_codec(params.page.width, params.page.codec, [&](auto codec) {
     with_element(params.element, [&](auto element) {
       dequantize_kernel<decltype(codec), decltype(element)>
           <<<blocks_for(params.page.rows, kRowWarps), kThreads, 0, stream>>>(params);

@@ -127,7 +127,7 @@ const char* begin_step(CUstream_st* stream, const BeginStepParams& params) {
 
 const char* append_window(CUstream_st* stream, const AppendWindowParams& params) {
   if (params.plan.tokens == 0) return nullptr;
-  with_codec(params.window, [&](auto codec) {
+  visit_codec(params.window.width, params.window.codec, [&](auto codec) {
     using Codec = decltype(codec);
     if constexpr (Codec::kWidth == kHeadDim) {
       with_element(params.element, [&](auto element) {
