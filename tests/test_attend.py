@@ -182,7 +182,7 @@ def test_a_million_tokens(device, rng, window_name, entries_name, requests):
 def test_however_many_blocks_share_a_token(device, rng, tokens, blocks):
     """A chunk of any number of tokens within a deep ring, each with 512 entries of its own: ten tiles of rows."""
     start, heads, count = 2200, 8, 512
-    assert split_of_token(tokens, heads, 128, count) == Split(blocks, 1)
+    assert split_of_token(tokens, heads, 128, count)[:2] == (blocks, 1)
     held = HeldRows(
         WINDOW_FORMATS["bf16"], ENTRY_FORMATS["fp8"], ratio=4, ring=128 + tokens, slots=2, blocks=-(-2400 // 128)
     )
@@ -200,15 +200,15 @@ def test_however_many_blocks_share_a_token(device, rng, tokens, blocks):
 @pytest.mark.parametrize(
     ("tokens", "heads", "count", "split"),
     [
-        (1, 64, 512, Split(16, 1)),
-        (1, 64, 0, Split(2, 1)),  # the window's two tiles
-        (8, 64, 512, Split(8, 1)),  # seven clusters of 16 blocks run at once
-        (64, 64, 512, Split(2, 1)),
-        (67, 64, 512, Split(1, 1)),
-        (64, 128, 1024, Split(1, 1)),
-        (1, 64, 8192, Split(16, 5)),  # 130 tiles: two for each of 80 blocks
-        (8, 64, 8192, Split(2, 8)),
-        (64, 64, 8192, Split(2, 1)),
+        (1, 64, 512, Split(16, 1, 16)),  # every 16 heads with blocks of their own
+        (1, 64, 0, Split(2, 1, 64)),  # the window's two tiles
+        (8, 64, 512, Split(8, 1, 64)),  # seven clusters of 16 blocks run at once
+        (64, 64, 512, Split(2, 1, 64)),
+        (67, 64, 512, Split(1, 1, 64)),
+        (64, 128, 1024, Split(1, 1, 64)),
+        (1, 64, 8192, Split(16, 5, 64)),  # 130 tiles: two for each of 80 blocks
+        (8, 64, 8192, Split(2, 8, 64)),
+        (64, 64, 8192, Split(2, 1, 64)),
     ],
 )
 def test_how_a_token_is_split(tokens, heads, count, split):

@@ -45,12 +45,15 @@ AttendParams check_window_and_queries(Call& call) {
   call.that(blocks == 1 || blocks == 2 || blocks == 4 || blocks == 8 || blocks == 16, "block_sums",
             "is not of 1, 2, 4, 8 or 16 blocks");
   params.blocks = static_cast<int>(blocks);
+  const int64_t heads = call.size("block_sums", 2);
+  call.that(heads == 16 || heads == 32 || heads == kAttendedHeads, "block_sums", "is not of 16, 32 or 64 heads");
+  params.block_heads = static_cast<int>(heads);
   const int64_t parts = call.size("part_rows", 0);
   params.part_rows = call.floats("part_rows", {parts, tokens, params.heads, kHeadDim});
   params.part_shares = call.floats("part_shares", {parts, tokens, params.heads, 2});
   params.parts = parts > 1 ? static_cast<int>(parts) : 1;
-  const int64_t clusters = int64_t{params.parts} * tokens * ((params.heads + kAttendedHeads - 1) / kAttendedHeads);
-  params.block_sums = call.floats("block_sums", {blocks > 2 ? clusters : 0, blocks, kAttendedHeads, kHeadDim});
+  const int64_t clusters = params.parts * tokens * ((params.heads + heads - 1) / heads);
+  params.block_sums = call.floats("block_sums", {blocks > 2 ? clusters : 0, blocks, heads, kHeadDim});
   return params;
 }
 

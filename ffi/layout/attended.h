@@ -14,6 +14,8 @@ struct AttendedRows {
   int token;
   int slot;
   int position;
+  int window_layer;
+  int entries_layer;
   int ring_row;  // where the ring has the row of `position`
   int window;    // window rows that may exist: positions position - window + 1 .. position
   int entries;   // entries to look at: the chosen ones, or 0 .. entries - 1
@@ -22,8 +24,8 @@ struct AttendedRows {
 
 // Whether later tokens of the step may have taken the place of window rows that a token sees: not in a step whose
 // requests bring no more tokens than the ring has rows to spare.
-DSV4_HOST_DEVICE bool may_lack_rows(const AttendParams& params) {
-  return params.displaced.data == nullptr && *params.plan.longest() > params.window.rows - params.window_size + 1;
+DSV4_HOST_DEVICE bool may_lack_rows(const AttendParams& params, int longest) {
+  return params.displaced.data == nullptr && longest > params.window.rows - params.window_size + 1;
 }
 
 DSV4_HOST_DEVICE bool lacks_rows(const AttendParams& params, int index, int position) {
@@ -32,13 +34,27 @@ DSV4_HOST_DEVICE bool lacks_rows(const AttendParams& params, int index, int posi
   return token.valid && token.next - params.window.rows > first;
 }
 
-DSV4_HOST_DEVICE AttendedRows attended_rows(const AttendParams& params, int token) {
-  // Three loads at once.
-  const bool may_lack = may_lack_rows(params);
-  AttendedRows rows{false, false, token, params.plan.token_slot()[token], params.plan.token_position()[token], 0,
-                    0,     0,     0};
+// What the device must load before a token's rows are known. No load waits for another.
+struct PlannedToken {
+  int slot;
+  int position;
+  int longest;
+  int window_layer;
+  int entries_layer;
+};
+
+DSV4_HOST_DEVICE PlannedToken planned_token(const AttendParams& params, int token) {
+  return {params.plan.token_slot()[token], params.plan.token_position()[token], *params.plan.longest(),
+          *params.window_layer, params.entries.data == nullptr ? -1 : *params.entries_layer};
+}
+
+DSV4_HOST_DEVICE AttendedRows attended_rows(const AttendParams& params, int token, const PlannedToken& planned) {
+  AttendedRows rows{};
+  rows.token = token;
+  rows.slot = planned.slot, rows.position = planned.position;
+  rows.window_layer = planned.window_layer, rows.entries_layer = planned.entries_layer;
   rows.valid = rows.slot >= 0 && rows.slot < params.window.pages && rows.position >= 0;
-  rows.lacking = rows.valid && may_lack && lacks_rows(params, token, rows.position);
+  rows.lacking = rows.valid && may_lack_rows(params, planned.longest) && lacks_rows(params, token, rows.position);
   rows.valid = rows.valid && !rows.lacking;
   if (!rows.valid) return rows;
   rows.ring_row = rows.position % params.window.rows;
@@ -46,9 +62,13 @@ DSV4_HOST_DEVICE AttendedRows attended_rows(const AttendParams& params, int toke
   if (params.entries.data != nullptr) {
     rows.visible = (rows.position + 1) / params.ratio;
     const int seen = rows.visible < params.count ? rows.visible : params.count;
-    rows.entries = params.indices == nullptr || seen == 0 ? seen : params.count;
+    rows.entries = params.indices == nullptr ? seen : params.count;
   }
   return rows;
+}
+
+DSV4_HOST_DEVICE AttendedRows attended_rows(const AttendParams& params, int token) {
+  return attended_rows(params, token, planned_token(params, token));
 }
 
 // A row on its way from a number to an address, in three steps that each wait for one load. Someone who looks up
@@ -68,17 +88,20 @@ DSV4_HOST_DEVICE int window_row(const AttendParams& params, const AttendedRows& 
   return row < 0 ? row + params.window.rows : row;
 }
 
+// The chosen entry of that number, below 0 where there is none.
+DSV4_HOST_DEVICE int chosen_entry(const AttendParams& params, int token, int number) {
+  return number < params.count ? params.indices[static_cast<int64_t>(token) * params.count + number] : -1;
+}
+
 DSV4_HOST_DEVICE void look_up_first(const AttendParams& params, const AttendedRows& rows, bool in_window, int number,
                                     Lookup& lookup) {
   lookup.first = -1;
   if (in_window) {
-    const int64_t layer = *params.window_layer;
-    if (number >= rows.window || layer < 0 || layer >= params.window.layers) return;
-    const int row = window_row(params, rows, number);
-    lookup.first = params.window_positions[(layer * params.window.pages + rows.slot) * params.window.rows + row];
+    if (number >= rows.window || rows.window_layer < 0 || rows.window_layer >= params.window.layers) return;
+    const int64_t page = rows.window_layer * params.window.pages + rows.slot;
+    lookup.first = params.window_positions[page * params.window.rows + window_row(params, rows, number)];
   } else if (number < rows.entries) {
-    lookup.first =
-        params.indices == nullptr ? number : params.indices[static_cast<int64_t>(rows.token) * params.count + number];
+    lookup.first = params.indices == nullptr ? number : chosen_entry(params, rows.token, number);
   }
 }
 
@@ -107,12 +130,12 @@ DSV4_HOST_DEVICE EntryPlace look_up_third(const AttendParams& params, const Atte
                                           int number, const Lookup& lookup) {
   if (!in_window) {
     if (lookup.second < 0) return {nullptr, 0};  // without entries there is no layer of them either
-    return place_in_block(params.entries, *params.entries_layer, lookup.second, lookup.first);
+    return place_in_block(params.entries, rows.entries_layer, lookup.second, lookup.first);
   }
   const int position = window_position(rows, number);
   if (number >= rows.window) return {nullptr, 0};
   if (lookup.first == position) {
-    const int64_t page = *params.window_layer * params.window.pages + rows.slot;
+    const int64_t page = rows.window_layer * params.window.pages + rows.slot;
     return {params.window.data + page * params.window.page_bytes, window_row(params, rows, number)};
   }
   if (lookup.second == position) return {params.displaced.data, displaced_row(params, rows, position)};

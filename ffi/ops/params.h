@@ -248,7 +248,8 @@ struct AttendParams {
   // Workspace for few tokens: a token's rows are shared by the blocks of a cluster, and if they are many, by `parts`
   // clusters, which are merged afterwards.
   int blocks;          // of a cluster: 1, 2, 4, 8 or 16
-  float* block_sums;   // [clusters, blocks, 64 heads, 512]; two blocks or one need none
+  int block_heads;     // heads of a block: 16, 32 or 64, a cluster for each so many
+  float* block_sums;   // [clusters, blocks, block_heads, 512]; two blocks or one need none
   int parts;           // 1: none
   float* part_rows;    // [parts, tokens, heads, 512] sums in units of the part's maximum
   float* part_shares;  // [parts, tokens, heads, 2] maximum (base 2) and sum of the part's softmax

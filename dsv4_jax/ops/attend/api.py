@@ -62,11 +62,12 @@ _ATTEND_ALL_ENTRIES = signature(
     "tokens requests size ratio count scale window_codec entry_codec entry_global_scale",
 )
 
-# How kernels for Hopper share a token: tiles of rows for 64 heads, and how many clusters an H200 runs at once, by their
-# blocks. What merging parts costs, in the time of tiles: the launch, and each part.
-_TILE_ROWS, _TILE_HEADS = 64, 64
+# How kernels for Hopper share a token: tiles of rows, heads of a block, and how many clusters an H200 runs at once, by
+# their blocks. What merging costs, in the time of tiles, measured there: of blocks, for each 16 of their heads; of
+# parts, the launch, and each part.
+_TILE_ROWS, _BLOCK_HEADS = 64, (64, 32, 16)
 _CLUSTERS_AT_ONCE = {16: 7, 8: 15, 4: 30, 2: 66, 1: 132}
-_MERGE_TILES, _PART_TILES = 3.0, 0.1
+_HEADS_TILES, _MERGE_TILES, _PART_TILES = 0.4, 4.5, 0.1
 
 
 def attend_window(
@@ -203,26 +204,40 @@ def attend_all_entries(
 
 
 class Split(NamedTuple):
-    """How a token's rows are shared: by the blocks of a cluster, and where they are many by parts, a cluster each."""
+    """How a token's rows are shared: by the blocks of a cluster, and where they are many by parts, a cluster each.
+
+    Every so many heads have clusters of their own.
+    """
 
     blocks: int
     parts: int
+    heads: int
 
 
 def split_of_token(tokens: int, heads: int, size: int, count: int) -> Split:
-    """The split that leaves a block the fewest tiles of rows, of those whose clusters all run at once on an H200."""
-    tiles = -(-size // _TILE_ROWS) - (-count // _TILE_ROWS)
-    clusters = tokens * -(-heads // _TILE_HEADS)
+    """The split that takes the least time, of those whose clusters all run at once on an H200.
 
-    def split(parts: int) -> Split:
-        fits = (n for n, at_once in _CLUSTERS_AT_ONCE.items() if parts * clusters <= at_once and n < 2 * tiles)
-        return Split(max(fits, default=1), parts)
+    Products take as long with fewer heads than 64, but blocks have less to tell each other. So where multiprocessors
+    are idle, they look up and decode a token's rows once more.
+    """
+    tiles = -(-size // _TILE_ROWS) - (-count // _TILE_ROWS)
+
+    def split(parts: int, block_heads: int) -> Split:
+        clusters = parts * tokens * -(-heads // block_heads)
+        fits = (n for n, at_once in _CLUSTERS_AT_ONCE.items() if clusters <= at_once and n < 2 * tiles)
+        return Split(max(fits, default=1), parts, block_heads)
 
     def cost(split: Split) -> float:
-        merging = 0 if split.parts == 1 else _MERGE_TILES + split.parts * _PART_TILES
-        return -(-tiles // (split.parts * split.blocks)) + merging
+        of_blocks = 0.0 if split.blocks <= 2 else _HEADS_TILES * split.heads / 16
+        of_parts = 0.0 if split.parts == 1 else _MERGE_TILES + split.parts * _PART_TILES
+        return -(-tiles // (split.parts * split.blocks)) + of_blocks + of_parts
 
-    return min(map(split, range(1, max(1, _CLUSTERS_AT_ONCE[1] // clusters) + 1)), key=cost)
+    def most_parts(block_heads: int) -> int:
+        return max(1, _CLUSTERS_AT_ONCE[1] // (tokens * -(-heads // block_heads)))
+
+    # Of equals the first: with as many heads to a block as there can be.
+    choices = (split(1 + extra, few) for few in _BLOCK_HEADS for extra in range(most_parts(few)))
+    return min(choices, key=cost)
 
 
 class _Given(NamedTuple):
@@ -360,13 +375,13 @@ def _operands(given: _Given) -> dict[str, Any]:
 def _results(queries: jax.Array, asked: _Asked) -> dict[str, tuple[tuple[int, ...], Any]]:
     """What is made: the output, its lse, and workspace of a cluster's blocks and of parts, where there are several."""
     tokens, heads, _ = jnp.shape(queries)
-    blocks, parts = split_of_token(tokens, heads, asked.size, asked.entries)
-    clusters = parts * tokens * -(-heads // _TILE_HEADS) if blocks > 2 else 0
+    blocks, parts, block_heads = split_of_token(tokens, heads, asked.size, asked.entries)
+    clusters = parts * tokens * -(-heads // block_heads) if blocks > 2 else 0
     parts = 0 if parts == 1 else parts
     return {
         "output": ((tokens, heads, HEAD_DIM), asked.dtype),
         "lse": ((tokens, heads), jnp.float32),
-        "block_sums": ((clusters, blocks, _TILE_HEADS, HEAD_DIM), jnp.float32),
+        "block_sums": ((clusters, blocks, block_heads, HEAD_DIM), jnp.float32),
         "part_rows": ((parts, tokens, heads, HEAD_DIM), jnp.float32),
         "part_shares": ((parts, tokens, heads, 2), jnp.float32),
     }

@@ -43,11 +43,25 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool p
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(present ? 16 : 0) : "memory");
 }
 
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until no more than so many of the groups that this thread committed are on their way.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 
 // ---- Shared memory
 __device__ __forceinline__ void store_16(uint32_t to, uint4 x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
+__device__ __forceinline__ float4 load_4(uint32_t from) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(from)
+               : "memory");
+  return x;
 }
 
 // Four 8x8 matrices of 16 bits; lane l gives the address of row l % 8 of matrix l / 8.
@@ -68,13 +82,13 @@ __device__ __forceinline__ void load_matrices(uint32_t from, uint32_t& a, uint32
 // ---- Clusters
 __device__ __forceinline__ uint32_t cluster_size() {
   uint32_t size;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return size;
 }
 
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 

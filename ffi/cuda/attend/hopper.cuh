@@ -1,14 +1,16 @@
 // Attention on Hopper: one token and up to 64 of its heads to a block, or to a cluster whose blocks share its rows.
+// With fewer heads products take as long, but blocks have less to tell each other.
 //
 // Roles of a block's warpgroups:
 //   0          logits, softmax, and the weighted sum of channels 0..255
 //   1          the weighted sum of channels 256..511; meanwhile, where the rows of the next tiles lie
-//   2          rows from the cache into tiles of 64 rows, two of them in turn
+//   2, 3       rows from the cache into tiles of 64 rows, two of them in turn
 // What passes between them: `known` (where a tile's rows lie is), `described` (what they are multiplied by), `full` (a
 // tile is there), `empty` (both sums are done with it), `weighed` (a tile's softmax weights are there for warpgroup 1),
 // `summed` (it is done with them).
 //
-// Threads: 384. Registers by role: 208, 192, 104. Shared memory: `Shared`, 226 KB, so one block to a multiprocessor.
+// Threads: 512. Registers by role: `Registers`. Shared memory: `Shared`, 226 KB, so one block to a
+// multiprocessor.
 #pragma once
 
 #include <utility>
@@ -20,48 +22,45 @@ namespace dsv4::cuda::attention {
 
 constexpr int kThreads = 256 + 32 * kProducerWarps;
 
-// Registers of a thread by role, multiples of 8; together at most what the block starts with, three times 168.
-constexpr int kSoftmaxRegisters = 208;
-constexpr int kSumRegisters = 192;
-constexpr int kProducerRegisters = 104;
-static_assert(kSoftmaxRegisters + kSumRegisters + kProducerRegisters <= 65536 / kThreads / 8 * 8 * 3);
+// Registers of a thread by role, multiples of 8; together at most what the block starts with, four times 128.
+template <bool kTailApart>
+struct Registers {
+  static constexpr int kSoftmax = 192, kSum = kTailApart ? 192 : 176, kProducer = kTailApart ? 64 : 72;
+  static_assert(kSoftmax + kSum + 2 * kProducer <= 512);
+};
+static_assert(kThreads == 512);
 
-// Queries of the block's heads into shared memory as bfloat16, by warpgroup 0; zeros beyond the last head.
+// Queries of the block's heads into shared memory as bfloat16, by warpgroup 0; zeros beyond its last.
 __device__ __forceinline__ void load_queries(const AttendParams& params, int token, int first_head,
                                              const Shared& shared) {
+  constexpr int kUnits = kHeadDim / 8, kHeadsAtOnce = 128 / kUnits;
   const int64_t first_row = static_cast<int64_t>(token) * params.heads + first_head;
-  const int heads = min(kTileHeads, params.heads - first_head);
-#pragma unroll 4
-  for (int place = threadIdx.x; place < kTileHeads * 64; place += 128) {
-    const int head = place / 64, unit = place % 64;
-    const uint32_t to = shared.queries() + unit_offset(head, unit);
-    const int64_t channel = (first_row + (head < heads ? head : 0)) * kHeadDim + unit * 8;
-    if (params.query_element == Element::kBFloat16) {
-      copy_async(to, static_cast<const uint16_t*>(params.queries) + channel, head < heads);
-    } else {
-      const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(params.queries) + channel);
+  const int heads = min(params.block_heads, params.heads - first_head), unit = threadIdx.x % kUnits;
+  const auto source = [&](int head) { return (first_row + (head < heads ? head : 0)) * kHeadDim + unit * 8; };
+  if (params.query_element == Element::kBFloat16) {
+#pragma unroll 8
+    for (int head = threadIdx.x / kUnits; head < kTileHeads; head += kHeadsAtOnce) {
+      copy_async(shared.queries() + unit_offset(head, unit),
+                 static_cast<const uint16_t*>(params.queries) + source(head), head < heads);
+    }
+    commit_copies();
+    wait_for_copies<0>();
+  } else {
+#pragma unroll 1
+    for (int head = threadIdx.x / kUnits; head < kTileHeads; head += kHeadsAtOnce) {
+      const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(params.queries) + source(head));
       const float4 a = from[0], b = from[1];
       uint4 unit_of_8{two_bfloat16(a.x, a.y), two_bfloat16(a.z, a.w), two_bfloat16(b.x, b.y), two_bfloat16(b.z, b.w)};
       if (head >= heads) unit_of_8 = uint4{0, 0, 0, 0};
-      store_16(to, unit_of_8);
+      store_16(shared.queries() + unit_offset(head, unit), unit_of_8);
     }
   }
-  wait_for_copies();
-  fence_async();
+  meet(1, 128);
 }
 
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ void multiply_rows(float (&sum)[128], float first, float second) {
+__device__ __forceinline__ void start(float (&sum)[128]) {
 #pragma unroll
-  for (int i = 0; i < 128; i += 4) {
-    sum[i] *= first, sum[i + 1] *= first;
-    sum[i + 2] *= second, sum[i + 3] *= second;
-  }
+  for (int i = 0; i < 128; ++i) sum[i] = 0.0f;
 }
 
 // Adds products of queries and rows over sixteens kFirst .. kEnd - 1 of their channels to logits, or begins these. A
@@ -140,7 +139,8 @@ __device__ __forceinline__ void add_rows_and_tail(float (&sum)[128], const uint3
 // A row's weights stay in units of an older maximum until a logit exceeds it by this (a power of two of 8).
 constexpr float kLazy = 8.0f;
 
-// Warpgroup 0. A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16, and of each 8 keys two.
+// Warpgroup 0. A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16, and of each 8 keys two. Tells the
+// block's share of the softmax while the last tile is summed.
 template <bool kTailApart>
 __device__ __forceinline__ void softmax_and_sum(const Shared& shared, const Tiles& tiles, float (&sum)[128],
                                                 float (&peak)[2], float (&total)[2]) {
@@ -152,7 +152,7 @@ __device__ __forceinline__ void softmax_and_sum(const Shared& shared, const Tile
   wait(shared.full(0), 0);
   fence_async();
   begin_logits<kTailApart>(logits, shared, 0);
-  for (int tile = 0; tile < tiles.count; ++tile) {
+  for (int tile = 0;; ++tile) {
     const int parity = tile / kStages % 2;
     wgmma_wait<0>();
     pin(logits);
@@ -194,27 +194,30 @@ __device__ __forceinline__ void softmax_and_sum(const Shared& shared, const Tile
     }
 
     wait(shared.summed(tile), parity ^ 1);
+    const uint32_t place = shared.weights(tile) + unit_offset(matrix_row, lane / 16);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      store_matrices(shared.weights(tile) + unit_offset(matrix_row, 2 * k + lane / 16), weights[4 * k],
-                     weights[4 * k + 1], weights[4 * k + 2], weights[4 * k + 3]);
+      store_matrices(two_units_on(place, k), weights[4 * k], weights[4 * k + 1], weights[4 * k + 2],
+                     weights[4 * k + 3]);
     }
     if (pair == 0) shared.shrink(tile)[row] = shrink[0], shared.shrink(tile)[row + 8] = shrink[1];
     __syncwarp();
     if (lane == 0) arrive(shared.weighed(tile));
 
     if (__any_sync(kAll, shrink[0] != 1.0f || shrink[1] != 1.0f)) multiply_rows(sum, shrink[0], shrink[1]);
-    // Its place is free before the next tile is waited for: rows are decoded meanwhile.
     add_rows(sum, weights, shared.tiles(tile));
+    if (tile + 1 == tiles.count) break;
+    // Its place is free before the next tile is waited for: rows are decoded meanwhile.
     wgmma_wait<0>();
     pin(sum);
     if (lane == 0) arrive(shared.empty(tile));
-    if (tile + 1 < tiles.count) {
-      wait(shared.full(tile + 1), (tile + 1) / kStages % 2);
-      fence_async();
-      begin_logits<kTailApart>(logits, shared, tile + 1);
-    }
+    wait(shared.full(tile + 1), (tile + 1) / kStages % 2);
+    fence_async();
+    begin_logits<kTailApart>(logits, shared, tile + 1);
   }
+  publish(shared, peak, total);
+  wgmma_wait<0>();
+  pin(sum);
 }
 
 // Warpgroup 1. Weights come for coded channels.
@@ -224,40 +227,37 @@ __device__ __forceinline__ void sum_only(const Shared& shared, const Tiles& tile
   const int row = warp * 16 + lane / 4;
   const int matrix_row = warp * 16 + lane / 8 % 2 * 8 + lane % 8;
 #pragma unroll 1
-  for (int tile = Scout::kFirst; tile < tiles.count; ++tile) {
-    if (tile >= 0) {
-      const int parity = tile / kStages % 2;
-      // Warpgroup 0 has made the tile visible to products before it tells.
-      wait(shared.weighed(tile), parity);
-      const float first = shared.shrink(tile)[row], second = shared.shrink(tile)[row + 8];
-      uint32_t weights[16];
+  for (int tile = 0; tile < tiles.count; ++tile) {
+    // Warpgroup 0 has made the tile visible to products before it tells.
+    wait(shared.weighed(tile), tile / kStages % 2);
+    const float first = shared.shrink(tile)[row], second = shared.shrink(tile)[row + 8];
+    const uint32_t place = shared.weights(tile) + unit_offset(matrix_row, lane / 16);
+    uint32_t weights[16];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        load_matrices(shared.weights(tile) + unit_offset(matrix_row, 2 * k + lane / 16), weights[4 * k],
-                      weights[4 * k + 1], weights[4 * k + 2], weights[4 * k + 3]);
-      }
-      __syncwarp();
-      if (lane == 0) arrive(shared.summed(tile));
-      if (__any_sync(kAll, first != 1.0f || second != 1.0f)) multiply_rows(sum, first, second);
-      if constexpr (kTailApart) {
-        uint32_t tail_weights[16];
-        const float* factors = shared.facts(tile, kTailFactor) + lane % 4 * 2;
+    for (int k = 0; k < 4; ++k) {
+      load_matrices(two_units_on(place, k), weights[4 * k], weights[4 * k + 1], weights[4 * k + 2], weights[4 * k + 3]);
+    }
+    __syncwarp();
+    if (lane == 0) arrive(shared.summed(tile));
+    if (__any_sync(kAll, first != 1.0f || second != 1.0f)) multiply_rows(sum, first, second);
+    if constexpr (kTailApart) {
+      uint32_t tail_weights[16];
+      const float* factors = shared.facts(tile, kTailFactor) + lane % 4 * 2;
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const float2 factor = *reinterpret_cast<const float2*>(factors + 8 * j);
-          tail_weights[2 * j] = scaled(weights[2 * j], factor.x, factor.y);
-          tail_weights[2 * j + 1] = scaled(weights[2 * j + 1], factor.x, factor.y);
-        }
-        add_rows_and_tail(sum, weights, tail_weights, shared.tiles(tile) + 4 * kTileBytes,
-                          std::make_integer_sequence<int, kTileRows / 16>{});
-      } else {
-        add_rows(sum, weights, shared.tiles(tile) + 4 * kTileBytes);
+      for (int j = 0; j < 8; ++j) {
+        const float2 factor = *reinterpret_cast<const float2*>(factors + 8 * j);
+        tail_weights[2 * j] = scaled(weights[2 * j], factor.x, factor.y);
+        tail_weights[2 * j + 1] = scaled(weights[2 * j + 1], factor.x, factor.y);
       }
+      add_rows_and_tail(sum, weights, tail_weights, shared.tiles(tile) + 4 * kTileBytes,
+                        std::make_integer_sequence<int, kTileRows / 16>{});
+    } else {
+      add_rows(sum, weights, shared.tiles(tile) + 4 * kTileBytes);
     }
     scout.during(tile);
     wgmma_wait<0>();
     pin(sum);
-    if (tile >= 0 && lane == 0) arrive(shared.empty(tile));
+    if (lane == 0) arrive(shared.empty(tile));
     scout.after(tile);
   }
 }
@@ -274,46 +274,59 @@ __device__ __forceinline__ void give_registers() {
 template <class WindowCodec, class EntryCodec>
 __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_constant__ AttendParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr bool kTailApart = Decoder<WindowCodec>::kTailApart || Decoder<EntryCodec>::kTailApart;
+  using Scouts = Scout<WindowCodec, EntryCodec>;
+  constexpr bool kTailApart = Scouts::kTailApart;
   extern __shared__ uint8_t memory[];
   const Shared shared{(shared_address(memory) + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes};
-  const int rank = static_cast<int>(cluster_rank()), blocks = static_cast<int>(cluster_size());
-  const int token = blockIdx.y, first_head = blockIdx.z * kTileHeads;
-  const int group = threadIdx.x / 128;
-  const AttendedRows rows = attended_rows(params, token);
-  if (!rows.valid) {
-    if (blockIdx.x == 0) store_unseen(params, rows, first_head, kTileHeads, kThreads);
-    return;
+  const int token = blockIdx.y, first_head = blockIdx.z * params.block_heads;
+  const int group = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  cluster_arrive();
+
+  // All that waits for nothing comes first: what is planned, and chosen entries.
+  const PlannedToken planned = planned_token(params, token);
+  const bool chosen = params.indices != nullptr;
+  Tiles tiles{};
+  typename Scouts::Chosen choice{};
+  if (chosen) {
+    tiles = tiles_of_block(params.window_size, params.count, blockIdx.x, gridDim.x);
+    if (group == 1) choice = Scouts::first_choice(params, token, tiles);
   }
   if (threadIdx.x == 0) shared.init_barriers(kScoutsOfTile, kProducerWarps);
   __syncthreads();
-  if (blocks > 1) cluster_arrive();
-  const Tiles tiles = tiles_of_block(rows, blockIdx.x, gridDim.x);
-  const Destination to = destination(params, token, first_head, blocks);
 
-  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  if (group == 2) {
-    give_registers<kProducerRegisters>();
-    Producer<WindowCodec, EntryCodec>{tiles, shared, warp, lane}();
-    leave_to_sums(blocks);
-  } else if (group == 1) {
-    take_registers<kSumRegisters>();
-    Scout<WindowCodec, EntryCodec> scout{params, rows, tiles, shared, warp, lane, {-1, -1}, false, {nullptr, {0u, 0u}}};
-    float sum[128];
-#pragma unroll
-    for (int i = 0; i < 128; ++i) sum[i] = 0.0f;
+  const AttendedRows rows = attended_rows(params, token, planned);
+  if (!rows.valid) {
+    if (blockIdx.x == 0) store_unseen(params, rows, first_head, params.block_heads, kThreads);
+    return;
+  }
+  if (!chosen) tiles = tiles_of_block(rows.window, rows.entries, blockIdx.x, gridDim.x);
+
+  if (group >= 2) {
+    give_registers<Registers<kTailApart>::kProducer>();
+    Producer<WindowCodec, EntryCodec>{tiles, shared, warp - 8, lane}();
+    leave_to_sums();
+    return;
+  }
+  float sum[128];
+  if (group == 1) {
+    take_registers<Registers<kTailApart>::kSum>();
+    Scouts scout{params, rows, tiles, shared, lane, {}};
+    scout.begin(choice);
+    start(sum);
     sum_only<kTailApart>(shared, tiles, scout, sum);
-    finish(params, shared, to, rank, blocks, 1, sum);
+    tell_nothing();
+    finish(params, shared, 1, sum);
   } else {
-    take_registers<kSoftmaxRegisters>();
+    take_registers<Registers<kTailApart>::kSoftmax>();
+    float peak[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
+    start(sum);
     load_queries(params, token, first_head, shared);
-    meet(1, 128);
-    float sum[128], peak[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int i = 0; i < 128; ++i) sum[i] = 0.0f;
-    if (tiles.count > 0) softmax_and_sum<kTailApart>(shared, tiles, sum, peak, total);
-    publish(shared, rank, blocks, peak, total);
-    finish(params, shared, to, rank, blocks, 0, sum);
+    if (tiles.count > 0) {
+      softmax_and_sum<kTailApart>(shared, tiles, sum, peak, total);
+    } else {
+      publish(shared, peak, total);
+    }
+    finish(params, shared, 0, sum);
   }
 #endif
 }

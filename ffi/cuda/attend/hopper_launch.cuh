@@ -16,7 +16,7 @@ cudaError_t launch_hopper(cudaStream_t stream, const AttendParams& params) {
   }
   if (status != cudaSuccess) return status;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(params.blocks * params.parts, params.plan.tokens, blocks_for(params.heads, kTileHeads));
+  config.gridDim = dim3(params.blocks * params.parts, params.plan.tokens, blocks_for(params.heads, params.block_heads));
   config.blockDim = kThreads;
   config.dynamicSmemBytes = Shared::kBytes;
   config.stream = stream;

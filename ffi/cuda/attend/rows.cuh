@@ -24,6 +24,9 @@ __device__ __forceinline__ uint32_t unit_offset(int key, int unit) {
   return unit / 8 * kTileBytes + key * kTileRowBytes + ((unit % 8 ^ key % 8) << 4);
 }
 
+// The place of the unit 2 k after one of the first two of a row.
+__device__ __forceinline__ uint32_t two_units_on(uint32_t place, int k) { return place ^ k << 5; }
+
 // A stored row: where, and of its scales what a decoder wants.
 struct RowSource {
   const uint8_t* data;
@@ -33,12 +36,11 @@ struct RowSource {
 // What is read in place of a row that does not exist: zeros in every format.
 __device__ const uint4 kNoRow[kHeadDim * 2 / 16] = {};
 
-// 16 bytes that no cache keeps but L2.
+// 16 bytes of a row. They go by way of L1: it is small beside that much shared memory, yet without it half as many
+// loads are on their way at once.
 __device__ __forceinline__ uint4 load_unit(const uint8_t* from) {
   uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(from));
+  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
   return x;
 }
 
@@ -55,34 +57,43 @@ __device__ __forceinline__ uint32_t twice_power(int exponent) {
 
 constexpr int kE4m3Bias =
     120;  // an E4M3 code at a bfloat16's lowest exponent and highest mantissa bits is 2^-120 of it
-constexpr int kE2m1Bias = 126;   // and an E2M1 code 2^-126
-constexpr int kFoldedBits = 16;  // of a factor E2M1 rows leave to their row scale, so that 2^126 stays in range
 
-// Two neighbouring E4M3 codes of a word, the first at bit 16 kPair, as bfloat16 times 2^-120.
-template <int kPair>
-__device__ __forceinline__ uint32_t small_e4m3(uint32_t codes) {
-  const uint32_t high = __byte_perm(codes, 0u, kPair == 0 ? 0x1404 : 0x3424);
+// Two neighbouring E4M3 codes of a word, pair 0 or 1, as bfloat16 times 2^-120.
+__device__ __forceinline__ uint32_t small_e4m3(uint32_t codes, int pair) {
+  const uint32_t high = __byte_perm(codes, 0u, pair == 0 ? 0x1404 : 0x3424);
   return (high & 0x80008000u) | (high >> 4 & 0x07F007F0u);
 }
 
 // Sixteen E4M3 codes times a factor (2^120 and the scale, twice).
 __device__ __forceinline__ void decode_e4m3(const uint4& codes, uint32_t factor, uint4& first, uint4& second) {
-  first = {multiply(small_e4m3<0>(codes.x), factor), multiply(small_e4m3<1>(codes.x), factor),
-           multiply(small_e4m3<0>(codes.y), factor), multiply(small_e4m3<1>(codes.y), factor)};
-  second = {multiply(small_e4m3<0>(codes.z), factor), multiply(small_e4m3<1>(codes.z), factor),
-            multiply(small_e4m3<0>(codes.w), factor), multiply(small_e4m3<1>(codes.w), factor)};
+  first = {multiply(small_e4m3(codes.x, 0), factor), multiply(small_e4m3(codes.x, 1), factor),
+           multiply(small_e4m3(codes.y, 0), factor), multiply(small_e4m3(codes.y, 1), factor)};
+  second = {multiply(small_e4m3(codes.z, 0), factor), multiply(small_e4m3(codes.z, 1), factor),
+            multiply(small_e4m3(codes.w, 0), factor), multiply(small_e4m3(codes.w, 1), factor)};
 }
 
-// Eight E2M1 codes times a factor.
+// Bytes of two words by four selectors; one whose highest bit is set takes its byte's sign, eight times.
+__device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_t selectors) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selectors));
+  return bytes;
+}
+
+// Eight E2M1 codes times a factor: four at a time select bytes of the eight magnitudes as bfloat16. Of 0x80 a negative
+// code selects 0xFF, whose lowest bit tells it from others.
 __device__ __forceinline__ uint4 decode_e2m1(uint32_t codes, uint32_t factor) {
-  uint32_t apart[4];  // codes i and i + 4
+  constexpr uint32_t kHigh[2] = {0x3F3F3F00u, 0x40404040u}, kLow[2] = {0xC0800000u, 0xC0804000u};
+  uint32_t pairs[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t pair = codes >> (4 * i);
-    apart[i] = multiply((pair << 12 & 0x80008000u) | (pair << 6 & 0x01C001C0u), factor);
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t four = codes >> (16 * i), magnitudes = four & 0x7777u;
+    const uint32_t signs = permute(0x80808080u, 0x80808080u, four) << 7;
+    const uint32_t high = permute(kHigh[0], kHigh[1], magnitudes) | (signs & 0x80808080u);
+    const uint32_t low = permute(kLow[0], kLow[1], magnitudes);
+    pairs[2 * i] = multiply(permute(low, high, 0x5140), factor);
+    pairs[2 * i + 1] = multiply(permute(low, high, 0x7362), factor);
   }
-  return {__byte_perm(apart[0], apart[1], 0x5410), __byte_perm(apart[2], apart[3], 0x5410),
-          __byte_perm(apart[0], apart[1], 0x7632), __byte_perm(apart[2], apart[3], 0x7632)};
+  return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
 __device__ __forceinline__ uint32_t two_bfloat16(float a, float b) {
@@ -96,8 +107,9 @@ __device__ __forceinline__ uint32_t scaled(uint32_t pair, float first, float sec
 }
 
 // A decoder wants the scale to decode, or leaves it to logits and weights (`kByScale`). It moves rows in kUnits rounds,
-// four lanes to a row: `fetch` loads round j, `put` decodes what was fetched into the row's place of the tiles. In
-// every round eight neighbouring lanes, of two rows, write to different banks.
+// four lanes to a row: `fetch` loads round j, `put` decodes what was fetched into the row's place of the tiles; after
+// the put of a round the next row's same round may be fetched. In every round eight neighbouring lanes, of two rows,
+// write to different banks.
 template <class Codec>
 struct Decoder;
 
@@ -117,22 +129,24 @@ template <class Codes>
 struct E4m3Decoder {
   static constexpr bool kCopies = false;
   static constexpr int kCodeUnits = 7, kUnits = 9;
-  using Raw = uint4;
+  struct Raw {
+    uint4 units[kUnits];
+  };
 
   __device__ __forceinline__ static void fetch(const RowSource& row, int quarter, int j, Raw& raw) {
     const int from =
         j < kCodeUnits ? (4 * j + quarter) * 16 : 16 * 4 * kCodeUnits + (2 * quarter + j - kCodeUnits) * 16;
-    raw = load_unit(row.data + from);
+    raw.units[j] = load_unit(row.data + from);
   }
 
   __device__ __forceinline__ static void put(const RowSource& row, int j, const Raw& raw, const RowPlace& to) {
     if (j < kCodeUnits) {
       uint4 low, high;
-      Codes::decode(row, j, raw, low, high);
+      Codes::decode(row, j, raw.units[j], low, high);
       store_16(to.unit(j, 2 * to.quarter), low);
       store_16(to.unit(j, 2 * to.quarter + 1), high);
     } else {
-      store_16(to.unit(7, 2 * to.quarter + j - kCodeUnits), raw);
+      store_16(to.unit(7, 2 * to.quarter + j - kCodeUnits), raw.units[j]);
     }
   }
 };
@@ -182,22 +196,25 @@ struct E2m1Decoder {
   static constexpr bool kTailApart = false, kByScale = false;
   static constexpr int kUnits = 4;
   struct Raw {
-    uint4 codes;
-    uint32_t scales;
+    uint4 codes[kUnits];
+    uint2 scales;  // those of units 4 quarter .. 4 quarter + 3, two each
   };
 
   __device__ __forceinline__ static void fetch(const RowSource& row, int quarter, int j, Raw& raw) {
-    raw.codes = load_unit(row.data + (4 * j + quarter) * 16);
-    raw.scales = __ldg(reinterpret_cast<const uint16_t*>(row.data + row.scale.y) + 4 * j + quarter);
+    raw.codes[j] = load_unit(row.data + (4 * j + quarter) * 16);
+    if (j < kUnits - 1) return;
+    const auto* scales = reinterpret_cast<const uint32_t*>(row.data + row.scale.y) + 2 * quarter;
+    raw.scales = {__ldg(scales), __ldg(scales + 1)};
   }
 
   __device__ __forceinline__ static void put(const RowSource&, int j, const Raw& raw, const RowPlace& to) {
-    // A scale's code is 2^-120 of it as a bfloat16.
-    const uint32_t both = multiply(small_e4m3<0>(raw.scales), twice_power(127 + kE4m3Bias));
-    const uint32_t factors = multiply(both, twice_power(127 + kE2m1Bias - kFoldedBits));
+    // The scales of unit 4 j + quarter are with the row's lane j, in one of two words.
+    const uint32_t x = __shfl_sync(kAll, raw.scales.x, j, 4), y = __shfl_sync(kAll, raw.scales.y, j, 4);
+    const uint32_t factors = multiply(small_e4m3(to.quarter < 2 ? x : y, to.quarter % 2), twice_power(127 + kE4m3Bias));
     const uint32_t first = __byte_perm(factors, 0u, 0x1010), second = __byte_perm(factors, 0u, 0x3232);
-    const uint4 decoded[4] = {decode_e2m1(raw.codes.x, first), decode_e2m1(raw.codes.y, first),
-                              decode_e2m1(raw.codes.z, second), decode_e2m1(raw.codes.w, second)};
+    const uint4& codes = raw.codes[j];
+    const uint4 decoded[4] = {decode_e2m1(codes.x, first), decode_e2m1(codes.y, first), decode_e2m1(codes.z, second),
+                              decode_e2m1(codes.w, second)};
     // Lanes of the upper half begin with their last two units: they write to a second tile, at the same places.
     const bool swap = to.quarter >= 2;
     const int tile = 2 * j + to.quarter / 2, unit = to.quarter % 2 * 4;
@@ -213,9 +230,7 @@ struct Decoder<Nvfp4<kHeadDim>> : E2m1Decoder {
   __device__ __forceinline__ static uint2 scale(const StoredRow& row, float) {
     return {*reinterpret_cast<const uint32_t*>(row.scales + 32), static_cast<uint32_t>(row.scales - row.data)};
   }
-  __device__ __forceinline__ static float row_scale(const RowSource& row) {
-    return __uint_as_float(row.scale.x) * static_cast<float>(1 << kFoldedBits);
-  }
+  __device__ __forceinline__ static float row_scale(const RowSource& row) { return __uint_as_float(row.scale.x); }
 };
 
 template <>
@@ -223,9 +238,7 @@ struct Decoder<Nvfp4Static<kHeadDim>> : E2m1Decoder {
   __device__ __forceinline__ static uint2 scale(const StoredRow& row, float global_scale) {
     return {__float_as_uint(global_scale), static_cast<uint32_t>(row.scales - row.data)};
   }
-  __device__ __forceinline__ static float row_scale(const RowSource& row) {
-    return __uint_as_float(row.scale.x) * static_cast<float>(1 << kFoldedBits);
-  }
+  __device__ __forceinline__ static float row_scale(const RowSource& row) { return __uint_as_float(row.scale.x); }
 };
 
 // bfloat16 rows are copied past the registers, a whole warp to a row.
@@ -233,6 +246,7 @@ template <>
 struct Decoder<Bf16<kHeadDim>> {
   static constexpr bool kCopies = true;
   static constexpr bool kTailApart = false, kByScale = false;
+  struct Raw {};
 
   __device__ __forceinline__ static uint2 scale(const StoredRow&, float) { return {0u, 0u}; }
   __device__ __forceinline__ static float row_scale(const RowSource&) { return 1.0f; }

@@ -66,11 +66,6 @@ struct Shared {
     return start + kShares + (block * kTileHeads + head) * 8;
   }
   __device__ __forceinline__ float2* share(int block, int head) const { return pointer<float2>(share_at(block, head)); }
-  // At the end: the sums of the other of two blocks, where the tiles were, and this block's part of the output, where
-  // the queries were (and beyond, if no block sends anything).
-  __device__ __forceinline__ uint32_t parts() const { return start + kTiles; }
-  __device__ __forceinline__ uint32_t output() const { return start; }
-
   // Barriers. A tile is decoded; its weights are there for warpgroup 1; it is done with them; its rows are known, and
   // what they are multiplied by; both sums are done with the tile.
   __device__ __forceinline__ uint32_t barrier(int i) const { return start + kBarriers + 8 * i; }
