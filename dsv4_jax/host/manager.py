@@ -15,16 +15,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dsv4_jax.host.arguments import bucket_list, integer, run_array, step_arrays, step_count
+from dsv4_jax.host.batch import Batch, BlockNeed, Standing
 from dsv4_jax.host.blocks import BlockLedger
 from dsv4_jax.host.errors import StalePlan, StepTooLarge
 from dsv4_jax.host.journal import Journal, Write
-from dsv4_jax.host.planning import build_plan, build_plans
 from dsv4_jax.host.receipts import Receipts
 from dsv4_jax.host.requests import RequestTable
 from dsv4_jax.host.truncation import check_truncation
 from dsv4_jax.layout.plan import PlanLayout, StepPlan
 from dsv4_jax.layout.schema import CacheSchema
-from dsv4_jax.spec.kinds import BLOCK_TOKENS, LayerKind
 
 
 class CacheManager:
@@ -57,15 +56,13 @@ class CacheManager:
             tuple(PlanLayout(bucket, min(schema.slots, bucket), fingerprint, displaces) for displaces in (False, True))
             for bucket in buckets
         ]
-        has_csa = schema.spec.count(LayerKind.CSA) > 0
-        self._has_blocks = has_csa or schema.spec.count(LayerKind.HCA) > 0
-        # A request needs block i once it has this many tokens more than i blocks hold.
-        self._tokens_of_first_entry = LayerKind.CSA.ratio if has_csa else LayerKind.HCA.ratio
+        self._need = BlockNeed(schema.spec)
 
         self._journal = Journal()
         self._request_table = RequestTable(schema.slots)
         self._ledger = BlockLedger(schema.slots, schema.max_blocks, schema.blocks)
         self._receipts = Receipts()
+        self._standing: Standing | None = None  # after the latest plan
 
     def _state(self) -> tuple[RequestTable, BlockLedger]:
         """What the manager knows; an interrupted operation is finished first, so nothing else may read it."""
@@ -143,10 +140,7 @@ class CacheManager:
         Returns:
           int64 of that shape.
         """
-        length = np.asarray(length, np.int64)
-        if self._has_blocks:
-            return (length + (BLOCK_TOKENS - self._tokens_of_first_entry)) // BLOCK_TOKENS
-        return np.zeros_like(length)
+        return self._need.blocks(length)
 
     def can_admit(self, length: int = 0) -> bool:
         """Whether a slot is free, and blocks for a request of ``length`` tokens are.
@@ -271,50 +265,45 @@ class CacheManager:
           CacheFull: too few free blocks.
         """
         handles, counts = step_arrays(tokens)
+        repeats = step_count(steps)
         table, _ = self._state()
-        slots = table.slots(handles)
-        total = table.check_growth(handles, slots, counts, step_count(steps), self._schema.max_context)
-        if total > self._buckets[-1]:
-            raise StepTooLarge(total, self._buckets[-1])
-        displaces = total > counts.size and bool(counts.max() > self._schema.lookahead + 1)
-        layout = self._layouts[bisect.bisect_left(self._buckets, total)][displaces]
-        starts = table.lengths.take(slots)
-        ends = starts + (counts if steps is None else counts * steps)
-        changes, writes = self._reserve(slots, starts, counts, ends)
+        at = self._standing
+        if at is None or not at.allows(handles, counts, repeats, self._journal.number, self._schema.max_context):
+            at = self._stand(handles, counts, repeats)
+        batch, changes = at.batch, None
+        writes: tuple[Write, ...] = ()
+        ends = at.lengths + (batch.counts if steps is None else batch.counts * repeats)
+        blocks, block_due = at.new_blocks(ends, self._need, by_step=steps is not None)
+        if blocks is not None:
+            # Blocks go out in order of need: those of several steps as if these were prepared one by one.
+            ids, writes = self._ledger.take(*blocks[1:])
+            changes = (*blocks, ids)
 
-        serial = table.clock + 1
-        receipt = self._receipts.issue(serial)
-        resets = table.reset_due.take(slots)
+        receipt = self._receipts.issue(table.clock + 1)
         if steps is None:
-            of_step = None if changes is None else changes[1:]
-            plan = build_plan(layout, slots, starts, counts, resets, of_step, receipt=receipt)
+            plan = batch.frame.plan(at.lengths, at.resets, changes and changes[1:], receipt=receipt)
         else:
-            plan = build_plans(layout, steps, slots, starts, counts, resets, changes, receipt=receipt)
-        if np.count_nonzero(resets):
-            writes = (*writes, (table.reset_due, slots, False))
-        self._journal.write((*writes, (table.lengths, slots, ends), table.tick()))
+            plan = batch.frame.plans(repeats, at.lengths, at.resets, changes, receipt=receipt)
+        if at.resets is not None:
+            writes = (*writes, (table.reset_due, batch.slots, False))
+        self._journal.write((*writes, (table.lengths, batch.slots, ends), table.tick()))
+        self._standing = at.after(repeats, block_due, ends, self._journal.number)
         return plan
 
-    def _reserve(
-        self, slots: NDArray, starts: NDArray, counts: NDArray, ends: NDArray
-    ) -> tuple[tuple[NDArray, NDArray, NDArray, NDArray] | None, tuple[Write, ...]]:
-        """Takes the blocks that requests growing to ``ends`` need: ((step, slot, index, block) of each, writes)."""
-        held = self.blocks_needed(starts)
-        added = self.blocks_needed(ends) - held
-        if not np.count_nonzero(added):
-            return None, ()
-        growing = added.nonzero()[0]
-        added = added[growing]
-        count = int(added.sum())
-        request = growing.repeat(added)
-        index = np.arange(count) + (held[growing] - (added.cumsum() - added)).repeat(added)
-        # Blocks go out in order of need, as if the steps were prepared one by one.
-        reached = BLOCK_TOKENS * index + self._tokens_of_first_entry
-        step = (reached - starts[request] - 1) // counts[request]
-        by_step = step.argsort(kind="stable")
-        step, request, index = step[by_step], request[by_step], index[by_step]
-        ids, writes = self._ledger.take(slots[request], index)
-        return (step, slots[request], index, ids), writes
+    def _stand(self, handles: NDArray[np.int64], counts: NDArray[np.int64], steps: int) -> Standing:
+        """Looks up the requests of a step, and checks all but blocks; raises as ``prepare_forward``."""
+        table = self._request_table
+        slots = table.slots(handles)
+        lengths, resets = table.lengths.take(slots), table.reset_due.take(slots)
+        limit = self._schema.max_context
+        total, most, longest = table.check_growth(handles, slots, lengths, counts, steps, limit)
+        if total > self._buckets[-1]:
+            raise StepTooLarge(total, self._buckets[-1])
+        displaces = total > counts.size and most > self._schema.lookahead + 1
+        layout = self._layouts[bisect.bisect_left(self._buckets, total)][displaces]
+        batch = Batch(handles, counts, slots, most, layout)
+        any_resets = resets if np.count_nonzero(resets) else None
+        return Standing(batch, lengths, self._need.due(lengths), longest, any_resets, self._journal.number)
 
     def cancel(self, plan: StepPlan) -> None:
         """Takes back a plan that has not run and will not: lengths, blocks and resets are as if it had never been made.
