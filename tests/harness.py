@@ -209,8 +209,17 @@ class Driver:
     def feed(self, counts: Mapping[int, int]) -> StepPlan:
         """One step that brings `counts` tokens of each request."""
         plan, brought = self.prepare(counts)
-        self.cache = self._step(self.cache, plan, self.weights, brought)
+        self.run(plan, brought)
         return plan
+
+    def run(self, plan: StepPlan, brought) -> None:
+        """One step of a plan that was prepared before."""
+        self.cache = self._step(self.cache, plan, self.weights, brought)
+
+    def brought(self, counts: Mapping[int, int], plan: StepPlan) -> list[dict[str, jax.Array]]:
+        """What the tokens of a plan bring: `counts` by request, in the plan's order."""
+        starts = dict(zip(counts, plan.request_start.tolist(), strict=False))
+        return self._brought(starts, counts, plan.layout.tokens)
 
     def prepare(self, counts: Mapping[int, int], steps: int | None = None) -> tuple[StepPlan, list]:
         """The plan that brings `counts` tokens of each request, and what they bring; with `steps`, both stacked."""

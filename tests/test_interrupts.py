@@ -117,6 +117,7 @@ OPERATIONS = {
     "prepare the latest again": lambda manager, requests, plans: manager.prepare_forward(latest(requests)),
     "prepare steps": lambda manager, requests, plans: manager.prepare_forward(dict.fromkeys(requests, 60), steps=3),
     "cancel": lambda manager, requests, plans: manager.cancel(plans[-1]),
+    "cancel one": lambda manager, requests, plans: manager.cancel(plans[-1], requests[1]),
     "commit": lambda manager, requests, plans: manager.commit(plans[-1], [0, 3, 1]),
     "reset": lambda manager, requests, plans: manager.reset(),
 }

@@ -302,7 +302,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
         plan = self.manager.prepare_forward(given_tokens, steps=at_once)
         for step, one in enumerate([plan] if at_once is None else [plan.step(step) for step in range(steps)]):
-            self.check_plan(one, handles, counts, step)
+            self.check_plan(one, {handle: self.requests[handle] for handle in handles}, counts, step)
         for handle, tokens in zip(handles, counts, strict=True):
             assert self.manager.length(handle) == self.requests[handle].length + steps * tokens
         self.serial += 1
@@ -313,11 +313,12 @@ class ManagerMachine(RuleBasedStateMachine):
                 self.requests[handle].bring(tokens, self.serial)
             self.requests[handle].plans.append(self.serial)
 
-    def check_plan(self, plan, handles, counts, step):
-        slots = [self.slot[handle] for handle in handles]
-        starts = [self.requests[handle].length + step * tokens for handle, tokens in zip(handles, counts, strict=True)]
+    def check_plan(self, plan, before, counts, step):
+        """One step of a plan; ``before`` has its requests, handle -> as it was when the plan was made."""
+        slots = [self.slot[handle] for handle in before]
+        starts = [request.length + step * tokens for request, tokens in zip(before.values(), counts, strict=True)]
         changes = []
-        for handle, slot, start, tokens in zip(handles, slots, starts, counts, strict=True):
+        for handle, slot, start, tokens in zip(before, slots, starts, counts, strict=True):
             needed, blocks = self.requests[handle].blocks_needed, self.manager.blocks(handle)
             changes += [(slot, index, blocks[index]) for index in range(needed(start), needed(start + tokens))]
         bucket = min(bucket for bucket in self.buckets if bucket >= sum(counts))
@@ -331,9 +332,36 @@ class ManagerMachine(RuleBasedStateMachine):
         if made.settled or not self.is_latest(made):
             self.fails({StalePlan}, lambda: self.manager.cancel(made.plan))
             return
-        self.manager.cancel(made.plan)
+        left = self.manager.cancel(made.plan)
+        assert (left.packed[..., left.layout.fields["request_slot"]] == -1).all()
         self.requests.update(copy.deepcopy(made.before))
         made.settled = made.ran = True
+
+    @precondition(lambda self: any(len(made.before) > 1 and not made.ran for made in self.made))
+    @rule(data=st.data())
+    def cancel_some(self, data):
+        """Takes some requests out of a plan. The others may have later plans."""
+        plans = [made for made in self.made if len(made.before) > 1 and not made.ran]
+        made = data.draw(st.sampled_from(plans[-6:]))
+        chosen = data.draw(st.lists(st.sampled_from(list(made.before)), min_size=1, unique=True))
+        if not set(chosen) <= set(self.requests):
+            self.fails({UnknownRequest, StalePlan}, lambda: self.manager.cancel(made.plan, chosen))
+            return
+        unchanged = all(self.has_plan(handle, made) for handle in made.before)
+        if made.settled or not unchanged or not self.is_latest(made, chosen):
+            self.fails({StalePlan}, lambda: self.manager.cancel(made.plan, chosen))
+            return
+        strangers = [handle for handle in self.requests if handle not in made.before]
+        if strangers:
+            self.fails({InvalidStep}, lambda: self.manager.cancel(made.plan, [*chosen, strangers[0]]))
+        old, made.plan = made.plan, self.manager.cancel(made.plan, chosen)
+        self.fails({StalePlan}, lambda: self.manager.cancel(old))
+        left = [(h, tokens) for h, tokens in zip(made.before, made.counts, strict=True) if h not in chosen]
+        self.requests.update({handle: copy.deepcopy(made.before.pop(handle)) for handle in chosen})
+        made.counts = [tokens for _, tokens in left]
+        for step in range(made.steps):
+            plan = made.plan if made.plan.packed.ndim == 1 else made.plan.step(step)
+            self.check_plan(plan, made.before, made.counts, step)
 
     @precondition(lambda self: self.made)
     @rule(data=st.data(), several=st.booleans())
@@ -360,10 +388,14 @@ class ManagerMachine(RuleBasedStateMachine):
             for _ in range(ran):
                 request.bring(tokens, made.serial)
 
-    def is_latest(self, made):
-        return all(
-            handle in self.requests and self.requests[handle].plans[-1:] == [made.serial] for handle in made.before
-        )
+    def has_plan(self, handle, made):
+        """Whether a plan's request is as the plan, and maybe later ones, left it."""
+        return handle in self.requests and made.serial in self.requests[handle].plans
+
+    def is_latest(self, made, handles=None):
+        """Whether a plan is the latest of these of its requests, or of all."""
+        handles = made.before if handles is None else handles
+        return all(self.has_plan(handle, made) and self.requests[handle].plans[-1] == made.serial for handle in handles)
 
     def run_on_device(self, made, steps_run=None):
         """What a plan does to the block table, if requests stop after `steps_run` (by slot) steps."""

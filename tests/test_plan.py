@@ -257,7 +257,9 @@ def test_every_field_is_the_same_inside_jit_without_a_retrace(rng):
         counts = rng.integers(1, 129, requests).tolist()
         resets = rng.random(requests) < 0.5
         expected = by_loop(layout, slots, starts, counts, resets)
-        for name, values in fields(build_plan(layout, slots, starts, counts, resets, receipt=Receipt("a", 1))).items():
+        for name, values in fields(
+            build_plan(layout, slots, starts, counts, resets, receipt=Receipt("a", 1, 1))
+        ).items():
             assert values.dtype == np.int32, name
             np.testing.assert_array_equal(values, expected[name], err_msg=name)
     assert traces == 1
@@ -352,7 +354,7 @@ def test_step_and_stop_take_the_plans_they_are_for():
 
 def test_pytree_has_one_leaf_and_leaves_the_receipt_behind():
     layout = PlanLayout(6, 3)
-    one, other = (build_plan(layout, [0], [0], [1], [True], receipt=Receipt("a", i)) for i in range(2))
+    one, other = (build_plan(layout, [0], [0], [1], [True], receipt=Receipt("a", i, i)) for i in range(2))
     assert jax.tree.structure(one) == jax.tree.structure(other)
     assert len(jax.tree.leaves(one)) == 1
     assert jax.tree.map(lambda leaf: leaf, one).receipt is None

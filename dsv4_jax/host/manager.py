@@ -17,10 +17,11 @@ from numpy.typing import ArrayLike, NDArray
 from dsv4_jax.host.arguments import bucket_list, integer, run_array, step_arrays, step_count
 from dsv4_jax.host.batch import Batch, BlockNeed, Standing
 from dsv4_jax.host.blocks import BlockLedger
-from dsv4_jax.host.errors import StalePlan, StepTooLarge
+from dsv4_jax.host.errors import StepTooLarge
 from dsv4_jax.host.journal import Journal, Write
 from dsv4_jax.host.receipts import Receipts
 from dsv4_jax.host.requests import RequestTable
+from dsv4_jax.host.settling import Outstanding, plan_of
 from dsv4_jax.host.truncation import check_truncation
 from dsv4_jax.layout.plan import PlanLayout, StepPlan
 from dsv4_jax.layout.schema import CacheSchema
@@ -299,28 +300,51 @@ class CacheManager:
         total, most, longest = table.check_growth(handles, slots, lengths, counts, steps, limit)
         if total > self._buckets[-1]:
             raise StepTooLarge(total, self._buckets[-1])
-        displaces = total > counts.size and most > self._schema.lookahead + 1
-        layout = self._layouts[bisect.bisect_left(self._buckets, total)][displaces]
-        batch = Batch(handles, counts, slots, most, layout)
+        batch = Batch(handles, counts, slots, most, self._layout(counts.size, total, most))
         any_resets = resets if np.count_nonzero(resets) else None
         return Standing(batch, lengths, self._need.due(lengths), longest, any_resets, self._journal.number)
 
-    def cancel(self, plan: StepPlan) -> None:
-        """Takes back a plan that has not run and will not: lengths, blocks and resets are as if it had never been made.
+    def _layout(self, requests: int, total: int, most: int) -> PlanLayout:
+        """The layout of a step that brings so many tokens of so many requests, at most ``most`` of one."""
+        displaces = total > requests and most > self._schema.lookahead + 1
+        return self._layouts[bisect.bisect_left(self._buckets, total)][displaces]
 
-        Possible while it is the latest plan of each of its requests; so cancel several in reverse order. A plan of
-        several steps is taken back whole; if some of them ran, ``commit`` it.
+    def cancel(self, plan: StepPlan, requests: ArrayLike | None = None) -> StepPlan:
+        """Takes back a plan that has not run and will not, or some of its requests' part of it.
+
+        Lengths, blocks and resets are as if the plan, or that part, had never been made. Possible while it is the
+        latest plan of each request that is taken out; so cancel several in reverse order. A plan of several steps is
+        taken back whole; if some of them ran, ``commit`` it.
 
         Args:
           plan: what ``prepare_forward`` returned (not a copy that came out of jit).
+          requests: handles of the plan's requests, integers [n] or one, whose tokens will not be computed: their client
+            is gone, say. All of them by default.
+
+        Returns:
+          The plan of the requests that are left, in their order, to be run in place of the one given, which is stale
+          from here on; of nothing but padding if none is left. Tokens are packed anew with it, and its layout may be a
+          smaller one. As with ``prepare_forward``, an exception from outside may come when it is made and not yet
+          handed over.
 
         Raises:
-          StalePlan: a request of the plan has a later plan, or was released or truncated since; or the plan was
-            cancelled or committed before, or is not this manager's.
+          StalePlan: a request that is taken out has a later plan, or any of the plan's was released or truncated since;
+            or the plan was cancelled or committed before, or is not this manager's.
+          InvalidStep: the plan does not hold one of ``requests``.
+          UnknownRequest: one of ``requests`` is not admitted.
         """
-        serial, first, slots = self._latest(plan)
-        writes = self._keep_steps(first, slots, np.zeros(slots.size, np.int64))
-        self._journal.write((*writes, self._receipts.settle(serial, "cancelled", self._request_table.oldest_plan())))
+        table, _ = self._state()
+        whole = Outstanding.of_plan(plan, self._receipts, table)
+        chosen = whole.chosen(requests, table)
+        part, rest = whole.of(chosen), whole.of(~chosen)
+        part.check_latest(table)
+        receipt = self._receipts.issue(table.clock + 1, whole.receipt.serial)
+        left = plan_of(
+            rest, plan, self._layout(rest.slots.size, int(rest.counts.sum()), int(rest.counts.max(initial=0))), receipt
+        )
+        settled = self._receipts.settle(whole.receipt, "cancelled", table.oldest_plan())
+        self._journal.write((*self._keep_steps(part, np.zeros(part.slots.size, np.int64)), table.tick(), settled))
+        return left
 
     def commit(self, plan: StepPlan, steps_run: ArrayLike) -> None:
         """Says how many of a plan's steps each request really ran; takes the rest back, lengths and blocks.
@@ -346,44 +370,22 @@ class CacheManager:
           InvalidStep: ``steps_run`` has another shape, is not of integers, or not within 0 and the plan's steps.
           StalePlan: as for ``cancel``.
         """
-        serial, first, slots = self._latest(plan)
-        table, steps = self._request_table, 1 if plan.packed.ndim == 1 else len(plan.packed)
-        run = run_array(steps_run, table.handles[slots], plan.layout.requests, steps)
-        writes = self._keep_steps(first, slots, run)
-        # It ran, and so did all plans before it.
-        stale = table.make_stale(slots)
-        self._journal.write((*writes, *stale, self._receipts.settle(serial, "committed", table.oldest_plan())))
-
-    def _latest(self, plan: StepPlan) -> tuple[int, StepPlan, NDArray[np.int32]]:
-        """A plan's serial, its first step, its requests' slots; StalePlan unless it can be taken back."""
         table, _ = self._state()
-        serial = self._receipts.serial(plan)
-        first, last = (plan, plan) if plan.packed.ndim == 1 else (plan.step(0), plan.step(-1))
-        slots = last.request_slot[last.request_slot >= 0]
-        requests = slots.size
-        gone = table.changed[slots] > serial
-        if gone.any():
-            raise StalePlan(
-                f"{int(gone.sum())} of the plan's {requests} requests (slot {slots[gone][0]} for one) were released or "
-                "truncated since it was made, or had a later plan committed; truncate or release the others"
-            )
-        later = table.lengths[slots] != last.request_end[:requests]
-        if later.any():
-            raise StalePlan(
-                f"{int(later.sum())} of the plan's {requests} requests ({table.handles[slots[later][0]]} for one) have "
-                "a later plan; cancel that first"
-            )
-        return serial, first, slots
+        whole = Outstanding.of_plan(plan, self._receipts, table)
+        whole.check_latest(table)
+        run = run_array(steps_run, table.handles[whole.slots], plan.layout.requests, whole.steps)
+        # It ran, and so did all plans before it.
+        stale = table.make_stale(whole.slots)
+        settled = self._receipts.settle(whole.receipt, "committed", table.oldest_plan())
+        self._journal.write((*self._keep_steps(whole, run), *stale, settled))
 
-    def _keep_steps(self, first: StepPlan, slots: NDArray, run: NDArray) -> tuple[Write, ...]:
-        """Takes back all of a plan but the first ``run`` steps [requests] of each request."""
-        table, requests = self._request_table, slots.size
-        lengths = first.request_start[:requests] + run * np.diff(first.query_start[: requests + 1])
-        not_reset = slots[(first.request_reset[:requests] != 0) & (run == 0)]
+    def _keep_steps(self, part: Outstanding, run: NDArray) -> tuple[Write, ...]:
+        """Takes back all of a part of a plan but the first ``run`` steps [n] of each request."""
+        lengths, not_reset = part.starts + run * part.counts, part.slots[part.resets & (run == 0)]
         return (
-            *self._free_blocks(slots, lengths),
-            (table.lengths, slots, lengths),
-            (table.reset_due, not_reset, True),
+            *self._free_blocks(part.slots, lengths),
+            (self._request_table.lengths, part.slots, lengths),
+            (self._request_table.reset_due, not_reset, True),
         )
 
     def _free_blocks(self, slots: ArrayLike, lengths: ArrayLike) -> tuple[Write, ...]:

@@ -21,7 +21,7 @@ class RequestTable:
         ``truncate`` writes peaks, and a step need not.
       reset_due: bool [slots], whether the slot's next plan must clear it of what it held before.
       changed: int64 [slots], when the slot's request was last released, truncated or committed, on the clock of plans:
-        no older plan can be taken back.
+        no plan up to then can be taken back.
     """
 
     def __init__(self, slots: int) -> None:

@@ -100,10 +100,18 @@ def _fields(layout: PlanLayout) -> Mapping[str, slice]:
 
 
 class Receipt(NamedTuple):
-    """By what a manager knows a plan: which manager made it, and when on that manager's clock."""
+    """By what a manager knows a plan.
+
+    Attributes:
+      manager: the name of the manager that made it.
+      serial: its place among that manager's plans, the order in which they run.
+      issued: when it was made on the manager's clock, which no other plan has. Later than ``serial`` if it is what was
+        left of an earlier plan.
+    """
 
     manager: str
     serial: int
+    issued: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
