@@ -90,7 +90,9 @@ def aftermath(manager: CacheManager, plans: list) -> list:
 
 
 def prepared() -> tuple[CacheManager, list[int], list]:
-    """A manager in the middle of its work, its requests, and two plans: the second can be taken back."""
+    """A manager in the middle of its work, its requests, and plans: of these the second can be taken back, and
+    the third be committed though the fourth is under way.
+    """
     manager = make_manager(slots=5, blocks=40, lookahead=200)
     requests = [manager.admit() for _ in range(4)]
     manager.prepare_forward(dict(zip(requests, (303, 127, 5, 1), strict=True)))
@@ -98,8 +100,9 @@ def prepared() -> tuple[CacheManager, list[int], list]:
     manager.release(requests[3])
     requests[3] = manager.admit()
     first = manager.prepare_forward({requests[1]: 1})
+    drafts = [manager.prepare_forward({requests[2]: count}, drafts=3) for count in (4, 130)]
     second = manager.prepare_forward(latest(requests), steps=4)
-    return manager, requests, [first, second]
+    return manager, requests, [first, second, *drafts]
 
 
 def latest(requests: list[int]) -> dict[int, int]:
@@ -116,9 +119,13 @@ OPERATIONS = {
     "prepare one token each": lambda manager, requests, plans: manager.prepare_forward((requests, [1] * 4)),
     "prepare the latest again": lambda manager, requests, plans: manager.prepare_forward(latest(requests)),
     "prepare steps": lambda manager, requests, plans: manager.prepare_forward(dict.fromkeys(requests, 60), steps=3),
-    "cancel": lambda manager, requests, plans: manager.cancel(plans[-1]),
-    "cancel one": lambda manager, requests, plans: manager.cancel(plans[-1], requests[1]),
-    "commit": lambda manager, requests, plans: manager.commit(plans[-1], [0, 3, 1]),
+    "cancel": lambda manager, requests, plans: manager.cancel(plans[1]),
+    "cancel one": lambda manager, requests, plans: manager.cancel(plans[1], requests[1]),
+    "commit": lambda manager, requests, plans: manager.commit(plans[1], [0, 3, 1]),
+    "prepare drafts": lambda manager, requests, plans: manager.prepare_forward(
+        dict.fromkeys(requests, 60), drafts={requests[2]: 2}
+    ),
+    "commit drafts": lambda manager, requests, plans: manager.commit(plans[2], lengths=[7]),
     "reset": lambda manager, requests, plans: manager.reset(),
 }
 

@@ -137,6 +137,7 @@ class Made:
     counts: list
     steps: int
     serial: int
+    slots: list
     settled: bool = False
     ran: bool = False
 
@@ -307,7 +308,8 @@ class ManagerMachine(RuleBasedStateMachine):
             assert self.manager.length(handle) == self.requests[handle].length + steps * tokens
         self.serial += 1
         before = {handle: copy.deepcopy(self.requests[handle]) for handle in handles}
-        self.made.append(Made(plan, before, counts, steps, self.serial))
+        slots = [self.slot[handle] for handle in handles]
+        self.made.append(Made(plan, before, counts, steps, self.serial, slots))
         for handle, tokens in zip(handles, counts, strict=True):
             for _ in range(steps):
                 self.requests[handle].bring(tokens, self.serial)
@@ -358,7 +360,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.fails({StalePlan}, lambda: self.manager.cancel(old))
         left = [(h, tokens) for h, tokens in zip(made.before, made.counts, strict=True) if h not in chosen]
         self.requests.update({handle: copy.deepcopy(made.before.pop(handle)) for handle in chosen})
-        made.counts = [tokens for _, tokens in left]
+        made.counts, made.slots = [tokens for _, tokens in left], [self.slot[handle] for handle, _ in left]
         for step in range(made.steps):
             plan = made.plan if made.plan.packed.ndim == 1 else made.plan.step(step)
             self.check_plan(plan, made.before, made.counts, step)
@@ -370,7 +372,8 @@ class ManagerMachine(RuleBasedStateMachine):
         made = data.draw(
             st.sampled_from([made for made in self.made if not several or made.steps > 1][-4:] or self.made)
         )
-        if made.settled or not self.is_latest(made):
+        live = [handle for handle in made.before if self.has_plan(handle, made)]
+        if made.settled or not self.is_latest(made, live) or (made.before and not live):
             self.fails({StalePlan}, lambda: self.manager.commit(made.plan, made.steps))
             return
         fewest = made.steps if made.ran else 0
@@ -379,10 +382,12 @@ class ManagerMachine(RuleBasedStateMachine):
         self.fails({InvalidStep}, lambda: self.manager.commit(made.plan, wrong))
         for earlier in self.made[: self.made.index(made)]:
             self.run_on_device(earlier)
-        self.run_on_device(made, {self.slot[handle]: ran for handle, ran in zip(made.before, run, strict=True)})
+        self.run_on_device(made, dict(zip(made.slots, run, strict=True)))
         self.manager.commit(made.plan, run)
         made.settled = True
         for (handle, before), tokens, ran in zip(made.before.items(), made.counts, run, strict=True):
+            if handle not in live:
+                continue
             request = self.requests[handle] = copy.deepcopy(before)
             request.plans.clear()
             for _ in range(ran):

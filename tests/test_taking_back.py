@@ -73,7 +73,7 @@ def test_bad_commits_change_nothing():
         ([[1, 2]], r"int64 \[1, 2\]"),
         (1.0, "float64"),
         (True, "bool"),
-        (None, "object"),
+        (None, "either steps_run or lengths"),
         ([[1], [1, 2]], "must be integers"),
     ]
     for steps_run, message in cases:
@@ -95,11 +95,26 @@ def test_bad_commits_change_nothing():
         assert state(manager) == before
     plan = manager.prepare_forward({one: 1, two: 1}, steps=3)
     manager.release(two)
-    with pytest.raises(StalePlan, match="released or truncated"):
+    manager.truncate(one, 0)
+    with pytest.raises(StalePlan, match=r"2 of the plan's 2 requests .* released or truncated"):
         manager.commit(plan, 1)
     plan = manager.prepare_forward({one: 1}, steps=3)
     manager.cancel(plan)
     with pytest.raises(StalePlan, match="cancelled before"):
+        manager.commit(plan, 1)
+
+
+def test_commit_passes_over_requests_that_are_gone():
+    manager = make_manager()
+    one, two, three = (manager.admit() for _ in range(3))
+    plan = manager.prepare_forward({one: 60, two: 60, three: 60}, steps=4)
+    manager.release(two)
+    manager.truncate(three, 0)
+    new = manager.admit()
+    manager.prepare_forward({new: 9})
+    manager.commit(plan, [1, 2, 3])
+    assert [manager.length(request) for request in (one, three, new)] == [60, 0, 9]
+    with pytest.raises(StalePlan, match="committed before"):
         manager.commit(plan, 1)
 
 

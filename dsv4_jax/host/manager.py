@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dsv4_jax.host.arguments import bucket_list, integer, run_array, step_arrays, step_count
+from dsv4_jax.host.arguments import bucket_list, integer, step_arrays, step_count
 from dsv4_jax.host.batch import Batch, BlockNeed, Standing
 from dsv4_jax.host.blocks import BlockLedger
+from dsv4_jax.host.drafts import DraftTable
 from dsv4_jax.host.errors import StepTooLarge
 from dsv4_jax.host.journal import Journal, Write
 from dsv4_jax.host.receipts import Receipts
@@ -62,6 +63,7 @@ class CacheManager:
         self._journal = Journal()
         self._request_table = RequestTable(schema.slots)
         self._ledger = BlockLedger(schema.slots, schema.max_blocks, schema.blocks)
+        self._drafts = DraftTable(schema)
         self._receipts = Receipts()
         self._standing: Standing | None = None  # after the latest plan
 
@@ -113,7 +115,10 @@ class CacheManager:
         return np.sort(handles[handles >= 0])
 
     def length(self, request: int) -> int:
-        """Tokens of the request in the cache once every plan made so far has run. Raises UnknownRequest."""
+        """Tokens of the request in the cache once every plan made so far has run. Raises UnknownRequest.
+
+        With drafts whose plan has not been committed, the most that it can be.
+        """
         table, _ = self._state()
         return int(table.lengths[table.slot(request)])
 
@@ -178,7 +183,7 @@ class CacheManager:
         """
         table, _ = self._state()
         slot = table.slot(request)
-        self._journal.write((*self._free_blocks([slot], [0]), *table.release(slot)))
+        self._journal.write((*self._free_blocks([slot], [0]), *table.release(slot), *self._drafts.forget(slot)))
 
     def reset(self) -> None:
         """Forgets all requests: every slot and block is free, and plans made so far are stale.
@@ -187,7 +192,7 @@ class CacheManager:
         given out before stay unknown, they are not given out again.
         """
         table, ledger = self._state()
-        self._journal.write((*ledger.give_back_all(), *table.release_all()))
+        self._journal.write((*ledger.give_back_all(), *table.release_all(), *self._drafts.forget(slice(None))))
 
     def truncate(self, request: int, length: int) -> None:
         """Drops the tokens at positions ``length`` and beyond, on the host only.
@@ -222,10 +227,10 @@ class CacheManager:
         if length == current:
             return
         if length == 0:
-            self._journal.write((*self._free_blocks([slot], [0]), *table.forget(slot)))
+            self._journal.write((*self._free_blocks([slot], [0]), *table.forget(slot), *self._drafts.forget(slot)))
             return
         peak = max(int(table.peaks[slot]), current)
-        check_truncation(self._schema, request, current, peak, length)
+        check_truncation(self._schema, request, current, peak, length, self._drafts.is_open(slot))
         self._journal.write(
             (
                 *self._free_blocks([slot], [length]),
@@ -236,7 +241,11 @@ class CacheManager:
         )
 
     def prepare_forward(
-        self, tokens: Mapping[int, int] | tuple[ArrayLike, ArrayLike], *, steps: int | None = None
+        self,
+        tokens: Mapping[int, int] | tuple[ArrayLike, ArrayLike],
+        *,
+        drafts: Mapping[int, int] | ArrayLike | None = None,
+        steps: int | None = None,
     ) -> StepPlan:
         """Reserves what a step needs and plans it: all of the requests given, or none.
 
@@ -246,10 +255,17 @@ class CacheManager:
         ``lax.scan`` over the plan or a ``lax.while_loop`` over ``plan.step(i)``. A block or reset appears in the step
         that first needs it. Requests may stop on the way (``StepPlan.stop``); then ``commit`` says how far each came.
 
+        With ``drafts``, the last tokens of a request are guesses, which the step itself verifies. How many are kept is
+        known on the device: it brings later plans to the real lengths by ``StepPlan.rebase``, later steps of the same
+        plan included, and ``commit`` tells the manager, whenever it is known there. Until then ``length`` is the most
+        that the request can be, and the blocks for that are reserved.
+
         Args:
           tokens: handle -> token count of the step (1 when decoding), or the same as a tuple of two integer arrays,
             (handles [n], counts [n]), the faster form for many requests. The plan keeps the order given. No request at
             all gives a plan of nothing but padding.
+          drafts: handle -> how many of a step's tokens are drafts, or integers [n] in the order of requests, or one for
+            all: of a request's 1 + k tokens when decoding, k. At least one token is none.
           steps: how many steps of these counts; None for the plan of one step.
 
         Returns:
@@ -259,7 +275,8 @@ class CacheManager:
         then tells that it was: what it would have brought never runs, so release its requests or truncate them to 0.
 
         Raises:
-          InvalidStep: a request twice, a count or ``steps`` below 1, or no integers of matching shape.
+          InvalidStep: a request twice, a count or ``steps`` below 1, no integers of matching shape, or more drafts
+            than the schema's ``lookahead`` or the request's other tokens allow.
           UnknownRequest: a handle that is not admitted.
           ContextExceeded: a request would grow beyond ``schema.max_context``.
           StepTooLarge: more tokens than the largest bucket.
@@ -280,14 +297,15 @@ class CacheManager:
             ids, writes = self._ledger.take(*blocks[1:])
             changes = (*blocks, ids)
 
-        receipt = self._receipts.issue(table.clock + 1)
+        drafted, draft_writes = self._drafts.bring(drafts, handles, batch.slots, batch.counts, repeats)
+        receipt = self._receipts.issue(table.clock + 1, drafted)
         if steps is None:
             plan = batch.frame.plan(at.lengths, at.resets, changes and changes[1:], receipt=receipt)
         else:
             plan = batch.frame.plans(repeats, at.lengths, at.resets, changes, receipt=receipt)
         if at.resets is not None:
             writes = (*writes, (table.reset_due, batch.slots, False))
-        self._journal.write((*writes, (table.lengths, batch.slots, ends), table.tick()))
+        self._journal.write((*writes, *draft_writes, (table.lengths, batch.slots, ends), table.tick()))
         self._standing = at.after(repeats, block_due, ends, self._journal.number)
         return plan
 
@@ -334,58 +352,69 @@ class CacheManager:
           UnknownRequest: one of ``requests`` is not admitted.
         """
         table, _ = self._state()
-        whole = Outstanding.of_plan(plan, self._receipts, table)
+        whole = Outstanding.of_plan(plan, self._receipts, table, self._drafts)
+        whole.unchanged(table, all_of_them=True)
         chosen = whole.chosen(requests, table)
         part, rest = whole.of(chosen), whole.of(~chosen)
         part.check_latest(table)
-        receipt = self._receipts.issue(table.clock + 1, whole.receipt.serial)
-        left = plan_of(
-            rest, plan, self._layout(rest.slots.size, int(rest.counts.sum()), int(rest.counts.max(initial=0))), receipt
-        )
+        drafts = whole.receipt.drafts and self._drafts.remember(rest.slots, rest.drafts, rest.made)
+        receipt = self._receipts.issue(table.clock + 1, drafts, whole.receipt.serial)
+        layout = self._layout(rest.slots.size, int(rest.counts.sum()), int(rest.counts.max(initial=0)))
+        left = plan_of(rest, plan, layout, receipt)
         settled = self._receipts.settle(whole.receipt, "cancelled", table.oldest_plan())
-        self._journal.write((*self._keep_steps(part, np.zeros(part.slots.size, np.int64)), table.tick(), settled))
+        uncounted = self._drafts.made, part.slots, part.made - part.drafts * part.steps
+        self._journal.write((*self._keep(part, part.starts), uncounted, table.tick(), settled))
         return left
 
-    def commit(self, plan: StepPlan, steps_run: ArrayLike) -> None:
-        """Says how many of a plan's steps each request really ran; takes the rest back, lengths and blocks.
+    def commit(self, plan: StepPlan, steps_run: ArrayLike | None = None, *, lengths: ArrayLike | None = None) -> None:
+        """Says how far each of a plan's requests really came; takes the rest back, lengths and blocks.
 
-        For requests that stopped on the way and go on later. If all ran every step there is nothing to say, and for one
-        that is over, ``release`` says enough. Possible while the plan is the latest of each of its requests, so commit
-        first and release then.
+        For drafts that were not kept, and for requests that stopped on the way and go on later. If all ran every step
+        and had no drafts there is nothing to say, and for one that is over, ``release`` says enough: what is said of
+        requests that were released or truncated since, or had a later plan committed, is ignored.
+
+        Where a request had no drafts, no token can be taken back once it has a later plan, so commit first and prepare
+        then. With drafts, in this plan or earlier ones, later plans may be under way (``StepPlan.rebase``): their part
+        of the length, and the blocks that it may reach, stay reserved.
 
         What was reserved and not written cannot be read. Entries, keys and window rows count by position, and every
         position from the new length on is written before it counts. Nor does a block that is freed here, and then given
         to another slot, stay within reach of its former one: the places of the device's block table that a request of
         length n reads or writes are the first ``blocks_needed(n)``, which it keeps. Later places are still empty, since
         the step that would have filled them was stopped with all its changes; and should one hold a block (after a
-        ``truncate``), the step that first needs the place sets it before anything goes through it.
+        ``truncate``, or drafts that were not kept), the step that first needs the place sets it before anything goes
+        through it.
 
         Args:
           plan: what ``prepare_forward`` returned (not a copy that came out of jit).
           steps_run: integers, the steps each request ran before it was stopped, or the loop ended: [requests] in the
             plan's order, or [R] as the device has them (padding is ignored), or one number for all. It must be what the
-            device did. A request that ran further cannot be taken back this way, only by ``truncate``.
+            device did. A request that ran further cannot be taken back this way, only by ``truncate``. Not for drafts.
+          lengths: instead of ``steps_run``, the length of each request once the plan has run, [requests] or [R].
 
         Raises:
-          InvalidStep: ``steps_run`` has another shape, is not of integers, or not within 0 and the plan's steps.
-          StalePlan: as for ``cancel``.
+          InvalidStep: ``steps_run`` or ``lengths`` has another shape, is not of integers, or cannot be; or both are
+            given, or neither.
+          StalePlan: a request has a later plan that must not be; or none of the plan's is as it left them; or the plan
+            was cancelled or committed before, or is not this manager's.
         """
         table, _ = self._state()
-        whole = Outstanding.of_plan(plan, self._receipts, table)
-        whole.check_latest(table)
-        run = run_array(steps_run, table.handles[whole.slots], plan.layout.requests, whole.steps)
+        whole = Outstanding.of_plan(plan, self._receipts, table, self._drafts)
+        part, kept = whole.kept(steps_run, lengths, plan.layout.requests, table)
         # It ran, and so did all plans before it.
-        stale = table.make_stale(whole.slots)
+        stale = table.changed, part.slots, whole.receipt.serial
         settled = self._receipts.settle(whole.receipt, "committed", table.oldest_plan())
-        self._journal.write((*self._keep_steps(whole, run), *stale, settled))
+        learned = part.learn(kept, table, self._drafts, self._schema.lookahead)
+        self._journal.write((*self._keep(part, kept), *learned, stale, settled))
 
-    def _keep_steps(self, part: Outstanding, run: NDArray) -> tuple[Write, ...]:
-        """Takes back all of a part of a plan but the first ``run`` steps [n] of each request."""
-        lengths, not_reset = part.starts + run * part.counts, part.slots[part.resets & (run == 0)]
+    def _keep(self, part: Outstanding, kept: NDArray[np.int64]) -> tuple[Write, ...]:
+        """Takes back what is beyond ``kept`` tokens [n] of a part of a plan; later plans start so much earlier."""
+        table = self._request_table
+        lengths, not_reset = table.lengths[part.slots] - (part.ends - kept), part.slots[part.resets & (kept == 0)]
         return (
             *self._free_blocks(part.slots, lengths),
-            (self._request_table.lengths, part.slots, lengths),
-            (self._request_table.reset_due, not_reset, True),
+            (table.lengths, part.slots, lengths),
+            (table.reset_due, not_reset, True),
         )
 
     def _free_blocks(self, slots: ArrayLike, lengths: ArrayLike) -> tuple[Write, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import Literal
 
+from dsv4_jax.host.drafts import Drafted
 from dsv4_jax.host.errors import StalePlan
 from dsv4_jax.host.journal import Write
 from dsv4_jax.layout.plan import Receipt, StepPlan
@@ -27,9 +28,9 @@ class Receipts:
         self._settled: dict[int, _Outcome] = {}  # by when the plan was made
         self._purge_at = _REMEMBERED
 
-    def issue(self, now: int, serial: int | None = None) -> Receipt:
+    def issue(self, now: int, drafts: Drafted | None, serial: int | None = None) -> Receipt:
         """The receipt of a plan made now, later than those before; ``serial`` if it runs in an earlier one's place."""
-        return Receipt(self._name, now if serial is None else serial, now)
+        return Receipt(self._name, now if serial is None else serial, now, drafts)
 
     def check(self, plan: StepPlan) -> Receipt:
         """The receipt of a plan that can be taken back as far as that tells; raises StalePlan or TypeError."""

@@ -9,7 +9,7 @@ from dsv4_jax.spec.kinds import LayerKind
 CSA, HCA = LayerKind.CSA, LayerKind.HCA
 
 
-def check_truncation(schema: CacheSchema, request: int, current: int, peak: int, length: int) -> None:
+def check_truncation(schema: CacheSchema, request: int, current: int, peak: int, length: int, is_open: bool) -> None:
     """Raises CannotTruncate unless a request of ``current`` tokens can go on from ``length``; see ``truncate``.
 
     Args:
@@ -18,7 +18,11 @@ def check_truncation(schema: CacheSchema, request: int, current: int, peak: int,
       current: tokens of the request, not 0.
       peak: the most it has had.
       length: the tokens to keep, neither 0 nor ``current``.
+      is_open: whether ``current`` is only the most it can be, since it has drafts of which nothing is known.
     """
+    if is_open and 0 < length < current:
+        reason = "how many of its drafts were kept is not known; commit their plans first"
+        raise CannotTruncate(request, current, length, current, reason)
     reach = min(current, peak - schema.lookahead)  # rows of whatever windows are open at or after this are there
     window_lowest = peak - schema.lookahead - 1 if peak > schema.ring else 1
     csa_lowest = max(reach, 0) // CSA.ratio * CSA.ratio if schema.spec.count(CSA) else 1

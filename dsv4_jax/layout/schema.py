@@ -182,9 +182,9 @@ class CacheSchema:
       slots: requests that can be in the cache at the same time.
       blocks: blocks of 128 tokens shared by all slots; 0 is allowed only for a model without CSA and HCA layers.
       max_context: longest context of a request in tokens, at most ``spec.max_position``.
-      lookahead: how many of a request's latest tokens can always be taken back (``CacheManager.truncate``), as rejected
-        drafts are. Every ring is that much deeper; with CSA layers, that of a tail by whole windows of 4. From a
-        running HCA tail (``CacheFormats.hca_tail``) nothing can be taken back but whole windows.
+      lookahead: how many of a request's latest tokens can always be taken back (``CacheManager.truncate``), and so how
+        many drafts a step may bring. Every ring is that much deeper; with CSA layers, that of a tail by whole windows
+        of 4. From a running HCA tail (``CacheFormats.hca_tail``) nothing can be taken back but whole windows.
 
     Raises:
       SchemaError: a number is out of range, or spec or formats is something else.
