@@ -256,8 +256,11 @@ class Driver:
             array = np.asarray(self.cache.arrays[name])
             stored[name] = array[:, blocks] if name in by_block else array[:, slot].copy()
         for name, ratio in (("csa_tail", 4), ("csa_key_tail", 4), ("hca_tail", 128)):
-            if stored[name].ndim == 3:  # a running tail, which nothing reads between two windows
-                if self.manager.length(request) % ratio == 0:
+            if stored[name].ndim == 3:  # a running tail: the latest state, which nothing reads between two windows
+                length, states = self.manager.length(request), 1 + self.schema.lookahead
+                row = 3 * ((length - 1) % states)
+                stored[name] = stored[name][:, row : row + 3]
+                if length % ratio == 0:
                     stored[name][:] = np.array([-1e9, 0, 0], np.float32)[:, None]
                 continue
             unused = np.ones(stored[name].shape[2], bool)

@@ -66,6 +66,10 @@ class Speculation:
             slot, window = self.manager.slot(request), np.arange(max(length - 127, 0), length) % self.schema.ring
             mine = {name: arrays[name][:, slot][:, window] for name in ("window", "window_positions")}
             for name, ratio in (("csa_tail", 4), ("csa_key_tail", 4), ("hca_tail", 128)):
+                if arrays[name].ndim == 4:  # running: the state of the open window
+                    row = 3 * ((length - 1) % (1 + self.schema.lookahead))
+                    mine[name] = arrays[name][:, slot, row : row + 3 * (length % ratio > 0)]
+                    continue
                 rows = tail_rows_in_use(length, ratio, self.schema.lookahead)
                 mine[name] = arrays[name][:, slot][:, :, rows]
             blocks = arrays["block_table"][slot, : self.manager.blocks_needed(length)]

@@ -44,6 +44,7 @@ class Request:
         self.tokens, self.peak = [], 0
         self.ring = {}
         self.overlap, self.current, self.hca = {}, {}, {}
+        self.states = {}  # of a running tail: the token that each is the state after
         self.plans = []
 
     @property
@@ -62,6 +63,7 @@ class Request:
         self.ring[position % self.ring_rows] = token
         self.overlap[position % self.overlap_rows] = self.current[position % self.current_rows] = token
         self.hca[position % self.hca_rows] = token
+        self.states[position % (1 + self.lookahead)] = token
 
     def rotate(self):
         """Clears every tail row that no later entry pools, also if the latest `lookahead` tokens are taken back."""
@@ -99,8 +101,8 @@ class Request:
             needs += [(self.overlap, self.overlap_rows, self.overlap_positions(n))]
             needs += [(self.current, self.current_rows, self.current_positions(n))]
         if HCA in self.kinds and self.hca_tail == "running" and self.hca_positions(n):
-            return False  # the tokens to drop are folded in
-        if HCA in self.kinds:
+            needs += [(self.states, 1 + self.lookahead, range(n - 1, n))]
+        elif HCA in self.kinds:
             needs += [(self.hca, self.hca_rows, self.hca_positions(n))]
         return all(
             rows.get(position % size) == self.tokens[position]
@@ -120,7 +122,7 @@ class Request:
         self.plans.clear()
         del self.tokens[n:]
         if n == 0:
-            self.ring, self.overlap, self.current, self.hca = {}, {}, {}, {}
+            self.ring, self.overlap, self.current, self.hca, self.states = {}, {}, {}, {}, {}
             self.peak = 0
 
     def must_be_truncated_to(self, n):

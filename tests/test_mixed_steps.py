@@ -1,8 +1,10 @@
 """Chunks of prompts, decoding and drafts of different requests in one step, in any order, with clients that leave."""
 
+import pytest
 from speculation import Speculation, assert_same, material
 
 from dsv4_jax.host.errors import CacheFull, StalePlan
+from dsv4_jax.layout.formats import HCA_TAILS
 
 SIZES = {"slots": 4, "blocks": 8, "max_context": 512}
 LOOKAHEAD = 5
@@ -11,10 +13,10 @@ LOOKAHEAD = 5
 class Traffic:
     """Requests on two caches: one with drafts and plans of which nothing is known yet, one fed with what was kept."""
 
-    def __init__(self, rng, given):
-        self.rng = rng
-        self.subject = Speculation(given, lookahead=LOOKAHEAD, buckets=[4, 24, 128, 400], **SIZES)
-        self.twin = Speculation(given, lookahead=0, buckets=[4, 400], **SIZES)
+    def __init__(self, rng, given, hca_tail):
+        self.rng, options = rng, {**SIZES, "hca_tail": hca_tail}
+        self.subject = Speculation(given, lookahead=LOOKAHEAD, buckets=[4, 24, 128, 400], **options)
+        self.twin = Speculation(given, lookahead=0, buckets=[4, 400], **options)
         self.prompts, self.lengths, self.under_way = {}, {}, []
         self.seen = set()
 
@@ -88,8 +90,9 @@ class Traffic:
         assert_same(*stored, f"lengths {self.lengths}")
 
 
-def test_traffic_of_every_kind(device, rng):
-    traffic = Traffic(rng, material(rng))
+@pytest.mark.parametrize("hca_tail", HCA_TAILS)
+def test_traffic_of_every_kind(device, rng, hca_tail):
+    traffic = Traffic(rng, material(rng), hca_tail)
     for step in range(250):
         while len(traffic.lengths) < SIZES["slots"] and rng.random() < 0.7:
             traffic.admit()

@@ -1,5 +1,6 @@
 """Drafts that were kept are stored as if decoded one by one; of the others nothing is left."""
 
+import functools
 import hashlib
 
 import jax
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 from aot import assert_in_place, compile_for_h200
 from speculation import Speculation, assert_same, keep_some, material
+
+from dsv4_jax.layout.formats import HCA_TAILS
 
 
 def speculate(cache, plans, lengths, kept, ends, weights, bank):
@@ -20,11 +23,12 @@ def speculate(cache, plans, lengths, kept, ends, weights, bank):
     return jax.lax.while_loop(lambda state: state[0] < kept.shape[0], step, (0, cache, lengths))[1:]
 
 
-def test_a_loop_on_the_device_is_decoding_one_by_one(device, rng):
+@pytest.mark.parametrize("hca_tail", HCA_TAILS)
+def test_a_loop_on_the_device_is_decoding_one_by_one(device, rng, hca_tail):
     """One dispatch: how much is kept decides, on the device, where the next step starts; some requests end early."""
     drafts, steps, lengths = 4, 12, [1, 124, 251, 400]
     given = material(rng)
-    sizes = {"slots": 4, "blocks": 24, "max_context": 640}
+    sizes = {"slots": 4, "blocks": 24, "max_context": 640, "hca_tail": hca_tail}
     subject = Speculation(given, lookahead=drafts, buckets=[5 * 4, 1024], **sizes)
     twin = Speculation(given, lookahead=0, buckets=[4, 1024], **sizes)
     for each in (subject, twin):
@@ -55,9 +59,10 @@ def test_a_loop_on_the_device_is_decoding_one_by_one(device, rng):
     assert_same(subject.stored(requests, expected), twin.stored(requests, expected), "gone on")
 
 
+@pytest.mark.parametrize("hca_tail", HCA_TAILS)
 @pytest.mark.parametrize("target", ["cpu", "h200"])
-def test_the_loop_is_in_place_and_its_step_one_graph(rng, tmp_path, target):
-    sizes = {"slots": 128, "blocks": 1 << 12, "max_context": 512, "buckets": [128]}
+def test_the_loop_is_in_place_and_its_step_one_graph(rng, tmp_path, target, hca_tail):
+    sizes = {"slots": 128, "blocks": 1 << 12, "max_context": 512, "buckets": [128], "hca_tail": hca_tail}
     made = Speculation(material(rng, np.float32), lookahead=3, **sizes)
     requests = [made.manager.admit() for _ in range(20)]
     plans = made.manager.prepare_forward(dict.fromkeys(requests, 4), drafts=3, steps=6)
@@ -75,27 +80,28 @@ def test_the_loop_is_in_place_and_its_step_one_graph(rng, tmp_path, target):
 LARGEST = 16
 
 
-@pytest.fixture(scope="module")
-def one_by_one(module_rng):
-    """128 requests at every alignment to 128, decoded one by one: (what they are made of, their first lengths, what is
-    stored of each of them after 1, 3, 6, 10, … tokens).
+@pytest.fixture(scope="module", params=HCA_TAILS)
+def one_by_one(request, module_rng):
+    """128 requests at every alignment to 128, decoded one by one: (a maker of caches with such requests, their first
+    lengths, what is stored of each of them after 1, 3, 6, 10, … tokens).
     """
     given, first = material(module_rng), int(module_rng.integers(20, 130))
     lengths = (first + module_rng.permutation(128)).tolist()
-    twin = at_every_alignment(given, lengths, 0)
+    make = functools.partial(at_every_alignment, given, lengths, request.param)
+    twin = make(0)
     requests, stored, grown = twin.manager.requests.tolist(), [], 0
     for count in range(LARGEST + 1):
         for _ in range(count + 1):
             twin.run(twin.manager.prepare_forward(dict.fromkeys(requests, 1)), [1] * 128)
         grown += count + 1
         stored.append(digests(twin.stored(requests, [length + grown for length in lengths])))
-    return given, lengths, stored
+    return make, lengths, stored
 
 
-def at_every_alignment(given, lengths, lookahead):
+def at_every_alignment(given, lengths, hca_tail, lookahead):
     """A cache whose requests have these lengths."""
     sizes = {"slots": 128, "blocks": 128 * 5, "max_context": 640, "buckets": [128, 128 * (LARGEST + 1), 128 * 260]}
-    made = Speculation(given, lookahead=lookahead, **sizes)
+    made = Speculation(given, lookahead=lookahead, hca_tail=hca_tail, **sizes)
     requests = [made.manager.admit() for _ in lengths]
     made.run(made.manager.prepare_forward(dict(zip(requests, lengths, strict=True))), lengths)
     return made
@@ -108,8 +114,8 @@ def digests(stored):
 @pytest.mark.parametrize("drafts", range(1, LARGEST + 1))
 def test_every_number_of_drafts_kept_at_every_alignment(one_by_one, drafts):
     """n of k drafts, for every n in turn, in plans that were all made before anything was known of any."""
-    given, lengths, expected = one_by_one
-    subject = at_every_alignment(given, lengths, drafts)
+    make, lengths, expected = one_by_one
+    subject = make(drafts)
     requests, grown = subject.manager.requests.tolist(), 0
     plans = [
         subject.manager.prepare_forward(dict.fromkeys(requests, 1 + drafts), drafts=drafts) for _ in range(drafts + 1)

@@ -14,10 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dsv4_jax.host.arguments import draft_array
-from dsv4_jax.host.errors import InvalidStep
 from dsv4_jax.host.journal import Write
 from dsv4_jax.layout.schema import CacheSchema
-from dsv4_jax.spec.kinds import LayerKind
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +45,6 @@ class DraftTable:
     def __init__(self, schema: CacheSchema) -> None:
         slots = schema.slots
         self._lookahead = schema.lookahead
-        self._foldable = schema.formats.hca_tail == "running" and schema.spec.count(LayerKind.HCA) > 0
         self.made = np.zeros(slots, np.int64)
         self.known = np.zeros(slots, np.int64)
         self.taken_back = np.zeros(slots, np.int64)
@@ -75,8 +72,6 @@ class DraftTable:
         of_step = None if drafts is None else draft_array(drafts, handles, counts, self._lookahead)
         if not self._lookahead:
             return None, ()
-        if self._foldable and of_step is not None and of_step.any():
-            raise InvalidStep("drafts cannot be taken back from a running HCA tail; use CacheFormats(hca_tail='rows')")
         made = self.made.take(slots)
         if of_step is None:
             return self.remember(slots, np.zeros_like(made), made), ()

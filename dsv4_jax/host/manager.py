@@ -207,8 +207,8 @@ class CacheManager:
           CSA layers ``length >= (peak - L) // 4 * 4``, with HCA layers ``length >= (peak - L) // 128 * 128`` or a
           multiple of 128, where nothing is open. The sliding window: ``length >= peak - L - 1``, or anything while
           ``peak`` is at most the ring.
-        - A running HCA tail has folded its tokens and cannot drop one, whatever L: only multiples of 128 (and the one
-          token that opened a window).
+        - A running HCA tail has the states after the latest L + 1 tokens of ``peak``: below ``peak - L`` only multiples
+          of 128 are possible.
 
         Rows of dropped positions stay on the device. None is read: which rows count follows from the position, and a
         position is written again before it counts. Blocks whose entries are all dropped are free at once.

@@ -29,8 +29,8 @@ def check_truncation(schema: CacheSchema, request: int, current: int, peak: int,
     running = schema.formats.hca_tail == "running"
     hca_lowest = 1
     if schema.spec.count(HCA):
-        one_token_open = (current - 1) % HCA.ratio == 0
-        hca_lowest = current - one_token_open if running else max(reach, 0) // HCA.ratio * HCA.ratio
+        opened_a_window = running and (reach - 1) % HCA.ratio == 0  # without that token nothing is open
+        hca_lowest = max(reach, 0) - opened_a_window if running else max(reach, 0) // HCA.ratio * HCA.ratio
 
     if not 0 < length < current:
         reason = "it never had that length" if length > current else "a length is at least 0"
@@ -41,7 +41,7 @@ def check_truncation(schema: CacheSchema, request: int, current: int, peak: int,
     elif length >= hca_lowest or length % HCA.ratio == 0:  # between two HCA windows nothing is open
         return
     elif running:
-        reason = f"a running tail keeps no rows of the window of {HCA.ratio} tokens that was open there"
+        reason = f"a running tail no longer has the state of the window of {HCA.ratio} tokens that was open there"
     else:
         reason = f"the window of {HCA.ratio} tokens that was open there is closed and its rows are gone"
     raise CannotTruncate(request, current, length, max(window_lowest, csa_lowest, hca_lowest, 1), reason)

@@ -311,14 +311,14 @@ class StepPlan:
             )
         plan, tokens = StepPlan(packed, self.layout), self.layout.tokens
         start = plan.request_start
-        back = start - jnp.clip(lengths, jnp.minimum(start, 0), start).astype(jnp.int32)
+        back = start - jnp.clip(lengths.astype(jnp.int32), jnp.minimum(start, 0), start)
         position = plan.token_position
         position = jnp.where(position >= 0, position - back[plan.token_request], position)
         changed = {"token_position": position}
         for ratio in RATIOS:
             closes = (position >= 0) & (position % ratio == ratio - 1)
             if self.layout.closings_by_token:
-                closing = jnp.where(closes, jnp.arange(tokens), -1)
+                closing = jnp.where(closes, jnp.arange(tokens, dtype=jnp.int32), -1)
             else:
                 closing = jnp.nonzero(closes, size=self.layout.closing_size(ratio), fill_value=-1)[0]
             changed[f"closing_{ratio}"] = closing.astype(jnp.int32)
