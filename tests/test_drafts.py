@@ -47,6 +47,24 @@ def test_a_later_commit_speaks_for_the_plans_before():
     assert manager.length(request) == 12
 
 
+def test_what_is_left_of_a_plan_runs_in_its_place():
+    """Before the plans that were made after it: a commit of it is no commit of theirs."""
+    manager = make_manager(lookahead=4)
+    one, two = manager.admit(), manager.admit()
+    plan = manager.prepare_forward({one: 5, two: 5}, drafts=4)
+    later = manager.prepare_forward({one: 5}, drafts=4)
+    left = manager.cancel(plan, two)
+    manager.commit(left, lengths=[2])
+    assert (manager.length(one), manager.length(two)) == (7, 0)
+    manager.commit(later, lengths=[3])
+    assert manager.length(one) == 3
+    plans = [manager.prepare_forward({one: 5, two: 5}, drafts=4) for _ in range(2)]
+    left = manager.cancel(plans[1], two)
+    manager.commit(plans[0], lengths=[5, 1])  # which left starts from
+    manager.cancel(left)
+    assert (manager.length(one), manager.length(two)) == (5, 1)
+
+
 def test_bad_drafts_change_nothing():
     manager, other = make_manager(lookahead=4), make_manager(lookahead=0)
     one, two = manager.admit(), manager.admit()
