@@ -256,9 +256,9 @@ class CacheManager:
         that first needs it. Requests may stop on the way (``StepPlan.stop``); then ``commit`` says how far each came.
 
         With ``drafts``, the last tokens of a request are guesses, which the step itself verifies. How many are kept is
-        known on the device: it brings later plans to the real lengths by ``StepPlan.rebase``, later steps of the same
-        plan included, and ``commit`` tells the manager, whenever it is known there. Until then ``length`` is the most
-        that the request can be, and the blocks for that are reserved.
+        known on the device, and ``commit`` tells the manager, whenever it is known there. Until then ``length`` is the
+        most that the request can be, the blocks for that are reserved, and whatever is planned for it, later steps of
+        the same plan included, must be brought to the real length on the device, by ``StepPlan.rebase``.
 
         Args:
           tokens: handle -> token count of the step (1 when decoding), or the same as a tuple of two integer arrays,
@@ -376,14 +376,6 @@ class CacheManager:
         Where a request had no drafts, no token can be taken back once it has a later plan, so commit first and prepare
         then. With drafts, in this plan or earlier ones, later plans may be under way (``StepPlan.rebase``): their part
         of the length, and the blocks that it may reach, stay reserved.
-
-        What was reserved and not written cannot be read. Entries, keys and window rows count by position, and every
-        position from the new length on is written before it counts. Nor does a block that is freed here, and then given
-        to another slot, stay within reach of its former one: the places of the device's block table that a request of
-        length n reads or writes are the first ``blocks_needed(n)``, which it keeps. Later places are still empty, since
-        the step that would have filled them was stopped with all its changes; and should one hold a block (after a
-        ``truncate``, or drafts that were not kept), the step that first needs the place sets it before anything goes
-        through it.
 
         Args:
           plan: what ``prepare_forward`` returned (not a copy that came out of jit).

@@ -1,4 +1,12 @@
-"""What becomes of a plan after it was made: which of its requests can still be taken out of it, and what is left."""
+"""What becomes of a plan after it was made: which of its requests can still be taken out of it, and what is left.
+
+What was reserved and not written, or not kept, cannot be read. Entries, keys and window rows count by position, and
+every position from the new length on is written before it counts. Nor does a block that is freed, and then given to
+another slot, stay within reach of its former one: the places of the device's block table that a request of length n
+reads or writes are the first ``CacheManager.blocks_needed(n)``, which it keeps. A later place may be empty, since the
+step that would have filled it was stopped with all its changes, or hold a block that is another's by now: the step that
+first needs the place sets it before anything goes through it.
+"""
 
 from __future__ import annotations
 

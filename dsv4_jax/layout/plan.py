@@ -251,8 +251,9 @@ class StepPlan:
 
         For many steps in one dispatch, in which the device finds out that a text has ended. A stopped request writes
         nothing: no row, no entry, no block-table change, no reset. Give the result to ``begin``. A request that is
-        stopped in one step must be stopped in all that follow, since its positions would have a gap;
-        ``CacheManager.commit`` then tells the host how many steps each one ran.
+        stopped in one step must be stopped in all that were planned by then, since its positions would have a gap
+        (``rebase`` would close that) and its block-table changes are lost; ``CacheManager.commit`` then tells the host
+        how far each one came.
 
         Args:
           stopped: bool [R], in the plan's order of requests; anything for padding.
