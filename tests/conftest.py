@@ -63,6 +63,12 @@ def rng(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+@pytest.fixture(scope="module")
+def module_rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """One of a module's own, for what its tests share; with the run's seed, which the header prints."""
+    return np.random.default_rng(request.config.stash[_SEED])
+
+
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest):
     """Run the test once on the CPU and once on the GPU, as JAX's default device."""

@@ -209,8 +209,17 @@ class Driver:
     def feed(self, counts: Mapping[int, int]) -> StepPlan:
         """One step that brings `counts` tokens of each request."""
         plan, brought = self.prepare(counts)
-        self.cache = self._step(self.cache, plan, self.weights, brought)
+        self.run(plan, brought)
         return plan
+
+    def run(self, plan: StepPlan, brought) -> None:
+        """One step of a plan that was prepared before."""
+        self.cache = self._step(self.cache, plan, self.weights, brought)
+
+    def brought(self, counts: Mapping[int, int], plan: StepPlan) -> list[dict[str, jax.Array]]:
+        """What the tokens of a plan bring: `counts` by request, in the plan's order."""
+        starts = dict(zip(counts, plan.request_start.tolist(), strict=False))
+        return self._brought(starts, counts, plan.layout.tokens)
 
     def prepare(self, counts: Mapping[int, int], steps: int | None = None) -> tuple[StepPlan, list]:
         """The plan that brings `counts` tokens of each request, and what they bring; with `steps`, both stacked."""
@@ -247,8 +256,11 @@ class Driver:
             array = np.asarray(self.cache.arrays[name])
             stored[name] = array[:, blocks] if name in by_block else array[:, slot].copy()
         for name, ratio in (("csa_tail", 4), ("csa_key_tail", 4), ("hca_tail", 128)):
-            if stored[name].ndim == 3:  # a running tail, which nothing reads between two windows
-                if self.manager.length(request) % ratio == 0:
+            if stored[name].ndim == 3:  # a running tail: the latest state, which nothing reads between two windows
+                length, states = self.manager.length(request), 1 + self.schema.lookahead
+                row = 3 * ((length - 1) % states)
+                stored[name] = stored[name][:, row : row + 3]
+                if length % ratio == 0:
                     stored[name][:] = np.array([-1e9, 0, 0], np.float32)[:, None]
                 continue
             unused = np.ones(stored[name].shape[2], bool)

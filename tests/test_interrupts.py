@@ -90,7 +90,9 @@ def aftermath(manager: CacheManager, plans: list) -> list:
 
 
 def prepared() -> tuple[CacheManager, list[int], list]:
-    """A manager in the middle of its work, its requests, and two plans: the second can be taken back."""
+    """A manager in the middle of its work, its requests, and plans: of these the second can be taken back, and
+    the third be committed though the fourth is under way.
+    """
     manager = make_manager(slots=5, blocks=40, lookahead=200)
     requests = [manager.admit() for _ in range(4)]
     manager.prepare_forward(dict(zip(requests, (303, 127, 5, 1), strict=True)))
@@ -98,8 +100,14 @@ def prepared() -> tuple[CacheManager, list[int], list]:
     manager.release(requests[3])
     requests[3] = manager.admit()
     first = manager.prepare_forward({requests[1]: 1})
-    second = manager.prepare_forward({requests[3]: 40, requests[1]: 40, requests[0]: 33}, steps=4)
-    return manager, requests, [first, second]
+    drafts = [manager.prepare_forward({requests[2]: count}, drafts=3) for count in (4, 130)]
+    second = manager.prepare_forward(latest(requests), steps=4)
+    return manager, requests, [first, second, *drafts]
+
+
+def latest(requests: list[int]) -> dict[int, int]:
+    """The tokens of the latest plan of `prepared`."""
+    return {requests[3]: 40, requests[1]: 40, requests[0]: 33}
 
 
 OPERATIONS = {
@@ -109,9 +117,15 @@ OPERATIONS = {
     "truncate to nothing": lambda manager, requests, plans: manager.truncate(requests[0], 0),
     "prepare": lambda manager, requests, plans: manager.prepare_forward(dict.fromkeys(requests, 60)),
     "prepare one token each": lambda manager, requests, plans: manager.prepare_forward((requests, [1] * 4)),
+    "prepare the latest again": lambda manager, requests, plans: manager.prepare_forward(latest(requests)),
     "prepare steps": lambda manager, requests, plans: manager.prepare_forward(dict.fromkeys(requests, 60), steps=3),
-    "cancel": lambda manager, requests, plans: manager.cancel(plans[-1]),
-    "commit": lambda manager, requests, plans: manager.commit(plans[-1], [0, 3, 1]),
+    "cancel": lambda manager, requests, plans: manager.cancel(plans[1]),
+    "cancel one": lambda manager, requests, plans: manager.cancel(plans[1], requests[1]),
+    "commit": lambda manager, requests, plans: manager.commit(plans[1], [0, 3, 1]),
+    "prepare drafts": lambda manager, requests, plans: manager.prepare_forward(
+        dict.fromkeys(requests, 60), drafts={requests[2]: 2}
+    ),
+    "commit drafts": lambda manager, requests, plans: manager.commit(plans[2], lengths=[7]),
     "reset": lambda manager, requests, plans: manager.reset(),
 }
 
@@ -163,12 +177,14 @@ def test_reading_finishes_what_was_interrupted_and_may_be_interrupted_too(read):
 
 def test_a_random_history_with_interrupts_balances(rng):
     manager, plans = make_manager(slots=4, blocks=30, lookahead=300, max_context=900), []
+    tokens: tuple = ([], [])
     interrupted = 0
 
     def operation():
+        nonlocal tokens
         requests = manager.requests.tolist()
         chosen = [handle for handle in requests if rng.random() < 0.7]
-        match rng.choice(["admit", "release", "truncate", "prepare", "cancel", "commit", "reset"], p=PROBABILITIES):
+        match rng.choice(list(PROBABILITIES), p=np.array(list(PROBABILITIES.values())) / 22):
             case "admit":
                 manager.admit()
             case "release" if requests:
@@ -178,7 +194,10 @@ def test_a_random_history_with_interrupts_balances(rng):
                 manager.truncate(request, max(0, manager.length(request) - int(rng.integers(200))))
             case "prepare":
                 steps = rng.choice([None, 2, 5])
-                plans.append(manager.prepare_forward((chosen, rng.integers(1, 60, len(chosen))), steps=steps))
+                tokens = chosen, rng.integers(1, 60, len(chosen))
+                plans.append(manager.prepare_forward(tokens, steps=steps))
+            case "prepare again":
+                plans.append(manager.prepare_forward(tokens))
             case "cancel" if plans:
                 manager.cancel(plans.pop())
             case "commit" if plans:
@@ -200,4 +219,13 @@ def test_a_random_history_with_interrupts_balances(rng):
     assert interrupted > 50
 
 
-PROBABILITIES = np.array([4, 1, 2, 8, 2, 2, 1]) / 20
+PROBABILITIES = {
+    "admit": 4,
+    "release": 1,
+    "truncate": 2,
+    "prepare": 4,
+    "prepare again": 6,
+    "cancel": 2,
+    "commit": 2,
+    "reset": 1,
+}

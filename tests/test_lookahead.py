@@ -69,7 +69,7 @@ def rows_of(pages, rows, scale_bytes):
     """Pages of a quantized format, [layers, pages, bytes], as rows [layers, pages * rows, bytes of a row]."""
     layers, count = pages.shape[:2]
     data, scales = np.split(pages, [pages.shape[2] - rows * scale_bytes], axis=2)
-    parts = [part.reshape(layers, count * rows, -1) for part in (data, scales)]
+    parts = [part.reshape(layers, count * rows, part.shape[2] // rows) for part in (data, scales)]
     return np.concatenate(parts, axis=2)
 
 

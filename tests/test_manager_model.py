@@ -44,6 +44,7 @@ class Request:
         self.tokens, self.peak = [], 0
         self.ring = {}
         self.overlap, self.current, self.hca = {}, {}, {}
+        self.states = {}  # of a running tail: the token that each is the state after
         self.plans = []
 
     @property
@@ -62,6 +63,7 @@ class Request:
         self.ring[position % self.ring_rows] = token
         self.overlap[position % self.overlap_rows] = self.current[position % self.current_rows] = token
         self.hca[position % self.hca_rows] = token
+        self.states[position % (1 + self.lookahead)] = token
 
     def rotate(self):
         """Clears every tail row that no later entry pools, also if the latest `lookahead` tokens are taken back."""
@@ -99,8 +101,8 @@ class Request:
             needs += [(self.overlap, self.overlap_rows, self.overlap_positions(n))]
             needs += [(self.current, self.current_rows, self.current_positions(n))]
         if HCA in self.kinds and self.hca_tail == "running" and self.hca_positions(n):
-            return False  # the tokens to drop are folded in
-        if HCA in self.kinds:
+            needs += [(self.states, 1 + self.lookahead, range(n - 1, n))]
+        elif HCA in self.kinds:
             needs += [(self.hca, self.hca_rows, self.hca_positions(n))]
         return all(
             rows.get(position % size) == self.tokens[position]
@@ -120,7 +122,7 @@ class Request:
         self.plans.clear()
         del self.tokens[n:]
         if n == 0:
-            self.ring, self.overlap, self.current, self.hca = {}, {}, {}, {}
+            self.ring, self.overlap, self.current, self.hca, self.states = {}, {}, {}, {}, {}
             self.peak = 0
 
     def must_be_truncated_to(self, n):
@@ -137,6 +139,7 @@ class Made:
     counts: list
     steps: int
     serial: int
+    slots: list
     settled: bool = False
     ran: bool = False
 
@@ -302,22 +305,24 @@ class ManagerMachine(RuleBasedStateMachine):
 
         plan = self.manager.prepare_forward(given_tokens, steps=at_once)
         for step, one in enumerate([plan] if at_once is None else [plan.step(step) for step in range(steps)]):
-            self.check_plan(one, handles, counts, step)
+            self.check_plan(one, {handle: self.requests[handle] for handle in handles}, counts, step)
         for handle, tokens in zip(handles, counts, strict=True):
             assert self.manager.length(handle) == self.requests[handle].length + steps * tokens
         self.serial += 1
         before = {handle: copy.deepcopy(self.requests[handle]) for handle in handles}
-        self.made.append(Made(plan, before, counts, steps, self.serial))
+        slots = [self.slot[handle] for handle in handles]
+        self.made.append(Made(plan, before, counts, steps, self.serial, slots))
         for handle, tokens in zip(handles, counts, strict=True):
             for _ in range(steps):
                 self.requests[handle].bring(tokens, self.serial)
             self.requests[handle].plans.append(self.serial)
 
-    def check_plan(self, plan, handles, counts, step):
-        slots = [self.slot[handle] for handle in handles]
-        starts = [self.requests[handle].length + step * tokens for handle, tokens in zip(handles, counts, strict=True)]
+    def check_plan(self, plan, before, counts, step):
+        """One step of a plan; ``before`` has its requests, handle -> as it was when the plan was made."""
+        slots = [self.slot[handle] for handle in before]
+        starts = [request.length + step * tokens for request, tokens in zip(before.values(), counts, strict=True)]
         changes = []
-        for handle, slot, start, tokens in zip(handles, slots, starts, counts, strict=True):
+        for handle, slot, start, tokens in zip(before, slots, starts, counts, strict=True):
             needed, blocks = self.requests[handle].blocks_needed, self.manager.blocks(handle)
             changes += [(slot, index, blocks[index]) for index in range(needed(start), needed(start + tokens))]
         bucket = min(bucket for bucket in self.buckets if bucket >= sum(counts))
@@ -331,9 +336,36 @@ class ManagerMachine(RuleBasedStateMachine):
         if made.settled or not self.is_latest(made):
             self.fails({StalePlan}, lambda: self.manager.cancel(made.plan))
             return
-        self.manager.cancel(made.plan)
+        left = self.manager.cancel(made.plan)
+        assert (left.packed[..., left.layout.fields["request_slot"]] == -1).all()
         self.requests.update(copy.deepcopy(made.before))
         made.settled = made.ran = True
+
+    @precondition(lambda self: any(len(made.before) > 1 and not made.ran for made in self.made))
+    @rule(data=st.data())
+    def cancel_some(self, data):
+        """Takes some requests out of a plan. The others may have later plans."""
+        plans = [made for made in self.made if len(made.before) > 1 and not made.ran]
+        made = data.draw(st.sampled_from(plans[-6:]))
+        chosen = data.draw(st.lists(st.sampled_from(list(made.before)), min_size=1, unique=True))
+        if not set(chosen) <= set(self.requests):
+            self.fails({UnknownRequest, StalePlan}, lambda: self.manager.cancel(made.plan, chosen))
+            return
+        unchanged = all(self.has_plan(handle, made) for handle in made.before)
+        if made.settled or not unchanged or not self.is_latest(made, chosen):
+            self.fails({StalePlan}, lambda: self.manager.cancel(made.plan, chosen))
+            return
+        strangers = [handle for handle in self.requests if handle not in made.before]
+        if strangers:
+            self.fails({InvalidStep}, lambda: self.manager.cancel(made.plan, [*chosen, strangers[0]]))
+        old, made.plan = made.plan, self.manager.cancel(made.plan, chosen)
+        self.fails({StalePlan}, lambda: self.manager.cancel(old))
+        left = [(h, tokens) for h, tokens in zip(made.before, made.counts, strict=True) if h not in chosen]
+        self.requests.update({handle: copy.deepcopy(made.before.pop(handle)) for handle in chosen})
+        made.counts, made.slots = [tokens for _, tokens in left], [self.slot[handle] for handle, _ in left]
+        for step in range(made.steps):
+            plan = made.plan if made.plan.packed.ndim == 1 else made.plan.step(step)
+            self.check_plan(plan, made.before, made.counts, step)
 
     @precondition(lambda self: self.made)
     @rule(data=st.data(), several=st.booleans())
@@ -342,7 +374,8 @@ class ManagerMachine(RuleBasedStateMachine):
         made = data.draw(
             st.sampled_from([made for made in self.made if not several or made.steps > 1][-4:] or self.made)
         )
-        if made.settled or not self.is_latest(made):
+        live = [handle for handle in made.before if self.has_plan(handle, made)]
+        if made.settled or not self.is_latest(made, live) or (made.before and not live):
             self.fails({StalePlan}, lambda: self.manager.commit(made.plan, made.steps))
             return
         fewest = made.steps if made.ran else 0
@@ -351,19 +384,25 @@ class ManagerMachine(RuleBasedStateMachine):
         self.fails({InvalidStep}, lambda: self.manager.commit(made.plan, wrong))
         for earlier in self.made[: self.made.index(made)]:
             self.run_on_device(earlier)
-        self.run_on_device(made, {self.slot[handle]: ran for handle, ran in zip(made.before, run, strict=True)})
+        self.run_on_device(made, dict(zip(made.slots, run, strict=True)))
         self.manager.commit(made.plan, run)
         made.settled = True
         for (handle, before), tokens, ran in zip(made.before.items(), made.counts, run, strict=True):
+            if handle not in live:
+                continue
             request = self.requests[handle] = copy.deepcopy(before)
             request.plans.clear()
             for _ in range(ran):
                 request.bring(tokens, made.serial)
 
-    def is_latest(self, made):
-        return all(
-            handle in self.requests and self.requests[handle].plans[-1:] == [made.serial] for handle in made.before
-        )
+    def has_plan(self, handle, made):
+        """Whether a plan's request is as the plan, and maybe later ones, left it."""
+        return handle in self.requests and made.serial in self.requests[handle].plans
+
+    def is_latest(self, made, handles=None):
+        """Whether a plan is the latest of these of its requests, or of all."""
+        handles = made.before if handles is None else handles
+        return all(self.has_plan(handle, made) and self.requests[handle].plans[-1] == made.serial for handle in handles)
 
     def run_on_device(self, made, steps_run=None):
         """What a plan does to the block table, if requests stop after `steps_run` (by slot) steps."""

@@ -48,7 +48,7 @@ def read(handle, arrays):
 def step(cache, plan, weights, brought, stopped, *, implementation, separate_ops):
     """One step that writes and reads every layer; `separate_ops` chooses how it writes."""
     results = []
-    step = begin(cache, plan.stop(stopped), implementation=implementation)
+    step = begin(cache, plan.stop(stopped).rebase(plan.request_start), implementation=implementation)
     for layer, arrays in enumerate(brought):
         angles = token_rotary(step.plan, SPEC.layers[layer].rope)
         compressor = inputs_of(step.plan, SPEC, layer, weights[layer], arrays)

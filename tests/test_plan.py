@@ -257,7 +257,9 @@ def test_every_field_is_the_same_inside_jit_without_a_retrace(rng):
         counts = rng.integers(1, 129, requests).tolist()
         resets = rng.random(requests) < 0.5
         expected = by_loop(layout, slots, starts, counts, resets)
-        for name, values in fields(build_plan(layout, slots, starts, counts, resets, receipt=Receipt("a", 1))).items():
+        for name, values in fields(
+            build_plan(layout, slots, starts, counts, resets, receipt=Receipt("a", 1, 1))
+        ).items():
             assert values.dtype == np.int32, name
             np.testing.assert_array_equal(values, expected[name], err_msg=name)
     assert traces == 1
@@ -340,6 +342,40 @@ def test_stop_inside_a_scan_and_a_while_loop():
         np.testing.assert_array_equal(jax.jit(program)(plans, ends), expected)
 
 
+@pytest.mark.parametrize("layout", [PlanLayout(5, 5), PlanLayout(300, 5), PlanLayout(400, 6)], ids=str)
+def test_a_rebased_plan_is_one_made_for_the_real_lengths(layout, rng):
+    rebase, stop = jax.jit(StepPlan.rebase), jax.jit(StepPlan.stop)
+    for _ in range(30):
+        requests = int(rng.integers(0, layout.requests + 1))
+        slots = rng.permutation(9)[:requests].tolist()
+        starts = [int(rng.choice([0, 3, 126, 255, 1_000_000])) for _ in slots]
+        counts = [int(rng.integers(1, layout.tokens // requests + 1)) for _ in slots]
+        resets = rng.random(requests) < 0.5
+        lengths = rng.integers(-1, 2**31 - 1, layout.requests)
+        lengths[:requests] = np.asarray(starts, int) - rng.integers(-2, 140, requests)
+        real = [min(max(int(n), 0), start) for n, start in zip(lengths, starts, strict=False)]
+        changes = ([4], [2], [7]) if requests else None
+        plan = build_plan(layout, slots, starts, counts, resets, changes)
+        expected = by_loop(layout, slots, real, counts, resets, [(4, 2, 7)] if requests else [])
+        assert_fields(rebase(plan, lengths.astype(np.int32)), expected)
+        stopped = rng.random(layout.requests) < 0.4
+        left = stop(rebase(plan, lengths), stopped)
+        assert_fields(left, without(expected, stopped & (np.arange(layout.requests) < requests)))
+        other = every_field(rebase(stop(plan, stopped), lengths))
+        for name, values in every_field(left).items():
+            if name.startswith("closing") and not layout.closings_by_token:  # which stop leaves in their places
+                np.testing.assert_array_equal(other[name], sorted(values, key=lambda token: token < 0), err_msg=name)
+            else:
+                np.testing.assert_array_equal(other[name], values, err_msg=name)
+
+
+def test_rebase_takes_the_plan_and_the_lengths_it_is_for():
+    plans = build_plans(PlanLayout(8, 3), 2, [3], [0], [3], [True])
+    for plan, lengths in ((plans, [0] * 3), (plans.step(0), [0] * 2), (plans.step(0), 0), (plans.step(0), [0.0] * 3)):
+        with pytest.raises(ValueError, match=r"one step and integers \[3\]"):
+            plan.rebase(lengths)
+
+
 def test_step_and_stop_take_the_plans_they_are_for():
     layout = PlanLayout(8, 3)
     plans = build_plans(layout, 2, [3], [0], [3], [True])
@@ -352,7 +388,7 @@ def test_step_and_stop_take_the_plans_they_are_for():
 
 def test_pytree_has_one_leaf_and_leaves_the_receipt_behind():
     layout = PlanLayout(6, 3)
-    one, other = (build_plan(layout, [0], [0], [1], [True], receipt=Receipt("a", i)) for i in range(2))
+    one, other = (build_plan(layout, [0], [0], [1], [True], receipt=Receipt("a", i, i)) for i in range(2))
     assert jax.tree.structure(one) == jax.tree.structure(other)
     assert len(jax.tree.leaves(one)) == 1
     assert jax.tree.map(lambda leaf: leaf, one).receipt is None

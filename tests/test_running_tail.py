@@ -9,6 +9,7 @@ import pytest
 from harness import SPEC, Driver, assert_same_bytes, random_chunks, random_tokens, random_weights
 
 from dsv4_jax import PROFILES
+from dsv4_jax.ops.checks import IMPLEMENTATIONS
 from dsv4_jax.spec.rotary import inverse_frequencies
 
 TOKENS = 530
@@ -50,10 +51,35 @@ def test_state_and_entries_against_float64(device, rng, spread):
     expected = numpy_reference.entries(*given, 128, SPEC.norm_eps)
     np.testing.assert_allclose(stored["hca_entries"][0, : len(expected), 0], expected, rtol=0, atol=1e-5)
 
-    window = slice(TOKENS // 128 * 128, TOKENS)
+    assert_is_state(stored["hca_tail"][0], layer, brought, TOKENS)
+
+
+def assert_is_state(state, layer, brought, length):
+    """A state is that of the window that is open at a length, computed in float64."""
+    window = slice((length - 1) // 128 * 128, length)
     score = numpy_reference.scores(brought["gate"], layer["ape"])[window].astype(np.float64)
     weight = np.exp(score - score.max(0))
-    largest, denominator, total = stored["hca_tail"][0]
+    largest, denominator, total = state
     np.testing.assert_array_equal(largest, score.max(0))
     np.testing.assert_allclose(denominator, weight.sum(0), rtol=1e-5)
     np.testing.assert_allclose(total, (weight * brought["kv"][window]).sum(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("lookahead", [1, 4, 150])
+def test_states_of_the_latest_tokens(device, rng, implementation, lookahead):
+    """However they came, also across windows; after a token that closed a window there is none."""
+    weights, sequence = random_weights(rng), random_tokens(rng, TOKENS)
+    driver = Driver(weights, RUNNING, lookahead=lookahead, implementation=implementation)
+    request, done = driver.admit(sequence), 0
+    chunks = [int(rng.integers(120, 130)), *random_chunks(rng, 170, 90), *random_chunks(rng, 90, 5)]
+    for count in [*chunks, 1, 1, 1]:
+        driver.feed({request: count})
+        done += count
+        if done not in (chunks[0], sum(chunks)) and rng.random() > 0.1:
+            continue
+        tail = np.asarray(driver.cache.arrays["hca_tail"])[0, driver.manager.slot(request)].reshape(-1, 3, 512)
+        assert len(tail) == 1 + lookahead
+        for length in range(max(done - lookahead, 1), done + 1):
+            if length % 128:
+                assert_is_state(tail[(length - 1) % (1 + lookahead)], weights[HCA_LAYER], sequence[HCA_LAYER], length)

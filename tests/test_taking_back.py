@@ -73,7 +73,7 @@ def test_bad_commits_change_nothing():
         ([[1, 2]], r"int64 \[1, 2\]"),
         (1.0, "float64"),
         (True, "bool"),
-        (None, "object"),
+        (None, "either steps_run or lengths"),
         ([[1], [1, 2]], "must be integers"),
     ]
     for steps_run, message in cases:
@@ -95,11 +95,26 @@ def test_bad_commits_change_nothing():
         assert state(manager) == before
     plan = manager.prepare_forward({one: 1, two: 1}, steps=3)
     manager.release(two)
-    with pytest.raises(StalePlan, match="released or truncated"):
+    manager.truncate(one, 0)
+    with pytest.raises(StalePlan, match=r"2 of the plan's 2 requests .* released or truncated"):
         manager.commit(plan, 1)
     plan = manager.prepare_forward({one: 1}, steps=3)
     manager.cancel(plan)
     with pytest.raises(StalePlan, match="cancelled before"):
+        manager.commit(plan, 1)
+
+
+def test_commit_passes_over_requests_that_are_gone():
+    manager = make_manager()
+    one, two, three = (manager.admit() for _ in range(3))
+    plan = manager.prepare_forward({one: 60, two: 60, three: 60}, steps=4)
+    manager.release(two)
+    manager.truncate(three, 0)
+    new = manager.admit()
+    manager.prepare_forward({new: 9})
+    manager.commit(plan, [1, 2, 3])
+    assert [manager.length(request) for request in (one, three, new)] == [60, 0, 9]
+    with pytest.raises(StalePlan, match="committed before"):
         manager.commit(plan, 1)
 
 
@@ -257,24 +272,29 @@ def assert_truncates(manager, length, target, lowest):
 
 
 @pytest.mark.parametrize(
-    ("kinds", "length", "target", "lowest"),
+    ("kinds", "lookahead", "length", "target", "lowest"),
     [
-        ((HCA,), 127, 126, 127),
-        ((HCA,), 129, 128, None),
-        ((HCA,), 130, 128, None),
-        ((HCA,), 130, 129, 130),
-        ((HCA,), 129, 127, 128),
-        ((HCA,), 300, 128, None),
-        ((HCA,), 300, 255, 300),
-        ((CSA, HCA), 131, 128, None),
-        ((CSA, HCA), 131, 129, 131),
-        ((CSA, HCA), 132, 128, None),
-        ((CSA, HCA), 132, 130, 132),
-        ((CSA,), 7, 5, None),
+        ((HCA,), 0, 127, 126, 127),
+        ((HCA,), 0, 129, 128, None),
+        ((HCA,), 0, 130, 129, 130),
+        ((HCA,), 0, 129, 127, 128),
+        ((HCA,), 3, 127, 124, None),
+        ((HCA,), 3, 127, 123, 124),
+        ((HCA,), 3, 130, 127, None),
+        ((HCA,), 3, 132, 128, None),
+        ((HCA,), 3, 132, 127, 128),
+        ((HCA,), 3, 300, 297, None),
+        ((HCA,), 3, 300, 296, 297),
+        ((HCA,), 200, 300, 100, None),
+        ((HCA,), 200, 300, 99, 100),
+        ((HCA,), 200, 400, 128, 200),
+        ((CSA, HCA), 3, 131, 128, None),
+        ((CSA, HCA), 3, 131, 127, 128),
+        ((CSA,), 200, 7, 5, None),
     ],
 )
-def test_from_a_running_tail_only_whole_windows_can_be_dropped(kinds, length, target, lowest):
-    assert_truncates(make_manager(*kinds, hca_tail="running", lookahead=200), length, target, lowest)
+def test_a_running_tail_goes_back_as_far_as_it_has_states(kinds, lookahead, length, target, lowest):
+    assert_truncates(make_manager(*kinds, hca_tail="running", lookahead=lookahead), length, target, lowest)
 
 
 def test_rows_overwritten_by_dropped_tokens_stay_lost():

@@ -1,6 +1,12 @@
-"""The running tail: an open HCA window kept as the softmax of its rows so far, instead of as the rows."""
+"""The running tail: an open HCA window kept as the softmax of its rows so far, instead of as the rows.
+
+With a lookahead it keeps what that was after each of the latest tokens, in a ring by position: then the request goes
+on from the state after any of them.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +14,7 @@ import jax.numpy as jnp
 from dsv4_jax.arithmetic.pages import in_range
 from dsv4_jax.arithmetic.places import Requests, all_requests
 from dsv4_jax.layout.plan import StepPlan
-from dsv4_jax.layout.schema import empty_tail
+from dsv4_jax.layout.schema import STATE_ROWS, empty_tail
 from dsv4_jax.spec.kinds import LayerKind
 
 RATIO = LayerKind.HCA.ratio
@@ -46,45 +52,61 @@ def append_running(
     """``append_tail`` for a running tail: the tokens of the window that is open after the step, folded in.
 
     Args:
-      tail: fp32 [layers, slots, 3, d].
+      tail: fp32 [layers, slots, 3 states, d].
       kv: fp32 [T, d].
       score: fp32 [T, d], the position bias added.
       plan: the step.
       layer: int32 scalar; out of range writes nothing.
     """
     layers, slots = tail.shape[:2]
-    request = all_requests(plan, slots)
-    window = request.next // RATIO * RATIO
+    states = tail.shape[2] // STATE_ROWS
+    first, request = jnp.asarray(plan.query_start)[:-1], all_requests(plan, slots)
+    # The state after each of a request's last tokens, as many as the tail keeps: [R * states].
+    last = (request.next[:, None] - 1 - jnp.arange(states, dtype=jnp.int32)[None]).reshape(-1)
+    first, valid, slot, start = (jnp.repeat(x, states) for x in (first, request.valid, request.slot, request.start))
+    window = last // RATIO * RATIO
     position = window[:, None] + jnp.arange(RATIO, dtype=jnp.int32)[None]
-    present = (position >= request.start[:, None]) & (position < request.next[:, None])
-    index = jnp.asarray(plan.query_start)[:-1, None] + position - request.start[:, None]
-    index = jnp.clip(index, 0, kv.shape[0] - 1)
-    state = window_state(tail, layer, request.slot, request.start > window)
+    present = (position >= start[:, None]) & (position <= last[:, None])
+    index = jnp.clip(first[:, None] + position - start[:, None], 0, kv.shape[0] - 1)
+    state = window_state(tail, layer, slot, start, start > window)
     state = fold_rows(state, kv[index], score[index], present)
-    keep = request.valid & (request.next > window) & in_range(layer, layers)
-    return tail.at[layer, jnp.where(keep, request.slot, slots)].set(state, mode="drop")
+    keep = valid & (last >= start) & (last % RATIO != RATIO - 1) & in_range(layer, layers)
+    return _set_states(tail, layer, jnp.where(keep, slot, slots), last, state)
 
 
-def rotate_running(tail: jax.Array, closed: Requests, layer: jax.Array | int) -> jax.Array:
-    """``rotate`` for a running tail: requests whose window closed with the step's last token start with an empty one.
+def _set_states(tail: jax.Array, layer: jax.Array | int, slot: jax.Array, position: jax.Array, state: Any) -> jax.Array:
+    """Puts states, fp32 [N, 3, d] or for all, where those after the tokens at these positions [N] lie."""
+    row = position % (tail.shape[2] // STATE_ROWS) * STATE_ROWS
+    rows = row[:, None] + jnp.arange(STATE_ROWS, dtype=jnp.int32)[None]
+    return tail.at[layer, slot[:, None], rows].set(state, mode="drop")
+
+
+def rotate_running(tail: jax.Array, request: Requests, layer: jax.Array | int) -> jax.Array:
+    """``rotate`` for a running tail: states after tokens that closed a window are empty.
 
     Args:
-      tail: fp32 [layers, slots, 3, d].
-      closed: the requests of a step; valid are those that closed a window.
+      tail: fp32 [layers, slots, 3 states, d].
+      request: the requests of a step.
       layer: int32 scalar; out of range changes nothing.
     """
     layers, slots = tail.shape[:2]
-    clear = closed.valid & (closed.next % RATIO == 0) & in_range(layer, layers)
-    return tail.at[layer, jnp.where(clear, closed.slot, slots)].set(empty_tail(tail.shape), mode="drop")
+    states = tail.shape[2] // STATE_ROWS
+    last = (request.next[:, None] - 1 - jnp.arange(states, dtype=jnp.int32)[None]).reshape(-1)
+    valid, slot = (jnp.repeat(x, states) for x in (request.valid, request.slot))
+    clear = valid & ((last < 0) | (last % RATIO == RATIO - 1)) & in_range(layer, layers)
+    return _set_states(tail, layer, jnp.where(clear, slot, slots), last, empty_tail(tail.shape)[:STATE_ROWS])
 
 
-def window_state(tail: jax.Array, layer: jax.Array | int, slot: jax.Array, resumes: jax.Array) -> jax.Array:
+def window_state(
+    tail: jax.Array, layer: jax.Array | int, slot: jax.Array, start: jax.Array, resumes: jax.Array
+) -> jax.Array:
     """The state that windows go on from: that of the slot where earlier steps began the window, else an empty one.
 
     Args:
-      tail: fp32 [layers, slots, 3, d].
+      tail: fp32 [layers, slots, 3 states, d].
       layer: int32 scalar.
       slot: int32 [N].
+      start: int32 [N], the position that goes on.
       resumes: bool [N].
 
     Returns:
@@ -93,4 +115,6 @@ def window_state(tail: jax.Array, layer: jax.Array | int, slot: jax.Array, resum
     layers, slots = tail.shape[:2]
     layer = jnp.where(in_range(layer, layers), layer, 0)
     empty = jnp.array([-jnp.inf, 0, 0], jnp.float32)[None, :, None]
-    return jnp.where(resumes[:, None, None], tail[layer, jnp.clip(slot, 0, slots - 1)], empty)
+    states = tail.reshape(layers, slots, -1, STATE_ROWS, tail.shape[3])
+    before = states[layer, jnp.clip(slot, 0, slots - 1), jnp.maximum(start - 1, 0) % states.shape[2]]
+    return jnp.where(resumes[:, None, None], before, empty)

@@ -42,7 +42,8 @@ class Cache:
         ``csa_tail`` fp32 [CSA layers, slots, 2 (kv, score), 12, 512], rows waiting to be compressed;
         ``csa_key_tail`` fp32 [CSA layers, slots, 2 (kv, score), 12, 128], the same for the indexer;
         ``hca_tail`` fp32 [HCA layers, slots, 2 (kv, score), 128, 512], the same for HCA; or, with
-        ``CacheFormats(hca_tail="running")``, fp32 [HCA layers, slots, 3 (max, denominator, sum), 512].
+        ``CacheFormats(hca_tail="running")``, fp32 [HCA layers, slots, 3 (max, denominator, sum), 512], which is
+        more with a lookahead, see ``CacheSchema.arrays``.
       schema: what the arrays of one shard look like.
       shards: how many shards lie side by side: 1, or what ``init_cache(schema, mesh=…)`` made. Inside ``jax.shard_map``
         the arrays are those of one shard and this keeps its value.

@@ -54,6 +54,35 @@ def step_arrays(
     return handles.astype(np.int64), counts.astype(np.int64)
 
 
+def draft_array(
+    drafts: Mapping[int, int] | ArrayLike, handles: NDArray[np.int64], counts: NDArray[np.int64], lookahead: int
+) -> NDArray[np.int64]:
+    """``prepare_forward``'s drafts as int64 [n], those of ``handles``, which bring ``counts``; raises InvalidStep."""
+    if isinstance(drafts, Mapping):
+        unknown = drafts.keys() - set(handles.tolist())
+        if unknown:
+            raise InvalidStep(f"request {min(unknown, key=str)} has drafts and no tokens; drafts are among its tokens")
+        drafts = [drafts.get(handle, 0) for handle in handles.tolist()]
+    try:
+        given = np.asarray(drafts)
+    except ValueError as error:
+        raise InvalidStep(f"drafts must be integers: {error}") from error
+    if (given.size and given.dtype.kind not in "iu") or given.shape not in ((), handles.shape):
+        raise InvalidStep(
+            f"drafts must be a mapping, one integer, or one for each of {handles.size} requests; "
+            f"got {given.dtype} {list(given.shape)}"
+        )
+    of_step = np.broadcast_to(given, handles.shape).astype(np.int64)
+    wrong = (of_step < 0) | (of_step > np.minimum(lookahead, counts - 1))
+    if wrong.any():
+        first = int(wrong.argmax())
+        raise InvalidStep(
+            f"request {handles[first]} cannot have {of_step[first]} drafts among its {counts[first]} tokens: one token "
+            f"at least is none, and the schema's lookahead, the most that can be taken back, is {lookahead}"
+        )
+    return of_step
+
+
 def step_count(steps: int | None) -> int:
     """``prepare_forward``'s number of steps, 1 for None; raises InvalidStep."""
     if steps is None:
@@ -61,6 +90,20 @@ def step_count(steps: int | None) -> int:
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
         raise InvalidStep(f"steps must be an integer of at least 1, or None for a single step; got {steps!r}")
     return int(steps)
+
+
+def length_array(lengths: ArrayLike, requests: int, padded: int) -> NDArray[np.int64]:
+    """``commit``'s lengths as int64 [requests]; ``padded`` is R. Raises InvalidStep."""
+    try:
+        given = np.asarray(lengths)
+    except ValueError as error:
+        raise InvalidStep(f"lengths must be integers: {error}") from error
+    if (given.size and given.dtype.kind not in "iu") or given.shape not in ((requests,), (padded,)):
+        raise InvalidStep(
+            f"lengths must be an integer for each of the plan's {requests} requests; got {given.dtype} "
+            f"{list(given.shape)}"
+        )
+    return given[:requests].astype(np.int64)
 
 
 def run_array(steps_run: ArrayLike, handles: NDArray[np.int64], padded: int, steps: int) -> NDArray[np.int64]:

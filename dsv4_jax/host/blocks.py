@@ -55,11 +55,12 @@ class BlockLedger:
         if count > free:
             raise CacheFull("blocks", count, free, self.total)
         ids = self._stack[free - count : free][::-1].copy()
+        at = ids.astype(np.intp)  # converted once, not at each write; so are the values
         return ids, (
-            (self.owner, ids, slots),
-            (self.place, ids, places),
+            (self.owner, at, slots.astype(np.int32)),
+            (self.place, at, places.astype(np.int32)),
             (self.table, (slots, places), ids),
-            (self._taken, ids, np.arange(taken, taken + count)),
+            (self._taken, at, np.arange(taken, taken + count)),
             (self._counts, "taken", taken + count),
             (self._counts, "free", free - count),
         )

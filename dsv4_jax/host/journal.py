@@ -14,13 +14,18 @@ class Journal:
     Noting the writes is one assignment: an exception that arrives before it leaves everything as it was. One that
     arrives after it leaves the note, and ``finish`` writes all of it, again where some was written already. So a value
     must not depend on what it replaces. Whoever reads the containers calls ``finish`` first.
+
+    Attributes:
+      number: of the latest ``write``. What was read under a number still holds while that is the number.
     """
 
     def __init__(self) -> None:
+        self.number = 0
         self._noted: tuple[Write, ...] = ()
 
     def write(self, writes: tuple[Write, ...]) -> None:
         """Makes these changes, all or none of them. Nothing may be noted still."""
+        self.number += 1  # first: a number too high makes somebody read again, an old one would not
         self._noted = writes
         self.finish()
 

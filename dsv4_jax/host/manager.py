@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dsv4_jax.host.arguments import bucket_list, integer, run_array, step_arrays, step_count
+from dsv4_jax.host.arguments import bucket_list, integer, step_arrays, step_count
+from dsv4_jax.host.batch import Batch, BlockNeed, Standing
 from dsv4_jax.host.blocks import BlockLedger
-from dsv4_jax.host.errors import StalePlan, StepTooLarge
+from dsv4_jax.host.drafts import DraftTable
+from dsv4_jax.host.errors import StepTooLarge
 from dsv4_jax.host.journal import Journal, Write
-from dsv4_jax.host.planning import build_plan, build_plans
 from dsv4_jax.host.receipts import Receipts
 from dsv4_jax.host.requests import RequestTable
+from dsv4_jax.host.settling import Outstanding, plan_of
 from dsv4_jax.host.truncation import check_truncation
 from dsv4_jax.layout.plan import PlanLayout, StepPlan
 from dsv4_jax.layout.schema import CacheSchema
-from dsv4_jax.spec.kinds import BLOCK_TOKENS, LayerKind
 
 
 class CacheManager:
@@ -57,15 +58,14 @@ class CacheManager:
             tuple(PlanLayout(bucket, min(schema.slots, bucket), fingerprint, displaces) for displaces in (False, True))
             for bucket in buckets
         ]
-        has_csa = schema.spec.count(LayerKind.CSA) > 0
-        self._has_blocks = has_csa or schema.spec.count(LayerKind.HCA) > 0
-        # A request needs block i once it has this many tokens more than i blocks hold.
-        self._tokens_of_first_entry = LayerKind.CSA.ratio if has_csa else LayerKind.HCA.ratio
+        self._need = BlockNeed(schema.spec)
 
         self._journal = Journal()
         self._request_table = RequestTable(schema.slots)
         self._ledger = BlockLedger(schema.slots, schema.max_blocks, schema.blocks)
+        self._drafts = DraftTable(schema)
         self._receipts = Receipts()
+        self._standing: Standing | None = None  # after the latest plan
 
     def _state(self) -> tuple[RequestTable, BlockLedger]:
         """What the manager knows; an interrupted operation is finished first, so nothing else may read it."""
@@ -115,7 +115,10 @@ class CacheManager:
         return np.sort(handles[handles >= 0])
 
     def length(self, request: int) -> int:
-        """Tokens of the request in the cache once every plan made so far has run. Raises UnknownRequest."""
+        """Tokens of the request in the cache once every plan made so far has run. Raises UnknownRequest.
+
+        With drafts whose plan has not been committed, the most that it can be.
+        """
         table, _ = self._state()
         return int(table.lengths[table.slot(request)])
 
@@ -143,10 +146,7 @@ class CacheManager:
         Returns:
           int64 of that shape.
         """
-        length = np.asarray(length, np.int64)
-        if self._has_blocks:
-            return (length + (BLOCK_TOKENS - self._tokens_of_first_entry)) // BLOCK_TOKENS
-        return np.zeros_like(length)
+        return self._need.blocks(length)
 
     def can_admit(self, length: int = 0) -> bool:
         """Whether a slot is free, and blocks for a request of ``length`` tokens are.
@@ -183,7 +183,7 @@ class CacheManager:
         """
         table, _ = self._state()
         slot = table.slot(request)
-        self._journal.write((*self._free_blocks([slot], [0]), *table.release(slot)))
+        self._journal.write((*self._free_blocks([slot], [0]), *table.release(slot), *self._drafts.forget(slot)))
 
     def reset(self) -> None:
         """Forgets all requests: every slot and block is free, and plans made so far are stale.
@@ -192,7 +192,7 @@ class CacheManager:
         given out before stay unknown, they are not given out again.
         """
         table, ledger = self._state()
-        self._journal.write((*ledger.give_back_all(), *table.release_all()))
+        self._journal.write((*ledger.give_back_all(), *table.release_all(), *self._drafts.forget(slice(None))))
 
     def truncate(self, request: int, length: int) -> None:
         """Drops the tokens at positions ``length`` and beyond, on the host only.
@@ -207,8 +207,8 @@ class CacheManager:
           CSA layers ``length >= (peak - L) // 4 * 4``, with HCA layers ``length >= (peak - L) // 128 * 128`` or a
           multiple of 128, where nothing is open. The sliding window: ``length >= peak - L - 1``, or anything while
           ``peak`` is at most the ring.
-        - A running HCA tail has folded its tokens and cannot drop one, whatever L: only multiples of 128 (and the one
-          token that opened a window).
+        - A running HCA tail has the states after the latest L + 1 tokens of ``peak``: below ``peak - L`` only multiples
+          of 128 are possible.
 
         Rows of dropped positions stay on the device. None is read: which rows count follows from the position, and a
         position is written again before it counts. Blocks whose entries are all dropped are free at once.
@@ -227,10 +227,10 @@ class CacheManager:
         if length == current:
             return
         if length == 0:
-            self._journal.write((*self._free_blocks([slot], [0]), *table.forget(slot)))
+            self._journal.write((*self._free_blocks([slot], [0]), *table.forget(slot), *self._drafts.forget(slot)))
             return
         peak = max(int(table.peaks[slot]), current)
-        check_truncation(self._schema, request, current, peak, length)
+        check_truncation(self._schema, request, current, peak, length, self._drafts.is_open(slot))
         self._journal.write(
             (
                 *self._free_blocks([slot], [length]),
@@ -241,7 +241,11 @@ class CacheManager:
         )
 
     def prepare_forward(
-        self, tokens: Mapping[int, int] | tuple[ArrayLike, ArrayLike], *, steps: int | None = None
+        self,
+        tokens: Mapping[int, int] | tuple[ArrayLike, ArrayLike],
+        *,
+        drafts: Mapping[int, int] | ArrayLike | None = None,
+        steps: int | None = None,
     ) -> StepPlan:
         """Reserves what a step needs and plans it: all of the requests given, or none.
 
@@ -251,10 +255,17 @@ class CacheManager:
         ``lax.scan`` over the plan or a ``lax.while_loop`` over ``plan.step(i)``. A block or reset appears in the step
         that first needs it. Requests may stop on the way (``StepPlan.stop``); then ``commit`` says how far each came.
 
+        With ``drafts``, the last tokens of a request are guesses, which the step itself verifies. How many are kept is
+        known on the device, and ``commit`` tells the manager, whenever it is known there. Until then ``length`` is the
+        most that the request can be, the blocks for that are reserved, and whatever is planned for it, later steps of
+        the same plan included, must be brought to the real length on the device, by ``StepPlan.rebase``.
+
         Args:
           tokens: handle -> token count of the step (1 when decoding), or the same as a tuple of two integer arrays,
             (handles [n], counts [n]), the faster form for many requests. The plan keeps the order given. No request at
             all gives a plan of nothing but padding.
+          drafts: handle -> how many of a step's tokens are drafts, or integers [n] in the order of requests, or one for
+            all: of a request's 1 + k tokens when decoding, k. At least one token is none.
           steps: how many steps of these counts; None for the plan of one step.
 
         Returns:
@@ -264,136 +275,137 @@ class CacheManager:
         then tells that it was: what it would have brought never runs, so release its requests or truncate them to 0.
 
         Raises:
-          InvalidStep: a request twice, a count or ``steps`` below 1, or no integers of matching shape.
+          InvalidStep: a request twice, a count or ``steps`` below 1, no integers of matching shape, or more drafts
+            than the schema's ``lookahead`` or the request's other tokens allow.
           UnknownRequest: a handle that is not admitted.
           ContextExceeded: a request would grow beyond ``schema.max_context``.
           StepTooLarge: more tokens than the largest bucket.
           CacheFull: too few free blocks.
         """
         handles, counts = step_arrays(tokens)
+        repeats = step_count(steps)
         table, _ = self._state()
-        slots = table.slots(handles)
-        total = table.check_growth(handles, slots, counts, step_count(steps), self._schema.max_context)
-        if total > self._buckets[-1]:
-            raise StepTooLarge(total, self._buckets[-1])
-        displaces = total > counts.size and bool(counts.max() > self._schema.lookahead + 1)
-        layout = self._layouts[bisect.bisect_left(self._buckets, total)][displaces]
-        starts = table.lengths.take(slots)
-        ends = starts + (counts if steps is None else counts * steps)
-        changes, writes = self._reserve(slots, starts, counts, ends)
+        at = self._standing
+        if at is None or not at.allows(handles, counts, repeats, self._journal.number, self._schema.max_context):
+            at = self._stand(handles, counts, repeats)
+        batch, changes = at.batch, None
+        writes: tuple[Write, ...] = ()
+        ends = at.lengths + (batch.counts if steps is None else batch.counts * repeats)
+        blocks, block_due = at.new_blocks(ends, self._need, by_step=steps is not None)
+        if blocks is not None:
+            # Blocks go out in order of need: those of several steps as if these were prepared one by one.
+            ids, writes = self._ledger.take(*blocks[1:])
+            changes = (*blocks, ids)
 
-        serial = table.clock + 1
-        receipt = self._receipts.issue(serial)
-        resets = table.reset_due.take(slots)
+        drafted, draft_writes = self._drafts.bring(drafts, handles, batch.slots, batch.counts, repeats)
+        receipt = self._receipts.issue(table.clock + 1, drafted)
         if steps is None:
-            of_step = None if changes is None else changes[1:]
-            plan = build_plan(layout, slots, starts, counts, resets, of_step, receipt=receipt)
+            plan = batch.frame.plan(at.lengths, at.resets, changes and changes[1:], receipt=receipt)
         else:
-            plan = build_plans(layout, steps, slots, starts, counts, resets, changes, receipt=receipt)
-        if np.count_nonzero(resets):
-            writes = (*writes, (table.reset_due, slots, False))
-        self._journal.write((*writes, (table.lengths, slots, ends), table.tick()))
+            plan = batch.frame.plans(repeats, at.lengths, at.resets, changes, receipt=receipt)
+        if at.resets is not None:
+            writes = (*writes, (table.reset_due, batch.slots, False))
+        self._journal.write((*writes, *draft_writes, (table.lengths, batch.slots, ends), table.tick()))
+        self._standing = at.after(repeats, block_due, ends, self._journal.number)
         return plan
 
-    def _reserve(
-        self, slots: NDArray, starts: NDArray, counts: NDArray, ends: NDArray
-    ) -> tuple[tuple[NDArray, NDArray, NDArray, NDArray] | None, tuple[Write, ...]]:
-        """Takes the blocks that requests growing to ``ends`` need: ((step, slot, index, block) of each, writes)."""
-        held = self.blocks_needed(starts)
-        added = self.blocks_needed(ends) - held
-        if not np.count_nonzero(added):
-            return None, ()
-        growing = added.nonzero()[0]
-        added = added[growing]
-        count = int(added.sum())
-        request = growing.repeat(added)
-        index = np.arange(count) + (held[growing] - (added.cumsum() - added)).repeat(added)
-        # Blocks go out in order of need, as if the steps were prepared one by one.
-        reached = BLOCK_TOKENS * index + self._tokens_of_first_entry
-        step = (reached - starts[request] - 1) // counts[request]
-        by_step = step.argsort(kind="stable")
-        step, request, index = step[by_step], request[by_step], index[by_step]
-        ids, writes = self._ledger.take(slots[request], index)
-        return (step, slots[request], index, ids), writes
+    def _stand(self, handles: NDArray[np.int64], counts: NDArray[np.int64], steps: int) -> Standing:
+        """Looks up the requests of a step, and checks all but blocks; raises as ``prepare_forward``."""
+        table = self._request_table
+        slots = table.slots(handles)
+        lengths, resets = table.lengths.take(slots), table.reset_due.take(slots)
+        limit = self._schema.max_context
+        total, most, longest = table.check_growth(handles, slots, lengths, counts, steps, limit)
+        if total > self._buckets[-1]:
+            raise StepTooLarge(total, self._buckets[-1])
+        batch = Batch(handles, counts, slots, most, self._layout(counts.size, total, most))
+        any_resets = resets if np.count_nonzero(resets) else None
+        return Standing(batch, lengths, self._need.due(lengths), longest, any_resets, self._journal.number)
 
-    def cancel(self, plan: StepPlan) -> None:
-        """Takes back a plan that has not run and will not: lengths, blocks and resets are as if it had never been made.
+    def _layout(self, requests: int, total: int, most: int) -> PlanLayout:
+        """The layout of a step that brings so many tokens of so many requests, at most ``most`` of one."""
+        displaces = total > requests and most > self._schema.lookahead + 1
+        return self._layouts[bisect.bisect_left(self._buckets, total)][displaces]
 
-        Possible while it is the latest plan of each of its requests; so cancel several in reverse order. A plan of
-        several steps is taken back whole; if some of them ran, ``commit`` it.
+    def cancel(self, plan: StepPlan, requests: ArrayLike | None = None) -> StepPlan:
+        """Takes back a plan that has not run and will not, or some of its requests' part of it.
+
+        Lengths, blocks and resets are as if the plan, or that part, had never been made. Possible while it is the
+        latest plan of each request that is taken out; so cancel several in reverse order. A plan of several steps is
+        taken back whole; if some of them ran, ``commit`` it.
 
         Args:
           plan: what ``prepare_forward`` returned (not a copy that came out of jit).
+          requests: handles of the plan's requests, integers [n] or one, whose tokens will not be computed: their client
+            is gone, say. All of them by default.
+
+        Returns:
+          The plan of the requests that are left, in their order, to be run in place of the one given, which is stale
+          from here on; of nothing but padding if none is left. Tokens are packed anew with it, and its layout may be a
+          smaller one. As with ``prepare_forward``, an exception from outside may come when it is made and not yet
+          handed over.
 
         Raises:
-          StalePlan: a request of the plan has a later plan, or was released or truncated since; or the plan was
-            cancelled or committed before, or is not this manager's.
+          StalePlan: a request that is taken out has a later plan, or any of the plan's was released or truncated since;
+            or the plan was cancelled or committed before, or is not this manager's.
+          InvalidStep: the plan does not hold one of ``requests``.
+          UnknownRequest: one of ``requests`` is not admitted.
         """
-        serial, first, slots = self._latest(plan)
-        writes = self._keep_steps(first, slots, np.zeros(slots.size, np.int64))
-        self._journal.write((*writes, self._receipts.settle(serial, "cancelled", self._request_table.oldest_plan())))
+        table, _ = self._state()
+        whole = Outstanding.of_plan(plan, self._receipts, table, self._drafts)
+        whole.unchanged(table, all_of_them=True)
+        chosen = whole.chosen(requests, table)
+        part, rest = whole.of(chosen), whole.of(~chosen)
+        part.check_latest(table)
+        drafts = whole.receipt.drafts and self._drafts.remember(rest.slots, rest.drafts, rest.made)
+        receipt = self._receipts.issue(table.clock + 1, drafts, whole.receipt.serial)
+        layout = self._layout(rest.slots.size, int(rest.counts.sum()), int(rest.counts.max(initial=0)))
+        left = plan_of(rest, plan, layout, receipt)
+        settled = self._receipts.settle(whole.receipt, "cancelled", table.oldest_plan())
+        uncounted = self._drafts.made, part.slots, part.made - part.drafts * part.steps
+        self._journal.write((*self._keep(part, part.starts), uncounted, table.tick(), settled))
+        return left
 
-    def commit(self, plan: StepPlan, steps_run: ArrayLike) -> None:
-        """Says how many of a plan's steps each request really ran; takes the rest back, lengths and blocks.
+    def commit(self, plan: StepPlan, steps_run: ArrayLike | None = None, *, lengths: ArrayLike | None = None) -> None:
+        """Says how far each of a plan's requests really came; takes the rest back, lengths and blocks.
 
-        For requests that stopped on the way and go on later. If all ran every step there is nothing to say, and for one
-        that is over, ``release`` says enough. Possible while the plan is the latest of each of its requests, so commit
-        first and release then.
+        For drafts that were not kept, and for requests that stopped on the way and go on later. If all ran every step
+        and had no drafts there is nothing to say, and for one that is over, ``release`` says enough: what is said of
+        requests that were released or truncated since, or had a later plan committed, is ignored.
 
-        What was reserved and not written cannot be read. Entries, keys and window rows count by position, and every
-        position from the new length on is written before it counts. Nor does a block that is freed here, and then given
-        to another slot, stay within reach of its former one: the places of the device's block table that a request of
-        length n reads or writes are the first ``blocks_needed(n)``, which it keeps. Later places are still empty, since
-        the step that would have filled them was stopped with all its changes; and should one hold a block (after a
-        ``truncate``), the step that first needs the place sets it before anything goes through it.
+        Where a request had no drafts, no token can be taken back once it has a later plan, so commit first and prepare
+        then. With drafts, in this plan or earlier ones, later plans may be under way (``StepPlan.rebase``): their part
+        of the length, and the blocks that it may reach, stay reserved.
 
         Args:
           plan: what ``prepare_forward`` returned (not a copy that came out of jit).
           steps_run: integers, the steps each request ran before it was stopped, or the loop ended: [requests] in the
             plan's order, or [R] as the device has them (padding is ignored), or one number for all. It must be what the
-            device did. A request that ran further cannot be taken back this way, only by ``truncate``.
+            device did. A request that ran further cannot be taken back this way, only by ``truncate``. Not for drafts.
+          lengths: instead of ``steps_run``, the length of each request once the plan has run, [requests] or [R].
 
         Raises:
-          InvalidStep: ``steps_run`` has another shape, is not of integers, or not within 0 and the plan's steps.
-          StalePlan: as for ``cancel``.
+          InvalidStep: ``steps_run`` or ``lengths`` has another shape, is not of integers, or cannot be; or both are
+            given, or neither.
+          StalePlan: a request has a later plan that must not be; or none of the plan's is as it left them; or the plan
+            was cancelled or committed before, or is not this manager's.
         """
-        serial, first, slots = self._latest(plan)
-        table, steps = self._request_table, 1 if plan.packed.ndim == 1 else len(plan.packed)
-        run = run_array(steps_run, table.handles[slots], plan.layout.requests, steps)
-        writes = self._keep_steps(first, slots, run)
-        # It ran, and so did all plans before it.
-        stale = table.make_stale(slots)
-        self._journal.write((*writes, *stale, self._receipts.settle(serial, "committed", table.oldest_plan())))
-
-    def _latest(self, plan: StepPlan) -> tuple[int, StepPlan, NDArray[np.int32]]:
-        """A plan's serial, its first step, its requests' slots; StalePlan unless it can be taken back."""
         table, _ = self._state()
-        serial = self._receipts.serial(plan)
-        first, last = (plan, plan) if plan.packed.ndim == 1 else (plan.step(0), plan.step(-1))
-        slots = last.request_slot[last.request_slot >= 0]
-        requests = slots.size
-        gone = table.changed[slots] > serial
-        if gone.any():
-            raise StalePlan(
-                f"{int(gone.sum())} of the plan's {requests} requests (slot {slots[gone][0]} for one) were released or "
-                "truncated since it was made, or had a later plan committed; truncate or release the others"
-            )
-        later = table.lengths[slots] != last.request_end[:requests]
-        if later.any():
-            raise StalePlan(
-                f"{int(later.sum())} of the plan's {requests} requests ({table.handles[slots[later][0]]} for one) have "
-                "a later plan; cancel that first"
-            )
-        return serial, first, slots
+        whole = Outstanding.of_plan(plan, self._receipts, table, self._drafts)
+        part, kept = whole.kept(steps_run, lengths, plan.layout.requests, table)
+        # It ran, and so did all plans before it.
+        stale = table.changed, part.slots, whole.receipt.serial
+        settled = self._receipts.settle(whole.receipt, "committed", table.oldest_plan())
+        learned = part.learn(kept, table, self._drafts, self._schema.lookahead)
+        self._journal.write((*self._keep(part, kept), *learned, stale, settled))
 
-    def _keep_steps(self, first: StepPlan, slots: NDArray, run: NDArray) -> tuple[Write, ...]:
-        """Takes back all of a plan but the first ``run`` steps [requests] of each request."""
-        table, requests = self._request_table, slots.size
-        lengths = first.request_start[:requests] + run * np.diff(first.query_start[: requests + 1])
-        not_reset = slots[(first.request_reset[:requests] != 0) & (run == 0)]
+    def _keep(self, part: Outstanding, kept: NDArray[np.int64]) -> tuple[Write, ...]:
+        """Takes back what is beyond ``kept`` tokens [n] of a part of a plan; later plans start so much earlier."""
+        table = self._request_table
+        lengths, not_reset = table.lengths[part.slots] - (part.ends - kept), part.slots[part.resets & (kept == 0)]
         return (
-            *self._free_blocks(slots, lengths),
-            (table.lengths, slots, lengths),
+            *self._free_blocks(part.slots, lengths),
+            (table.lengths, part.slots, lengths),
             (table.reset_due, not_reset, True),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -12,6 +13,9 @@ from dsv4_jax.spec.kinds import RATIOS
 
 TableChanges = tuple[ArrayLike, ArrayLike, ArrayLike]
 TABLE_FIELDS = ("table_slot", "table_index", "table_block")
+# The field of each ratio, and the position in a window of the token that closes it. Arrays: NumPy converts a number
+# anew at every operation.
+_LAST_OF_WINDOW = tuple((f"closing_{ratio}", np.array(ratio - 1, np.int32)) for ratio in RATIOS)
 
 
 def build_plan(
@@ -43,66 +47,8 @@ def build_plan(
     Raises:
       ValueError: more requests, tokens or table changes than the layout holds.
     """
-    slots, starts, counts = np.asarray(slots, np.intp), np.asarray(starts, np.intp), np.asarray(counts, np.intp)
-    requests, tokens = slots.size, int(np.add.reduce(counts))
-    changes = 0 if table_changes is None else np.size(table_changes[0])
-    if requests > layout.requests or tokens > layout.tokens or changes > layout.table_changes:
-        raise ValueError(
-            f"{requests} requests, {tokens} tokens and {changes} table changes do not fit a plan of "
-            f"{layout.requests}, {layout.tokens} and {layout.table_changes}"
-        )
-
-    fields = layout.fields
-    if tokens == requests:
-        packed = _one_token_each(layout, requests).copy()
-        packed[fields["token_slot"]][:tokens] = slots
-        position = packed[fields["token_position"]][:tokens]
-        position[:] = starts
-    else:
-        packed = _padding(layout).copy()
-        query_start = packed[fields["query_start"]]
-        np.cumsum(counts, out=query_start[1 : requests + 1])
-        query_start[requests + 1 :] = tokens
-        packed[fields["longest"]] = counts.max()
-        request = np.repeat(np.arange(requests), counts)
-        packed[fields["token_slot"]][:tokens] = slots[request]
-        packed[fields["token_request"]][:tokens] = request
-        position = packed[fields["token_position"]][:tokens]
-        position[:] = np.arange(tokens) + (starts - query_start[:requests])[request]
-    packed[fields["request_slot"]][:requests] = slots
-    packed[fields["request_reset"]][:requests] = resets
-
-    closing = None
-    for ratio in RATIOS:
-        if closing is None:
-            closing = ((position & (ratio - 1)) == ratio - 1).nonzero()[0]
-        else:  # each ratio divides the next
-            closing = closing[(position[closing] & (ratio - 1)) == ratio - 1]
-        packed[fields[f"closing_{ratio}"]][closing if layout.closings_by_token else slice(closing.size)] = closing
-    if table_changes is not None:
-        for name, values in zip(TABLE_FIELDS, table_changes, strict=True):
-            packed[fields[name]][:changes] = values
-    packed.flags.writeable = False
-    return StepPlan(packed, layout, receipt)
-
-
-@functools.lru_cache(maxsize=64)
-def _padding(layout: PlanLayout) -> NDArray[np.int32]:
-    """The vector of a step without requests."""
-    packed = np.full(layout.size, -1, np.int32)
-    for name in ("request_reset", "query_start", "longest"):
-        packed[layout.fields[name]] = 0
-    return packed
-
-
-@functools.lru_cache(maxsize=64)
-def _one_token_each(layout: PlanLayout, requests: int) -> NDArray[np.int32]:
-    """What the vectors of all steps of one token for each of so many requests share."""
-    packed = _padding(layout).copy()
-    packed[layout.fields["token_request"]][:requests] = np.arange(requests)
-    packed[layout.fields["query_start"]] = np.minimum(np.arange(layout.requests + 1), requests)
-    packed[layout.fields["longest"]] = min(requests, 1)
-    return packed
+    _check_fit(layout, slots, counts, 0 if table_changes is None else np.size(table_changes[0]))
+    return PlanFrame(layout, slots, counts).plan(starts, resets, table_changes, receipt=receipt)
 
 
 def build_plans(
@@ -135,27 +81,147 @@ def build_plans(
     Raises:
       ValueError: as ``build_plan``.
     """
-    first = build_plan(layout, slots, starts, counts, resets)
-    packed = np.tile(first.packed, (steps, 1))
-    fields = {name: packed[:, where] for name, where in layout.fields.items()}
-    fields["request_reset"][1:] = 0
-    request = first.token_request[: first.query_start[-1]]
-    position = fields["token_position"][:, : request.size]
-    position += np.arange(steps, dtype=np.int32)[:, None] * np.asarray(counts, np.int32)[request]
-    for ratio in RATIOS:
-        step, token = np.nonzero((position & (ratio - 1)) == ratio - 1)
-        closing = fields[f"closing_{ratio}"]
-        closing[:] = -1
-        closing[step, token if layout.closings_by_token else _place_in_run(step)] = token
-    if table_changes is not None:
-        step, *values = map(np.asarray, table_changes)
-        place = _place_in_run(step)
-        if place.max(initial=-1) >= layout.table_changes:
-            raise ValueError(f"{place.max() + 1} table changes in one step do not fit a plan of {layout.table_changes}")
-        for name, value in zip(TABLE_FIELDS, values, strict=True):
-            fields[name][step, place] = value
-    packed.flags.writeable = False
-    return StepPlan(packed, layout, receipt)
+    _check_fit(layout, slots, counts)
+    return PlanFrame(layout, slots, counts).plans(steps, starts, resets, table_changes, receipt=receipt)
+
+
+def _check_fit(layout: PlanLayout, slots: ArrayLike, counts: ArrayLike, changes: int = 0) -> None:
+    requests, tokens = np.size(slots), int(np.sum(counts))
+    if requests > layout.requests or tokens > layout.tokens or changes > layout.table_changes:
+        raise ValueError(
+            f"{requests} requests, {tokens} tokens and {changes} table changes do not fit a plan of "
+            f"{layout.requests}, {layout.tokens} and {layout.table_changes}"
+        )
+
+
+class PlanFrame:
+    """What all plans share whose steps bring so many tokens each of requests in these slots, one after the other.
+
+    A decode step's plan differs from the one before in little else than its positions. Checks nothing; arguments are
+    those of ``build_plan``, and ``resets`` None means no slot.
+    """
+
+    def __init__(self, layout: PlanLayout, slots: ArrayLike, counts: ArrayLike) -> None:
+        self._layout, self._places = layout, _places(layout)
+        self._slots, counts = np.asarray(slots).astype(np.int32), np.asarray(counts, np.intp)
+        self._requests, self._tokens = self._slots.size, int(np.add.reduce(counts))
+        # Of each token: its request (None where each request brings one), which of the request's tokens it is, and by
+        # how much its position advances from step to step.
+        self._request: NDArray[np.intp] | None = None
+        self._offset: NDArray[np.intp] | int = 0
+        self._advance: NDArray[np.int32] | int = 1
+        if self._tokens == self._requests:
+            self._common = _one_token_each(layout, self._requests)
+            return
+        fields, requests, tokens = self._places.fields, self._requests, self._tokens
+        self._common = self._places.padding.copy()
+        query_start = self._common[fields["query_start"]]
+        np.cumsum(counts, out=query_start[1 : requests + 1])
+        query_start[requests + 1 :] = tokens
+        self._common[fields["longest"]] = counts.max()
+        self._request = np.repeat(np.arange(requests), counts)
+        self._offset = np.arange(tokens) - query_start[self._request]
+        self._advance = counts[self._request].astype(np.int32)
+        self._common[fields["token_request"]][:tokens] = self._request
+
+    def plan(
+        self,
+        starts: ArrayLike,
+        resets: ArrayLike | None = None,
+        table_changes: TableChanges | None = None,
+        *,
+        receipt: Receipt | None = None,
+    ) -> StepPlan:
+        """The plan of a step; arguments and result as of ``build_plan``."""
+        packed, fields = self._common.copy(), self._places.fields
+        packed[fields["request_slot"]][: self._requests] = self._slots
+        token_slot, position = packed[fields["token_slot"]], packed[fields["token_position"]][: self._tokens]
+        if self._request is None:
+            token_slot[: self._tokens] = self._slots
+            position[:] = starts
+        else:
+            token_slot[: self._tokens] = self._slots[self._request]
+            position[:] = np.asarray(starts)[self._request] + self._offset
+        if resets is not None:
+            packed[fields["request_reset"]][: self._requests] = resets
+        closing = None
+        for name, last in _LAST_OF_WINDOW:
+            if closing is None:
+                closing = ((position & last) == last).nonzero()[0]
+            else:  # each ratio divides the next
+                closing = closing[(position[closing] & last) == last]
+            place = closing if self._places.by_token else slice(closing.size)
+            packed[fields[name]][place] = closing.astype(np.int32)  # faster than converting as it is stored
+        if table_changes is not None:
+            changes = np.size(table_changes[0])
+            for name, values in zip(TABLE_FIELDS, table_changes, strict=True):
+                packed[fields[name]][:changes] = values
+        packed.flags.writeable = False
+        return StepPlan(packed, self._layout, receipt)
+
+    def plans(
+        self,
+        steps: int,
+        starts: ArrayLike,
+        resets: ArrayLike | None = None,
+        table_changes: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike] | None = None,
+        *,
+        receipt: Receipt | None = None,
+    ) -> StepPlan:
+        """The plans of so many steps; arguments and result as of ``build_plans``."""
+        packed = np.tile(self.plan(starts, resets).packed, (steps, 1))
+        fields = {name: packed[:, where] for name, where in self._places.fields.items()}
+        fields["request_reset"][1:] = 0
+        position = fields["token_position"][:, : self._tokens]
+        position += np.arange(steps, dtype=np.int32)[:, None] * self._advance
+        for name, last in _LAST_OF_WINDOW:
+            step, token = np.nonzero((position & last) == last)
+            closing = fields[name]
+            closing[:] = -1
+            closing[step, token if self._places.by_token else _place_in_run(step)] = token
+        if table_changes is not None:
+            step, *values = map(np.asarray, table_changes)
+            place = _place_in_run(step)
+            fits = self._layout.table_changes
+            if place.max(initial=-1) >= fits:
+                raise ValueError(f"{place.max() + 1} table changes in one step do not fit a plan of {fits}")
+            for name, value in zip(TABLE_FIELDS, values, strict=True):
+                fields[name][step, place] = value
+        packed.flags.writeable = False
+        return StepPlan(packed, self._layout, receipt)
+
+
+@dataclasses.dataclass
+class _Places:
+    """What a layout says, at hand.
+
+    Attributes:
+      fields: its ``fields``.
+      by_token: its ``closings_by_token``.
+      padding: int32 [layout.size], the vector of a step without requests.
+    """
+
+    fields: dict[str, slice]
+    by_token: bool
+    padding: NDArray[np.int32]
+
+
+@functools.lru_cache(maxsize=64)
+def _places(layout: PlanLayout) -> _Places:
+    padding = np.full(layout.size, -1, np.int32)
+    for name in ("request_reset", "query_start", "longest"):
+        padding[layout.fields[name]] = 0
+    return _Places(dict(layout.fields), layout.closings_by_token, padding)
+
+
+@functools.lru_cache(maxsize=64)
+def _one_token_each(layout: PlanLayout, requests: int) -> NDArray[np.int32]:
+    """What the vectors of all steps of one token for each of so many requests share."""
+    packed = _places(layout).padding.copy()
+    packed[layout.fields["token_request"]][:requests] = np.arange(requests)
+    packed[layout.fields["query_start"]] = np.minimum(np.arange(layout.requests + 1), requests)
+    packed[layout.fields["longest"]] = min(requests, 1)
+    return packed
 
 
 def _place_in_run(values: NDArray[np.int64]) -> NDArray[np.int64]:

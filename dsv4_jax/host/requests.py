@@ -21,7 +21,7 @@ class RequestTable:
         ``truncate`` writes peaks, and a step need not.
       reset_due: bool [slots], whether the slot's next plan must clear it of what it held before.
       changed: int64 [slots], when the slot's request was last released, truncated or committed, on the clock of plans:
-        no older plan can be taken back.
+        no plan up to then can be taken back.
     """
 
     def __init__(self, slots: int) -> None:
@@ -72,21 +72,22 @@ class RequestTable:
         self,
         handles: NDArray[np.int64],
         slots: NDArray[np.int64],
+        starts: NDArray[np.int64],
         counts: NDArray[np.int64],
         steps: int,
         max_context: int,
-    ) -> int:
-        """Whether requests can bring ``counts`` tokens in each of so many steps, blocks aside.
+    ) -> tuple[int, int, int]:
+        """Whether requests of ``starts`` tokens can bring ``counts`` in each of so many steps, blocks aside.
 
         Returns:
-          The tokens of one step.
+          The tokens of one step, the most that a request brings to it, and those of the longest request.
 
         Raises:
           InvalidStep: a request twice, or a count below 1.
           ContextExceeded: a request would grow beyond ``max_context``.
         """
         if not handles.size:
-            return 0
+            return 0, 0, 0
         # np.maximum.reduce is what counts.max() comes to, without its overhead; so with the others.
         if np.maximum.reduce(np.bincount(slots)) > 1:
             values, times = np.unique(handles, return_counts=True)
@@ -96,14 +97,14 @@ class RequestTable:
             raise InvalidStep(
                 f"request {handles[first]} is given {counts[first]} tokens; give at least 1 or leave it out"
             )
-        starts = self.lengths.take(slots)
-        if int(np.maximum.reduce(starts)) + int(np.maximum.reduce(counts)) * steps > max_context:
+        most, longest = int(np.maximum.reduce(counts)), int(np.maximum.reduce(starts))
+        if longest + most * steps > max_context:
             # One by one, compared by division: products could overflow.
             over = counts > (max_context - starts) // min(steps, max_context + 1)
             if over.any():
                 first = int(over.argmax())
                 raise ContextExceeded(handles[first], starts[first], int(counts[first]) * steps, max_context)
-        return int(np.add.reduce(counts))
+        return int(np.add.reduce(counts)), most, longest
 
     def oldest_plan(self) -> int:
         """Plans made before this time are stale: each of their slots has changed since."""

@@ -9,7 +9,7 @@ from dsv4_jax.spec.kinds import LayerKind
 CSA, HCA = LayerKind.CSA, LayerKind.HCA
 
 
-def check_truncation(schema: CacheSchema, request: int, current: int, peak: int, length: int) -> None:
+def check_truncation(schema: CacheSchema, request: int, current: int, peak: int, length: int, is_open: bool) -> None:
     """Raises CannotTruncate unless a request of ``current`` tokens can go on from ``length``; see ``truncate``.
 
     Args:
@@ -18,15 +18,19 @@ def check_truncation(schema: CacheSchema, request: int, current: int, peak: int,
       current: tokens of the request, not 0.
       peak: the most it has had.
       length: the tokens to keep, neither 0 nor ``current``.
+      is_open: whether ``current`` is only the most it can be, since it has drafts of which nothing is known.
     """
+    if is_open and 0 < length < current:
+        reason = "how many of its drafts were kept is not known; commit their plans first"
+        raise CannotTruncate(request, current, length, current, reason)
     reach = min(current, peak - schema.lookahead)  # rows of whatever windows are open at or after this are there
     window_lowest = peak - schema.lookahead - 1 if peak > schema.ring else 1
     csa_lowest = max(reach, 0) // CSA.ratio * CSA.ratio if schema.spec.count(CSA) else 1
     running = schema.formats.hca_tail == "running"
     hca_lowest = 1
     if schema.spec.count(HCA):
-        one_token_open = (current - 1) % HCA.ratio == 0
-        hca_lowest = current - one_token_open if running else max(reach, 0) // HCA.ratio * HCA.ratio
+        opened_a_window = running and (reach - 1) % HCA.ratio == 0  # without that token nothing is open
+        hca_lowest = max(reach, 0) - opened_a_window if running else max(reach, 0) // HCA.ratio * HCA.ratio
 
     if not 0 < length < current:
         reason = "it never had that length" if length > current else "a length is at least 0"
@@ -37,7 +41,7 @@ def check_truncation(schema: CacheSchema, request: int, current: int, peak: int,
     elif length >= hca_lowest or length % HCA.ratio == 0:  # between two HCA windows nothing is open
         return
     elif running:
-        reason = f"a running tail keeps no rows of the window of {HCA.ratio} tokens that was open there"
+        reason = f"a running tail no longer has the state of the window of {HCA.ratio} tokens that was open there"
     else:
         reason = f"the window of {HCA.ratio} tokens that was open there is closed and its rows are gone"
     raise CannotTruncate(request, current, length, max(window_lowest, csa_lowest, hca_lowest, 1), reason)

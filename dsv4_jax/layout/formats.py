@@ -236,7 +236,8 @@ class CacheFormats:
         2688 times this.
       hca_tail: how an HCA layer keeps its open window. "rows": all of its rows so far, 512 KiB per request and layer.
         "running": the softmax of those rows so far (max, denominator, sum), 6 KiB. Entries agree within fp32 rounding;
-        from a running tail no single token can be taken back, see ``CacheManager.truncate``.
+        tokens can be taken back from either as far as ``CacheSchema.lookahead`` says, for which a running tail keeps
+        that many states more.
 
     Raises:
       FormatError: a name is unknown, or names a format that cannot hold the component; or ``global_scale`` is out of

@@ -100,10 +100,20 @@ def _fields(layout: PlanLayout) -> Mapping[str, slice]:
 
 
 class Receipt(NamedTuple):
-    """By what a manager knows a plan: which manager made it, and when on that manager's clock."""
+    """By what a manager knows a plan.
+
+    Attributes:
+      manager: the name of the manager that made it.
+      serial: its place among that manager's plans, the order in which they run.
+      issued: when it was made on the manager's clock, which no other plan has. Later than ``serial`` if it is what was
+        left of an earlier plan.
+      drafts: what the manager remembers of the plan's drafts, if its cache can take any back.
+    """
 
     manager: str
     serial: int
+    issued: int
+    drafts: Any = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -241,8 +251,9 @@ class StepPlan:
 
         For many steps in one dispatch, in which the device finds out that a text has ended. A stopped request writes
         nothing: no row, no entry, no block-table change, no reset. Give the result to ``begin``. A request that is
-        stopped in one step must be stopped in all that follow, since its positions would have a gap;
-        ``CacheManager.commit`` then tells the host how many steps each one ran.
+        stopped in one step must be stopped in all that were planned by then, since its positions would have a gap
+        (``rebase`` would close that) and its block-table changes are lost; ``CacheManager.commit`` then tells the host
+        how far each one came.
 
         Args:
           stopped: bool [R], in the plan's order of requests; anything for padding.
@@ -272,6 +283,48 @@ class StepPlan:
         padding[fields["request_reset"]] = 0
         mask = [masks.get(name, np.zeros(where.stop - where.start, bool)) for name, where in fields.items()]
         return StepPlan(jnp.where(jnp.concatenate(mask), padding, packed), self.layout)
+
+    def rebase(self, lengths: ArrayLike) -> StepPlan:
+        """The step from the lengths that requests really have: positions and closing windows are worked out anew.
+
+        For speculative decoding. The host plans the next step before it knows how many drafts of the last one were
+        kept, so from the longest that each request can be; the device knows, and brings the plan to it. Everything
+        else stays as planned: slots, counts, resets, and block-table changes, which come early at worst.
+
+        Args:
+          lengths: int32 [R], tokens of each request before the step, in the plan's order. A request that was planned
+            from a smaller length stays there: so anything will do for one that the plan resets, for padding, and, if
+            large, for one whose length the host knew.
+
+        Returns:
+          A plan on the device, of the same layout and without receipt. Pure; works inside jit. Give it to ``begin``;
+          ``stop`` may come before or after.
+
+        Raises:
+          ValueError: the plan is stacked (pick a step, or use ``jax.vmap``), or lengths are not integers [R].
+        """
+        packed, lengths = jnp.asarray(self.packed), jnp.asarray(lengths)
+        integers = jnp.issubdtype(lengths.dtype, jnp.integer)
+        if packed.ndim != 1 or lengths.shape != (self.layout.requests,) or not integers:
+            raise ValueError(
+                f"rebase takes the plan of one step and integers [{self.layout.requests}]; "
+                f"got packed {packed.shape} and lengths {lengths.dtype} {lengths.shape}"
+            )
+        plan, tokens = StepPlan(packed, self.layout), self.layout.tokens
+        start = plan.request_start
+        back = start - jnp.clip(lengths.astype(jnp.int32), jnp.minimum(start, 0), start)
+        position = plan.token_position
+        position = jnp.where(position >= 0, position - back[plan.token_request], position)
+        changed = {"token_position": position}
+        for ratio in RATIOS:
+            closes = (position >= 0) & (position % ratio == ratio - 1)
+            if self.layout.closings_by_token:
+                closing = jnp.where(closes, jnp.arange(tokens, dtype=jnp.int32), -1)
+            else:
+                closing = jnp.nonzero(closes, size=self.layout.closing_size(ratio), fill_value=-1)[0]
+            changed[f"closing_{ratio}"] = closing.astype(jnp.int32)
+        parts = [changed.get(name, packed[where]) for name, where in self.layout.fields.items()]
+        return StepPlan(jnp.concatenate(parts), self.layout)
 
     def pack_tokens(self, tokens: ArrayLike | Iterable[ArrayLike]) -> NDArray[np.int32]:
         """Token ids in plan order, padded with 0. Host only.

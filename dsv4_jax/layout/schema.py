@@ -29,6 +29,9 @@ from dsv4_jax.spec.model import LayerSpec, ModelSpec, RopeSpec
 EMPTY_SCORE = -1e9
 """The score of a tail row that holds nothing: beside a real score it weighs 0, and being finite it makes no NaN."""
 
+STATE_ROWS = 3
+"""Rows of a running tail's state: max, denominator, sum."""
+
 LARGEST_INDEX = 2**31 - 1
 """Slots, block ids and positions are int32."""
 
@@ -52,17 +55,17 @@ class SchemaError(Picklable, ValueError):
 
 
 def is_running(tail_shape: Sequence[int]) -> bool:
-    """Whether a tail is a running one, [layers, slots, 3 (max, denominator, sum), width], rather than one of rows."""
+    """Whether a tail is a running one, [layers, slots, 3 states, width], rather than one of rows."""
     return len(tail_shape) == 4
 
 
 def empty_tail(tail_shape: Sequence[int]) -> jax.Array:
     """What a slot of such a tail holds before its first token, fp32, to be broadcast over all of a slot.
 
-    Rows: kv 0 and score -1e9, [2, 1, 1]. Running: max -1e9, denominator and sum 0, [3, 1].
+    Rows: kv 0 and score -1e9, [2, 1, 1]. Running: max -1e9, denominator and sum 0 of each state, [3 states, 1].
     """
     if is_running(tail_shape):
-        return jnp.array([[EMPTY_SCORE], [0], [0]], jnp.float32)
+        return jnp.tile(jnp.array([[EMPTY_SCORE], [0], [0]], jnp.float32), (tail_shape[2] // STATE_ROWS, 1))
     return jnp.array([[[0]], [[EMPTY_SCORE]]], jnp.float32)
 
 
@@ -133,7 +136,8 @@ class LayerCacheSchema:
         """The arrays of one slot by component.
 
         ``window`` page of ``ring`` rows; ``window_positions`` int32 [ring]; ``tail`` fp32 [2 (kv, score), tail_rows,
-        512] (CSA, HCA), running fp32 [3 (max, denominator, sum), 512]; ``key_tail`` fp32 [2, tail_rows, 128] (CSA).
+        512] (CSA, HCA), running fp32 [3 (max, denominator, sum) of 1 + lookahead states, 512]; ``key_tail`` fp32
+        [2, tail_rows, 128] (CSA).
         """
         window = self.formats.window_format
         arrays = {
@@ -142,7 +146,8 @@ class LayerCacheSchema:
         }
         compression = self.kind.compression
         if compression:
-            shape = (3, HEAD_DIM) if self._running else (2, self.tail_rows, HEAD_DIM)
+            states = STATE_ROWS * (1 + self.lookahead)
+            shape = (states, HEAD_DIM) if self._running else (2, self.tail_rows, HEAD_DIM)
             arrays["tail"] = jax.ShapeDtypeStruct(shape, jnp.float32)
             if compression.indexed:
                 arrays["key_tail"] = jax.ShapeDtypeStruct((2, self.tail_rows, KEY_DIM), jnp.float32)
@@ -182,9 +187,9 @@ class CacheSchema:
       slots: requests that can be in the cache at the same time.
       blocks: blocks of 128 tokens shared by all slots; 0 is allowed only for a model without CSA and HCA layers.
       max_context: longest context of a request in tokens, at most ``spec.max_position``.
-      lookahead: how many of a request's latest tokens can always be taken back (``CacheManager.truncate``), as rejected
-        drafts are. Every ring is that much deeper; with CSA layers, that of a tail by whole windows of 4. From a
-        running HCA tail (``CacheFormats.hca_tail``) nothing can be taken back but whole windows.
+      lookahead: how many of a request's latest tokens can always be taken back (``CacheManager.truncate``), and so how
+        many drafts a step may bring. Every ring is that much deeper; with CSA layers, that of a tail by whole windows
+        of 4. A running HCA tail (``CacheFormats.hca_tail``) keeps that many states more, 6 KiB each.
 
     Raises:
       SchemaError: a number is out of range, or spec or formats is something else.
@@ -311,7 +316,7 @@ class CacheSchema:
         =================  ==========================================================================
 
         With ``lookahead``, tails have more rows: CSA 12 + 2 d, d being lookahead rounded up to a multiple of 4, and HCA
-        128 + lookahead.
+        128 + lookahead; running, 3 (1 + lookahead), the states after the latest tokens one behind the other.
         """
         layers = len(self.spec.layers)
         any_layer = self._of_kind(LayerKind.SWA).slot_arrays

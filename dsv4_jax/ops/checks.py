@@ -14,7 +14,7 @@ from dsv4_jax.errors import Picklable
 from dsv4_jax.layout.formats import WINDOW_FORMATS, VectorFormat
 from dsv4_jax.layout.geometry import TailGeometry
 from dsv4_jax.layout.plan import StepPlan
-from dsv4_jax.layout.schema import is_running
+from dsv4_jax.layout.schema import STATE_ROWS, is_running
 from dsv4_jax.spec.kinds import HEAD_DIM, RATIOS, ROPE_DIM, LayerKind, compression_of_ratio
 
 Implementation = Literal["native", "reference"]
@@ -103,7 +103,8 @@ def check_window_size(op: str, size: Any, positions: Any) -> int:
 def check_tail(op: str, name: str, tail: Any, ratio: int) -> None:
     """Raises OperandError unless `tail` is float32 [layers, slots, 2, rows, width] for that ratio, or a running one."""
     if ratio == LayerKind.HCA.ratio and is_running(jnp.shape(tail)):
-        check(op, name, tail, (None, None, 3, HEAD_DIM), jnp.float32)
+        states = max(jnp.shape(tail)[2] // STATE_ROWS, 1)
+        check(op, name, tail, (None, None, STATE_ROWS * states, HEAD_DIM), jnp.float32)
         return
     check(op, name, tail, (None, None, 2, None, None), jnp.float32)
     try:

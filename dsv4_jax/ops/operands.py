@@ -68,7 +68,7 @@ class Compressed(NamedTuple):
 
     Attributes:
       pool: [layers, blocks, *page].
-      tail: float32 [layers, slots, 2 (kv, score), rows, width], or running [layers, slots, 3, 512].
+      tail: float32 [layers, slots, 2 (kv, score), rows, width], or running [layers, slots, 3 states, 512].
     """
 
     pool: jax.Array

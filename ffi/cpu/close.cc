@@ -72,7 +72,7 @@ void pool_running(const Compressor& compressor, int64_t layer, const Token& clos
   scratch.resize(3 * static_cast<size_t>(width));
   float* state = scratch.data();
   if (tokens.resumes) {
-    std::copy_n(running_state(compressor.tail, layer, closing.slot), scratch.size(), state);
+    std::copy_n(state_before(compressor.tail, layer, closing.slot, closing.start), scratch.size(), state);
   } else {
     clear_state(state, width);
   }

@@ -1,6 +1,7 @@
 // Per-request state on the host: begin_step, append_window, append_tail, rotate.
 
 #include <algorithm>
+#include <vector>
 
 #include "cpu/running.h"
 #include "ops/signatures.h"
@@ -13,24 +14,36 @@ void clear_row(const Tail& tail, int64_t layer, int slot, int row) {
   std::fill_n(tail_row(tail, layer, slot, 1, row), tail.width, kClearedScore);
 }
 
-// As `init_cache` leaves it; nothing reads it before the next window's first token.
-void clear_running(const Tail& tail, int64_t layer, int slot) {
-  float* state = running_state(tail, layer, slot);
+// As `init_cache` leaves it.
+void clear_running(const Tail& tail, int64_t layer, int slot, int row) {
+  float* state = running_state(tail, layer, slot, row);
   std::fill_n(state, tail.width, kClearedScore);
   std::fill_n(state + tail.width, 2 * tail.width, 0.0f);
 }
 
-// The last tokens of each request, as far as their window stays open.
+// The states after the last tokens of each request, as far as those leave a window open.
 void append_running(const AppendTailParams& params, int64_t layer) {
   const Tail& tail = params.tail;
+  std::vector<float> state(3 * static_cast<size_t>(tail.width)), before(state.size());
   for (int index = 0; index < params.plan.requests; ++index) {
     const Request request = request_at(params.plan, index, tail.slots);
-    if (!request.valid || request.next % kHcaRatio == 0) continue;
-    const int last = params.plan.query_start()[index + 1] - 1;
-    const WindowTokens tokens = window_tokens(request.start, request.next - 1, last);
-    float* state = running_state(tail, layer, request.slot);
-    if (!tokens.resumes) clear_state(state, tail.width);
-    fold_tokens(params.projections, tokens, tail.width, state);
+    if (!request.valid) continue;
+    const int first = params.plan.query_start()[index] - request.start;  // plus a position: the token's flat index
+    const int kept = first_state(tail, request.start, request.next);
+    std::copy_n(state_before(tail, layer, request.slot, request.start), before.size(), before.data());
+    for (int window = kept / kHcaRatio * kHcaRatio; window < request.next; window += kHcaRatio) {
+      const WindowStates states = window_states(window, kept, request.next);
+      for (int position = states.first; position <= states.last; ++position) {
+        WindowTokens tokens{true, first + position, position, 1};
+        if (position == states.first) {
+          tokens = window_tokens(request.start, position, first + position);
+          state = before;
+          if (!tokens.resumes) clear_state(state.data(), tail.width);
+        }
+        fold_tokens(params.projections, tokens, tail.width, state.data());
+        std::copy(state.begin(), state.end(), running_state(tail, layer, request.slot, position));
+      }
+    }
   }
 }
 
@@ -113,11 +126,14 @@ void rotate(const RotateParams& params) {
   if (layer < 0 || layer >= tail.layers) return;
   for (int index = 0; index < params.plan.requests; ++index) {
     const Request request = request_at(params.plan, index, tail.slots);
-    if (!request.valid || geometry.earliest_window(request.start) == geometry.earliest_window(request.next)) continue;
+    if (!request.valid) continue;
     if (tail.running) {
-      if (request.next % geometry.ratio == 0) clear_running(tail, layer, request.slot);
+      for (int row = 0; row <= geometry.depth; ++row) {
+        if (!state_in_use(tail, row, request.next)) clear_running(tail, layer, request.slot, row);
+      }
       continue;
     }
+    if (geometry.earliest_window(request.start) == geometry.earliest_window(request.next)) continue;
     for (int row = 0; row < geometry.rows(); ++row) {
       if (!geometry.row_in_use(row, request.next)) clear_row(tail, layer, request.slot, row);
     }

@@ -183,7 +183,9 @@ class Call {
     const int64_t width = size(name, running ? 3 : 4);
     that(width == kHeadDim || width == kKeyDim, name, "has a width other than 512 and 128");
     if (running) {
-      floats(name, {kAny, kAny, 3, kHeadDim});
+      const int64_t states = std::max<int64_t>(size(name, 2) / 3, 1);
+      floats(name, {kAny, kAny, 3 * states, kHeadDim});
+      geometry.depth = static_cast<int>(states) - 1;
     } else {
       floats(name, {kAny, kAny, 2, kAny, kAny});
       const int depth = tail_depth(ratio, size(name, 3));

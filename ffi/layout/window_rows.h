@@ -11,10 +11,42 @@ DSV4_HOST_DEVICE float* tail_row(const Tail& tail, int64_t layer, int slot, int 
   return tail.data + (request * tail.geometry.rows() + row) * tail.width;
 }
 
-// A running tail's state of a request's open window: [3 (max, denominator, sum), width]. It means nothing until the
-// window's first token was folded in.
-DSV4_HOST_DEVICE float* running_state(const Tail& tail, int64_t layer, int slot) {
-  return tail.data + (layer * tail.slots + slot) * 3 * tail.width;
+// A running tail's state of a request's open window after the token at `position`: [3 (max, denominator, sum), width].
+// The latest depth + 1 lie in a ring by position. It means nothing where that token closed a window.
+DSV4_HOST_DEVICE float* running_state(const Tail& tail, int64_t layer, int slot, int position) {
+  const int states = tail.geometry.depth + 1;
+  const int64_t first = (layer * tail.slots + slot) * states;
+  return tail.data + (first + (states == 1 ? 0 : position % states)) * 3 * tail.width;
+}
+
+// The one that a step which begins at `start` goes on from, if a window is open there.
+DSV4_HOST_DEVICE float* state_before(const Tail& tail, int64_t layer, int slot, int start) {
+  return running_state(tail, layer, slot, start > 0 ? start - 1 : 0);
+}
+
+// Which states a step leaves in a window that begins at `window`: those after the tokens at first .. last. None after
+// the token that closes the window.
+struct WindowStates {
+  int first;
+  int last;
+};
+
+// The first position whose state is kept once the request's next position is `next`, of those that its step brings.
+DSV4_HOST_DEVICE int first_state(const Tail& tail, int start, int next) {
+  const int first = next - 1 - tail.geometry.depth;
+  return first > start ? first : start;
+}
+
+DSV4_HOST_DEVICE WindowStates window_states(int window, int first_kept, int next) {
+  const int end = window + kHcaRatio - 1;
+  return {first_kept > window ? first_kept : window, (end < next ? end : next) - 1};
+}
+
+// Whether ring row `row` of the states holds one that still counts once the request's next position is `next`.
+DSV4_HOST_DEVICE bool state_in_use(const Tail& tail, int row, int next) {
+  const int states = tail.geometry.depth + 1, last = next - 1;
+  const int position = last - (last - row + states) % states;
+  return position >= 0 && position % kHcaRatio != kHcaRatio - 1;
 }
 
 // The tokens that a step brings to a window of 128, for a running tail.

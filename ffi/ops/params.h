@@ -24,8 +24,9 @@ struct Pool {
 };
 
 struct Tail {
-  float*
-      data;  // [layers, slots, 2 (kv, score), rows, width]; running: [layers, slots, 3 (max, denominator, sum), width]
+  // [layers, slots, 2 (kv, score), rows, width]; running: [layers, slots, depth + 1 states, 3 (max, denominator, sum),
+  // width]
+  float* data;
   int64_t layers;
   int slots;
   int width;

@@ -95,7 +95,8 @@ def append_tail(
 
     Args:
       tail: float32 [layers, slots, 2 (kv, score), rows, width]; 12 rows for CSA, 128 for HCA (see ``Cache``). Or, for
-        HCA, a running tail, float32 [layers, slots, 3 (max, denominator, sum), 512].
+        HCA, a running tail, float32 [layers, slots, 3 states, 512]: max, denominator and sum after each of the latest
+        tokens, as many states as rings are deep and one.
       kv: [tokens, columns] float32 or bfloat16; columns = 2 * width for CSA (overlap half, current half), width for
         HCA.
       gate: [tokens, columns] float32 or bfloat16; the stored score is ``gate + position_bias[position % ratio]``.

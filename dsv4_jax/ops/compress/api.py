@@ -60,8 +60,8 @@ def compress(
     ratio * (i + 1) - 1 and, for CSA, the overlap halves of the `ratio` tokens before those; entry 0 has none.
 
     Args:
-      tail: float32 [layers, slots, 2, rows, width] or running [layers, slots, 3, 512], as it was before the step's
-        tokens were appended, or, when every request brings one token, before or after.
+      tail: float32 [layers, slots, 2, rows, width] or running [layers, slots, 3 states, 512], as it was before the
+        step's tokens were appended, or, when every request brings one token, before or after.
       kv: [tokens, columns], see ``append_tail``; so are gate and position_bias.
       gate: [tokens, columns].
       position_bias: [ratio, columns].

@@ -135,7 +135,7 @@ def _pool_running(
 ) -> jax.Array:
     """[C, d]: the window's state from a running tail, and the step's own rows."""
     _, from_step, in_step = _tokens_up_to(closing, index, position_bias.shape[0], kv.shape[0])
-    state = window_state(tail, layer, closing.slot, ~from_step[:, 0])
+    state = window_state(tail, layer, closing.slot, closing.start, ~from_step[:, 0])
     _, denominator, total = jnp.moveaxis(
         fold_rows(state, kv[in_step], gate[in_step] + position_bias[None], from_step), 1, 0
     )

@@ -36,8 +36,8 @@ def rotate(
     them side by side); every row that no later entry will pool is cleared to kv 0 and score -1e9.
 
     Args:
-      tail: float32 [layers, slots, 2, rows, width], or running [layers, slots, 3, 512]: empty (max -1e9, denominator
-        and sum 0) where the step's last token closed the window.
+      tail: float32 [layers, slots, 2, rows, width], or running [layers, slots, 3 states, 512]: empty (max -1e9,
+        denominator and sum 0) where a state is that after a token that closed a window.
       plan: the step; padding requests (-1) change nothing.
       layer: index of the layer among those of its kind.
       ratio: 4 (CSA) or 128 (HCA).

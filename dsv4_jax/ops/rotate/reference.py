@@ -22,8 +22,7 @@ def rotate(tail: jax.Array, plan: StepPlan, layer: jax.Array | int, *, ratio: in
     request = all_requests(plan, slots)
     here = request.valid & in_range(layer, layers)
     if is_running(tail.shape):
-        closed = here & (request.start // ratio != request.next // ratio)
-        return rotate_running(tail, request._replace(valid=closed), layer)
+        return rotate_running(tail, request._replace(valid=here), layer)
     geometry = TailGeometry.of_rows(ratio, tail.shape[3])
     closed = here & (geometry.earliest_window(request.start) != geometry.earliest_window(request.next))
     clear = closed[:, None] & ~geometry.rows_in_use(request.next)

@@ -61,12 +61,11 @@ struct TokenRows {
   }
 };
 
-// The tokens of this step in a window, after what `state` holds of earlier ones. The next rows are on their way while
-// these are folded.
+// Tokens of this step in a window, folded into what is open of it. The next rows are on their way while these are
+// folded.
 template <class T, int kRowsAtOnce, int N>
-__device__ __forceinline__ Partials<N> fold_tokens(const Projections& in, const float* state,
-                                                   const WindowTokens& tokens, int channel) {
-  Partials<N> open = tokens.resumes ? load_state<N>(state) : empty_partials<N>();
+__device__ __forceinline__ Partials<N> fold_tokens(const Projections& in, Partials<N> open, const WindowTokens& tokens,
+                                                   int channel) {
   TokenRows<T, kRowsAtOnce, N> rows, next;
   rows.load(in, tokens, 0, channel);
 #pragma unroll 1
@@ -84,6 +83,14 @@ __device__ __forceinline__ Partials<N> fold_tokens(const Projections& in, const 
   return open;
 }
 
+// The same, after what `state` holds of earlier tokens, if it holds any.
+template <class T, int kRowsAtOnce, int N>
+__device__ __forceinline__ Partials<N> fold_tokens(const Projections& in, const float* state,
+                                                   const WindowTokens& tokens, int channel) {
+  const Partials<N> open = tokens.resumes ? load_state<N>(state) : empty_partials<N>();
+  return fold_tokens<T, kRowsAtOnce, N>(in, open, tokens, channel);
+}
+
 // The HCA entry that token `index` closes, entry `row` of the step.
 template <class T, int kRowsAtOnce, int N>
 __device__ __forceinline__ void running_entry(const Compressor& compressor, int64_t layer, const Token& closing,
@@ -94,21 +101,34 @@ __device__ __forceinline__ void running_entry(const Compressor& compressor, int6
   const auto finish = FinishOf<N>::template load<kHeadDim>(compressor.norm_weight, compressor.cos + angles,
                                                            compressor.sin + angles, channel);
   const WindowTokens tokens = window_tokens(closing.start, closing.position, index);
-  const float* state = running_state(compressor.tail, layer, closing.slot) + channel;
+  const float* state = state_before(compressor.tail, layer, closing.slot, closing.start) + channel;
   pooled(fold_tokens<T, kRowsAtOnce, N>(compressor.projections, state, tokens, channel), x);
   finish.template apply<kHeadDim>(x, threads.sum(square_sum(x)), compressor.eps, channel);
 }
 
-// The tokens of a request's step whose window stays open; `end` is the step's token behind its last.
+// The states after the last tokens of a request's step, as far as those leave a window open; `end` is the step's token
+// behind its last. Up to the first of a window's states tokens are folded in one go, then one by one.
 template <class T, int kRowsAtOnce, int N>
 __device__ __forceinline__ void append_running(const Tail& tail, const Projections& in, int64_t layer,
                                                const Request& request, int end,
                                                const RowThreads<kHeadDim, N>& threads) {
-  if (request.next % kHcaRatio == 0) return;
-  const int channel = threads.channel();
-  float* state = running_state(tail, layer, request.slot) + channel;
-  const WindowTokens tokens = window_tokens(request.start, request.next - 1, end - 1);
-  store_state(state, fold_tokens<T, kRowsAtOnce, N>(in, state, tokens, channel));
+  const int channel = threads.channel(), first = end - request.next;  // plus a position: the token's place in the step
+  const int kept = first_state(tail, request.start, request.next);
+#pragma unroll 1
+  for (int window = kept / kHcaRatio * kHcaRatio; window < request.next; window += kHcaRatio) {
+    const WindowStates states = window_states(window, kept, request.next);
+    if (states.first > states.last) continue;
+    const WindowTokens tokens = window_tokens(request.start, states.first, first + states.first);
+    const float* before = state_before(tail, layer, request.slot, request.start) + channel;
+    Partials<N> open = fold_tokens<T, kRowsAtOnce, N>(in, before, tokens, channel);
+    store_state(running_state(tail, layer, request.slot, states.first) + channel, open);
+#pragma unroll 1
+    for (int position = states.first + 1; position <= states.last; ++position) {
+      const WindowTokens one{true, first + position, position, 1};
+      open = fold_tokens<T, 1, N>(in, open, one, channel);
+      store_state(running_state(tail, layer, request.slot, position) + channel, open);
+    }
+  }
 }
 
 }  // namespace dsv4::cuda

@@ -96,18 +96,18 @@ __global__ void rotate_kernel(RotateParams params) {
   const Request request = request_at(params.plan, blockIdx.x, tail.slots);
   const TailGeometry& geometry = tail.geometry;
   const int row = blockIdx.y;
-  if (!request.valid || geometry.earliest_window(request.start) == geometry.earliest_window(request.next)) return;
-  if (layer < 0 || layer >= tail.layers) return;
+  if (!request.valid || layer < 0 || layer >= tail.layers) return;
   const int channel = 4 * threadIdx.x;
   if (tail.running) {
-    if (request.next % geometry.ratio == 0) {
+    if (!state_in_use(tail, row, request.next)) {
       Partials<4> cleared;
 #pragma unroll
       for (int i = 0; i < 4; ++i) cleared.set(i, {kClearedScore, 0.0f, 0.0f});
-      store_state(running_state(tail, layer, request.slot) + channel, cleared);
+      store_state(running_state(tail, layer, request.slot, row) + channel, cleared);
     }
     return;
   }
+  if (geometry.earliest_window(request.start) == geometry.earliest_window(request.next)) return;
   if (geometry.row_in_use(row, request.next)) return;
   const float kv[4] = {}, score[4] = {kClearedScore, kClearedScore, kClearedScore, kClearedScore};
   store_values(tail_row(tail, layer, request.slot, 0, row) + channel, kv);
@@ -156,7 +156,8 @@ const char* append_tail(CUstream_st* stream, const AppendTailParams& params) {
 
 const char* rotate(CUstream_st* stream, const RotateParams& params) {
   if (params.plan.requests == 0) return nullptr;
-  const dim3 grid(params.plan.requests, params.tail.running ? 1 : params.tail.geometry.rows());
+  const TailGeometry& geometry = params.tail.geometry;
+  const dim3 grid(params.plan.requests, params.tail.running ? geometry.depth + 1 : geometry.rows());
   rotate_kernel<<<grid, params.tail.width / 4, 0, stream>>>(params);
   return launch_error("rotate");
 }

@@ -232,14 +232,17 @@ __device__ __forceinline__ void fold_token(const UpdateParams& params, const Tok
     return;
   }
   const unsigned phase = token.position % kHcaRatio, entry = token.position / kHcaRatio;
-  float* const state = tail_at(compressor.tail, token, 3 * kHeadDim) + channel;
-  Partials<4> open = phase == 0 ? empty_partials<4>() : load_state<4>(state);
+  constexpr unsigned kState = 3 * kHeadDim;
+  const unsigned states = compressor.tail.geometry.depth + 1, row = states == 1 ? 0 : token.position % states;
+  float* const ring = tail_at(compressor.tail, token, states * kState) + channel;
+  const float* const before = ring + (row == 0 ? states - 1 : row - 1) * kState;
+  Partials<4> open = phase == 0 ? empty_partials<4>() : load_state<4>(before);
   load_early(in.position_bias + phase * kHeadDim + channel, position_bias);
 #pragma unroll
   for (int i = 0; i < 4; ++i) score[i] += position_bias[i];
   open = fold(open, kv, score);
   if (phase != kHcaRatio - 1) {
-    store_state(state, open);
+    store_state(ring + row * kState, open);
     return;
   }
 

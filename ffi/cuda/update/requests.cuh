@@ -114,7 +114,7 @@ __device__ __forceinline__ void compress_hca_request(const UpdateParams& params,
 template <class T>
 __device__ __forceinline__ void fold_request(const UpdateParams& params, int place,
                                              const RowThreads<kHeadDim>& threads) {
-  const Compressor compressor = with_constants<kHeadDim, kHcaRatio, false>(params.entries.compressor);
+  const Compressor compressor = with_constants<kHeadDim, kHcaRatio>(params.entries.compressor);
   const Pool pool = with_rows<kBlockTokens / kHcaRatio>(params.entries.pool);
   const unsigned layer = *params.kind_layer;  // a negative one is beyond all
   if (!has_layer(pool, layer)) return;
