@@ -138,4 +138,5 @@ def test_a_gpu_reads_the_codes_and_expands_nothing_in_memory(tokens, tmp_path):
     gpu = compile_for_h200(functools.partial(apply_experts, limit=10.0), weights, x, routing, dump=tmp_path)
     assert sum('custom_call_target="__gpu$xla.gpu.triton"' in line for line in gpu.compiled.as_text().splitlines()) == 2
     assert gpu.compiled.memory_analysis().temp_size_in_bytes < 40000 * tokens * 6 + 2**24
+    assert gpu.graphs == 1
     assert not any(kind == "kWhile" for kind, _ in gpu.thunks)
