@@ -21,7 +21,15 @@ from dsv4_jax.deepseek_v4.hyper_connections import (
     sinkhorn_unrolled,
 )
 from dsv4_jax.deepseek_v4.layers import fused_product, grouped_linear, linear
-from dsv4_jax.deepseek_v4.mixture import Routing, apply_experts, experts_by_row, experts_in_tiles, mixture, route
+from dsv4_jax.deepseek_v4.mixture import (
+    Routing,
+    apply_experts,
+    experts_by_row,
+    experts_in_tiles,
+    lay_out,
+    mixture,
+    route,
+)
 from dsv4_jax.deepseek_v4.quantized import BlockFp8, quantize_block_fp8
 from dsv4_jax.deepseek_v4.weights import ExpertWeights, HyperConnectionWeights, MixtureWeights
 
@@ -166,6 +174,26 @@ def test_experts(way, tokens, at_once, rng, monkeypatch):
             ((experts == expert) * shares).sum(axis=1)[:, None] * output for expert, output in enumerate(outputs)
         )
         np.testing.assert_allclose(made, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 8), (40, 8), (70, 32), (400, 16)])  # the last by a sort
+def test_tiles_hold_every_row_once(tokens, rows, rng):
+    experts, assigned = 9, 3 * tokens
+    tiles = experts + assigned // rows
+    for chosen in (rng.integers(0, experts, (tokens, 3)), np.full((tokens, 3), 4), np.full((tokens, 3), experts - 1)):
+        routing = Routing(jnp.asarray(chosen, jnp.int32), jnp.zeros(chosen.shape))
+        laid_out = jax.jit(lambda routing: lay_out(routing, experts, tiles, rows))(routing)
+        expert_of_tile, token_of_row, place = map(np.asarray, laid_out)
+        assert len(np.unique(place)) == assigned
+        np.testing.assert_array_equal(expert_of_tile[place // rows], chosen)
+        np.testing.assert_array_equal(
+            token_of_row[place // rows, place % rows], np.broadcast_to(np.arange(tokens)[:, None], chosen.shape)
+        )
+        # Those of an expert fill its tiles; nobody's come last, and no row is of a token that is not there.
+        used = sum(-(-int((chosen == expert).sum()) // rows) for expert in range(experts))
+        np.testing.assert_array_equal(expert_of_tile < experts, np.arange(tiles) < used)
+        assert token_of_row.min() >= 0
+        assert token_of_row.max() < tokens
 
 
 @jax.tree_util.register_dataclass
