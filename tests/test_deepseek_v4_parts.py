@@ -20,7 +20,7 @@ from dsv4_jax.deepseek_v4.hyper_connections import (
     sinkhorn_looped,
     sinkhorn_unrolled,
 )
-from dsv4_jax.deepseek_v4.layers import fused_product, grouped_linear, linear
+from dsv4_jax.deepseek_v4.layers import fused_products, grouped_linear, linear
 from dsv4_jax.deepseek_v4.mixture import (
     Routing,
     apply_experts,
@@ -225,14 +225,14 @@ def test_the_product_of_one_row(dtype, rng):
     weight = jax.device_put(quantize_block_fp8(normal(rng, 160, 200)))
     numbers = np.asarray(weight.expand(jnp.float32), np.float64)
     x = jnp.asarray(normal(rng, 1, 200), dtype)
-    made = fused_product(x, weight, shape=weight.shape)
+    (made,) = fused_products(x, (weight,))
     assert made.dtype == jnp.float32
     np.testing.assert_allclose(made, np.asarray(x, np.float64) @ numbers.T, rtol=0, atol=1e-4)
     np.testing.assert_allclose(made, linear(x, weight, dtype=jnp.float32), rtol=0, atol=1e-4)
 
     grouped = jnp.asarray(normal(rng, 1, 5, 200), dtype)  # each group by 32 of the rows
     expected = np.einsum("tgi,goi->tgo", np.asarray(grouped, np.float64), numbers.reshape(5, 32, 200))
-    np.testing.assert_allclose(fused_product(grouped, weight, shape=(5, 32, 200)), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(fused_products(grouped, (weight,), (5,))[0], expected, rtol=0, atol=1e-4)
     tolerance = 1e-4 if dtype == jnp.float32 else 0.3  # of a result in that dtype, up to 70
     np.testing.assert_allclose(grouped_linear(grouped, weight).astype(jnp.float32), expected, rtol=0, atol=tolerance)
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.deepseek_v4.config import DeepseekV4Config
-from dsv4_jax.deepseek_v4.layers import linear, swiglu
+from dsv4_jax.deepseek_v4.layers import expanded_products, fused_products, linear, swiglu
 from dsv4_jax.deepseek_v4.packed_experts import multiplies_packed, packed_experts
 from dsv4_jax.deepseek_v4.weights import ExpertWeights, MixtureWeights
 
@@ -101,7 +101,7 @@ def experts_by_row(weights: ExpertWeights, x: jax.Array, routing: Routing, *, li
     """``apply_experts`` with a product for every row by itself, which on GPUs expands nothing in memory."""
 
     def compute(row: jax.Array, expert: jax.Array) -> jax.Array:
-        return swiglu(_expert(weights, expert), row[None], limit)[0]
+        return swiglu(_expert(weights, expert), row[None], limit, fused_products)[0]
 
     made = jax.vmap(jax.vmap(compute, (None, 0)))(x, routing.experts)
     return jnp.einsum("tk,tkd->td", routing.shares, made.astype(jnp.float32))
@@ -115,7 +115,7 @@ def experts_in_tiles(weights: ExpertWeights, x: jax.Array, routing: Routing, *, 
 
     def compute(tile_of_one: tuple[jax.Array, jax.Array]) -> jax.Array:
         expert, rows = tile_of_one
-        return swiglu(_expert(weights, expert), rows, limit)
+        return swiglu(_expert(weights, expert), rows, limit, expanded_products)
 
     expert_of_tile = jnp.minimum(laid_out.expert_of_tile, experts - 1)
     made = jax.lax.map(compute, (expert_of_tile, x[laid_out.token_of_row]), batch_size=min(tiles, at_once))
@@ -199,7 +199,7 @@ def _tiling(weights: ExpertWeights, x: jax.Array, routing: Routing) -> tuple[int
     assigned = routing.experts.size
     chosen = min(assigned, experts)
     tile = 8
-    while tile < min(128, assigned // chosen):
+    while tile < 128 and tile * chosen < assigned:
         tile *= 2
     tiles = chosen + (assigned - chosen) // tile
     return at_once, tile, tiles if tiles <= at_once else -(-tiles // at_once) * at_once

@@ -10,29 +10,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from dsv4_jax.deepseek_v4.kernel_codes import E2M1, Blocks, kernel_output
 from dsv4_jax.deepseek_v4.quantized import FP4_GROUP, PackedFp4
 from dsv4_jax.deepseek_v4.weights import ExpertWeights
-
-# Codes are read as words of 16 bits, of four columns each. A register holds two words, and what is done to one is done
-# to both: so a product is taken of all words' lowest codes, then of the next ones, and x is laid out accordingly.
-_WORD = 4
-_WORDS_OF_GROUP = FP4_GROUP // _WORD
-
-
-class Blocks(NamedTuple):
-    """What a program of a kernel takes at a time."""
-
-    rows: int  # of each weight: the outputs that a program makes
-    columns: int  # of each weight, in one turn of the program's loop
-    warps: int
-    stages: int  # turns that are read or computed at a time, and one more
-
 
 # 64 rows are what the tensor cores multiply at once. The codes and scales of a turn are 17 KB with gate and up, so the
 # four or five programs of a multiprocessor wait for about as many bytes as its share of the memory needs on the way.
@@ -53,7 +38,7 @@ def packed_experts(
     token_of_row: jax.Array,
     *,
     limit: float,
-    blocks: tuple[Blocks, Blocks] | None = None,
+    blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """The experts' outputs for all rows of all tiles, bfloat16 [tiles, tile rows, hidden].
@@ -68,21 +53,20 @@ def packed_experts(
         output is never written.
       token_of_row: int32 [tiles, tile rows], below T in every row; tile rows are a power of two, 8 at least.
       limit: of the SwiGLU.
-      blocks: of the first and of the second kernel, for measuring others.
+      blocks: for measuring others.
       interpret: compute what the kernels compute without compiling them, on any device.
     """
     _, width, hidden = weights.gate.shape
     rows = token_of_row.shape
-    blocks = blocks or (_BLOCKS if rows[1] <= 32 else _BLOCKS_OF_WIDE_TILES,) * 2
-    call = functools.partial(_call, expert_of_tile, interpret=interpret)
+    blocks = blocks or (_BLOCKS if rows[1] <= 32 else _BLOCKS_OF_WIDE_TILES)
+    call = functools.partial(_call, expert_of_tile, blocks=blocks, interpret=interpret)
     gated = call(
         functools.partial(_gate_and_up, limit=limit),
-        (token_of_row, x.reshape(len(x), hidden // _WORD, _WORD).swapaxes(1, 2)),
+        (token_of_row, E2M1.lay_out(x)),
         (weights.gate, weights.up),
-        (*rows, _WORD, width // _WORD),
-        blocks[0],
+        (*rows, E2M1.in_word, width // E2M1.in_word),
     )
-    return call(_down, (gated,), (weights.down,), (*rows, hidden), blocks[1])
+    return call(_down, (gated,), (weights.down,), (*rows, hidden))
 
 
 def _call(
@@ -91,8 +75,8 @@ def _call(
     rows: tuple[jax.Array, ...],
     weights: tuple[Any, ...],
     shape: tuple[int, ...],
-    blocks: Blocks,
     *,
+    blocks: Blocks,
     interpret: bool,
 ) -> jax.Array:
     """A kernel with a program for every block of the weights' rows and every tile."""
@@ -100,19 +84,15 @@ def _call(
     from jax.experimental.pallas import triton
 
     outputs = weights[0].shape[1]
-    codes_and_scales = [array for weight in weights for array in (_words(weight.codes), weight.scales)]
+    codes_and_scales = [array for weight in weights for array in (E2M1.words(weight.codes), weight.scales)]
+    operands = [expert_of_tile, *rows, *codes_and_scales]
     return pl.pallas_call(
         functools.partial(kernel, blocks=blocks, interpret=interpret),
         grid=(outputs // blocks.rows, len(expert_of_tile)),
-        out_shape=jax.ShapeDtypeStruct(shape, jnp.bfloat16),
+        out_shape=kernel_output(shape, jnp.bfloat16, operands),
         compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
-    )(expert_of_tile, *rows, *codes_and_scales)
-
-
-def _words(codes: jax.Array) -> jax.Array:
-    """uint8 [..., n / 2] as uint16 [..., n / 4], which moves nothing."""
-    return jax.lax.bitcast_convert_type(codes.reshape(*codes.shape[:-1], -1, 2), jnp.uint16)
+    )(*operands)
 
 
 def _gate_and_up(
@@ -134,7 +114,7 @@ def _gate_and_up(
         by_gate, by_up = jnp.minimum(by_gate, limit), jnp.clip(by_up, -limit, limit)
         made = (by_gate / (1 + jnp.exp(-by_gate)) * by_up).astype(jnp.bfloat16)
         columns = first + jnp.arange(blocks.rows)
-        gated[tile, :, columns % _WORD, columns // _WORD] = made  # as x is laid out
+        gated[tile, :, columns % E2M1.in_word, columns // E2M1.in_word] = made  # as x is laid out
 
 
 def _down(
@@ -168,19 +148,19 @@ def _products(
     from jax.experimental import pallas as pl
 
     outputs = pl.ds(first, blocks.rows)
-    words, groups = blocks.columns // _WORD, blocks.columns // FP4_GROUP
+    words, groups = blocks.columns // E2M1.in_word, blocks.columns // FP4_GROUP
 
     def turn(index: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         taken = pl.ds(index * words, words)
-        x = [read_x(code, taken) for code in range(_WORD)]
+        x = [read_x(code, taken) for code in range(E2M1.in_word)]
         read = [
             (codes[expert, outputs, taken], _scale_values(scales[expert, outputs, pl.ds(index * groups, groups)]))
             for codes, scales in weights
         ]
         made = []
         for (codes, scales), total in zip(read, sums, strict=True):
-            for code in range(_WORD):
-                numbers = _e2m1_values(codes, code, interpret) * scales
+            for code in range(E2M1.in_word):
+                numbers = E2M1.values(codes, code, interpret=interpret) * scales
                 total += jax.lax.dot_general(
                     numbers, x[code], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
                 )
@@ -197,31 +177,4 @@ def _scale_values(scales: jax.Array) -> jax.Array:
     bits = jnp.where(bits == 255, jnp.uint16(0x7FC0), bits << 7)
     values = jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
     rows, groups = values.shape
-    return jnp.broadcast_to(values[:, :, None], (rows, groups, _WORDS_OF_GROUP)).reshape(rows, -1)
-
-
-def _e2m1_values(words: jax.Array, code: int, interpret: bool) -> jax.Array:
-    """The values of one code of each word, bfloat16: the lowest four bits are code 0."""
-    from jax.experimental.pallas import triton
-
-    if interpret:
-        nibbles = words >> 4 * code & 15
-        bits = (nibbles & 7) << 9 | (nibbles & 8) << 12
-        halves = jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
-        return (halves * np.float32(2.0**14)).astype(jnp.bfloat16)
-    # The code's sign to bit 15, and its exponent and fraction to bits 8 to 6: that is a bfloat16 but for its exponent's
-    # bias, which is 127 and not 1, also for the numbers below the normal ones. Two words at a time, which Pallas has no
-    # other way to say.
-    magnitude, sign = 6 - 4 * code, 12 - 4 * code
-    (bits,) = triton.elementwise_inline_asm(
-        "{ .reg .b32 magnitude, sign;"
-        f"  {'shl' if magnitude > 0 else 'shr'}.b32 magnitude, $1, {abs(magnitude)};"
-        f"  shl.b32 sign, $1, {sign};"
-        "  and.b32 magnitude, magnitude, 0x01C001C0;"
-        "  lop3.b32 $0, sign, 0x80008000, magnitude, 0xEA; }",  # sign & mask | magnitude
-        args=[words],
-        constraints="=r,r",
-        pack=2,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, jnp.bfloat16)],
-    )
-    return bits * jnp.bfloat16(2.0**126)
+    return jnp.broadcast_to(values[:, :, None], (rows, groups, FP4_GROUP // E2M1.in_word)).reshape(rows, -1)

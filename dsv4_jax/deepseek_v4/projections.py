@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dsv4_jax import CompressorInputs, RawRows, Rotary, apply_rotary
 from dsv4_jax.deepseek_v4.config import DeepseekV4Config
-from dsv4_jax.deepseek_v4.layers import grouped_linear, linear, rms_norm
+from dsv4_jax.deepseek_v4.layers import grouped_linear, linear, linears, rms_norm
 from dsv4_jax.deepseek_v4.weights import AttentionWeights, CompressorWeights, IndexerWeights
 
 
@@ -46,7 +46,8 @@ def project(
       closing: that of its closing entries; None in SWA layers.
     """
     spec = config.spec
-    low_rank = rms_norm(linear(x, weights.wq_a), spec.norm_eps, weights.q_norm)
+    low_rank, rows = linears(x, (weights.wq_a, weights.wkv))
+    low_rank = rms_norm(low_rank, spec.norm_eps, weights.q_norm)
     queries = linear(low_rank, weights.wq_b).reshape(-1, spec.num_heads, spec.head_dim)
     compressor, indexer, index_query = None, None, None
     if weights.compressor is not None and closing is not None:
@@ -56,7 +57,7 @@ def project(
             index_query = _index_query(weights.indexer, config, x, low_rank, tokens)
     return Projections(
         queries=apply_rotary(rms_norm(queries, spec.norm_eps), tokens),
-        rows=RawRows(linear(x, weights.wkv), weights.kv_norm, tokens),
+        rows=RawRows(rows, weights.kv_norm, tokens),
         compressor=compressor,
         indexer=indexer,
         index_query=index_query,

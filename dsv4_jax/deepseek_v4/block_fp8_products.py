@@ -1,0 +1,146 @@
+"""``BlockFp8`` weights on a GPU: a Pallas kernel that multiplies few rows by the codes as they are stored.
+
+A program takes a block of a weight's rows, a part of its columns, and all rows of x: it reads codes, expands them in
+registers to bfloat16, which is exact, has the tensor cores multiply, and multiplies the sums of each 128 columns by
+their scale. So a weight is read once, and nothing is expanded in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.deepseek_v4.kernel_codes import E4M3, Blocks, kernel_output
+from dsv4_jax.deepseek_v4.quantized import FP8_BLOCK, BlockFp8
+
+_BLOCKS = Blocks(rows=64, columns=128, warps=4, stages=4)
+_TOKENS = 64  # more would keep more in registers than there are
+_PROGRAMS = 512  # four or so for each multiprocessor
+_WORDS = FP8_BLOCK // E4M3.in_word
+
+
+def multiplies_block_fp8(x: jax.Array, weights: Sequence[Any]) -> bool:
+    """Whether ``block_fp8_products`` is for these: x of at most 64 tokens in bfloat16, and all weights ``BlockFp8`` of
+    whole blocks.
+    """
+    tokens, groups, columns = x.shape
+    return (
+        x.dtype == jnp.bfloat16
+        and tokens <= _TOKENS
+        and columns % FP8_BLOCK == 0
+        and all(isinstance(weight, BlockFp8) and weight.shape[0] % (groups * _BLOCKS.rows) == 0 for weight in weights)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("blocks", "splits", "interpret"))
+def block_fp8_products(
+    x: jax.Array,
+    weights: Sequence[BlockFp8],
+    *,
+    blocks: Blocks | None = None,
+    splits: int | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, ...]:
+    """X times each weight, fp32 [T, groups * out]; ``multiplies_block_fp8`` says for which.
+
+    A code's product with x is exact and added up in fp32 before the scale is multiplied: weights are never rounded.
+    Temporary memory: fp32 [parts, T, out] of each weight, whose columns are summed in so many parts.
+
+    Args:
+      x: bfloat16 [T, groups, in].
+      weights: [groups * out, in] each, every group's by that group of x.
+      blocks: for measuring others.
+      splits: in how many parts columns are summed, as ``blocks``.
+      interpret: compute what the kernel computes without compiling it, on any device.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    tokens, groups, columns = x.shape
+    blocks = blocks or _BLOCKS
+    tile = max(8, 1 << (tokens - 1).bit_length())
+    programs = sum(weight.shape[0] // blocks.rows for weight in weights)
+    splits = splits or _splits(programs, tile, columns)
+    operands = [
+        E4M3.lay_out(jnp.pad(x, ((0, tile - tokens), (0, 0), (0, 0))).swapaxes(0, 1)),
+        *(array for weight in weights for array in (E4M3.words(weight.codes), weight.scales)),
+    ]
+    sums = pl.pallas_call(
+        functools.partial(_multiply, groups=groups, splits=splits, blocks=blocks, interpret=interpret),
+        grid=(programs, splits),
+        out_shape=[kernel_output((splits, tile, weight.shape[0]), jnp.float32, operands) for weight in weights],
+        compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+        interpret=interpret,
+        name="block_fp8_products",
+    )(*operands)
+    return tuple(parts.sum(axis=0)[:tokens] for parts in sums)
+
+
+def _splits(programs: int, tile: int, columns: int) -> int:
+    """In how many parts columns are summed: there are programs enough for the device, and sums are fewer bytes than
+    codes.
+    """
+    splits = 1
+    while (
+        2 * splits * programs <= _PROGRAMS and 16 * splits * tile <= columns and not columns % (2 * splits * FP8_BLOCK)
+    ):
+        splits *= 2
+    return splits
+
+
+def _multiply(x: Any, *refs: Any, groups: int, splits: int, blocks: Blocks, interpret: bool) -> None:
+    from jax.experimental import pallas as pl
+
+    made = refs[len(refs) * 2 // 3 :]
+    block, part = pl.program_id(0), pl.program_id(1)
+    begin = 0
+    for codes, scales, sums in zip(refs[0 : 2 * len(made) : 2], refs[1 : 2 * len(made) : 2], made, strict=True):
+        first = (block - begin) * blocks.rows
+        begin += codes.shape[0] // blocks.rows
+
+        @pl.when((first >= 0) & (block < begin))
+        def _(codes: Any = codes, scales: Any = scales, sums: Any = sums, first: jax.Array = first) -> None:
+            group = first // (codes.shape[0] // groups)
+            product = _product(x, group, codes, scales, first, part, splits, blocks, interpret)
+            sums[part, :, pl.ds(first, blocks.rows)] = product.T
+
+
+def _product(
+    x: Any, group: jax.Array, codes: Any, scales: Any, first: jax.Array, part: jax.Array, splits: int, blocks: Blocks,
+    interpret: bool,
+) -> jax.Array:  # fmt: skip
+    """A part's sums for the weight's rows from the first one on: fp32 [blocks.rows, rows of x]."""
+    from jax.experimental import pallas as pl
+
+    rows, at_once = pl.ds(first, blocks.rows), blocks.columns // FP8_BLOCK
+    turns = codes.shape[1] // (_WORDS * at_once * splits)
+
+    def turn(index: jax.Array, total: jax.Array) -> jax.Array:
+        for block in range(at_once):
+            column = (part * turns + index) * at_once + block
+            words = pl.ds(column * _WORDS, _WORDS)
+            read = codes[rows, words]
+            product = jnp.zeros_like(total)
+            for place in range(E4M3.in_word):
+                product += jax.lax.dot_general(
+                    E4M3.values(read, place, interpret=interpret),
+                    x[group, :, place, words],
+                    (((1,), (1,)), ((), ())),
+                    preferred_element_type=jnp.float32,
+                )
+            total += product * _scale_value(scales[first // FP8_BLOCK, column])
+        return total
+
+    return jax.lax.fori_loop(0, turns, turn, jnp.zeros((blocks.rows, x.shape[1]), jnp.float32))
+
+
+def _scale_value(scale: jax.Array) -> jax.Array:
+    """A UE8M0 byte or a float32 as float32; 2^-127 is taken for zero."""
+    if scale.dtype != jnp.uint8:
+        return scale
+    value = jax.lax.bitcast_convert_type(scale.astype(jnp.uint32) << 23, jnp.float32)
+    return jnp.where(scale == 255, jnp.float32(jnp.nan), value)
