@@ -65,8 +65,9 @@ def block_fp8_products(
     tile = max(8, 1 << (tokens - 1).bit_length())
     programs = sum(weight.shape[0] // blocks.rows for weight in weights)
     splits = splits or _splits(programs, tile, columns)
+    pairs = jnp.pad(x, ((0, tile - tokens), (0, 0), (0, 0))).reshape(tile, groups, -1, E4M3.in_word)
     operands = [
-        E4M3.lay_out(jnp.pad(x, ((0, tile - tokens), (0, 0), (0, 0))).swapaxes(0, 1)),
+        jax.lax.bitcast_convert_type(pairs, jnp.uint32),  # of the columns of a word of codes
         *(array for weight in weights for array in (E4M3.words(weight.codes), weight.scales)),
     ]
     sums = pl.pallas_call(
@@ -123,19 +124,19 @@ def _product(
         for block in range(at_once):
             column = (part * turns + index) * at_once + block
             words = pl.ds(column * _WORDS, _WORDS)
-            read = codes[rows, words]
+            read, pairs = codes[rows, words], x[:, group, words]
             product = jnp.zeros_like(total)
             for place in range(E4M3.in_word):
                 product += jax.lax.dot_general(
                     E4M3.values(read, place, interpret=interpret),
-                    x[group, :, place, words],
+                    jax.lax.bitcast_convert_type((pairs >> 16 * place).astype(jnp.uint16), jnp.bfloat16),
                     (((1,), (1,)), ((), ())),
                     preferred_element_type=jnp.float32,
                 )
             total += product * _scale_value(scales[first // FP8_BLOCK, column])
         return total
 
-    return jax.lax.fori_loop(0, turns, turn, jnp.zeros((blocks.rows, x.shape[1]), jnp.float32))
+    return jax.lax.fori_loop(0, turns, turn, jnp.zeros((blocks.rows, x.shape[0]), jnp.float32))
 
 
 def _scale_value(scale: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """What the Pallas kernels that multiply codes share: how they read codes, and how a code becomes a bfloat16.
 
 A kernel reads codes as words of 16 bits, of adjacent columns. A register holds two words, and what is done to one is
-done to both: so a product is taken of all words' lowest codes, then of the next ones, and x is laid out accordingly.
+done to both: so a product is taken of all words' lowest codes, then of the next ones.
 """
 
 from __future__ import annotations
@@ -44,10 +44,6 @@ class CodeFormat(NamedTuple):
     def words(self, codes: jax.Array) -> jax.Array:
         """Codes of 8 bits, or pairs of 4 in uint8 [..., n], as uint16 [..., n / 2], which moves nothing."""
         return jax.lax.bitcast_convert_type(codes.reshape(*codes.shape[:-1], -1, 2), jnp.uint16)
-
-    def lay_out(self, x: jax.Array) -> jax.Array:
-        """[..., columns] as [..., in_word, words], for products with every word's codes of one place."""
-        return x.reshape(*x.shape[:-1], -1, self.in_word).swapaxes(-1, -2)
 
     def values(self, words: jax.Array, place: int, *, interpret: bool) -> jax.Array:
         """The value of one code of each word, bfloat16 and exact; place 0 are the lowest bits.

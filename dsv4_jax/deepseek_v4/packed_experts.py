@@ -62,7 +62,7 @@ def packed_experts(
     call = functools.partial(_call, expert_of_tile, blocks=blocks, interpret=interpret)
     gated = call(
         functools.partial(_gate_and_up, limit=limit),
-        (token_of_row, E2M1.lay_out(x)),
+        (token_of_row, x.reshape(len(x), -1, E2M1.in_word).swapaxes(1, 2)),  # one place of every word side by side
         (weights.gate, weights.up),
         (*rows, E2M1.in_word, width // E2M1.in_word),
     )
