@@ -8,7 +8,7 @@ their scale. So a weight is read once, and nothing is expanded in memory.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -65,13 +65,13 @@ def block_fp8_products(
     tile = max(8, 1 << (tokens - 1).bit_length())
     programs = sum(weight.shape[0] // blocks.rows for weight in weights)
     splits = splits or _splits(programs, tile, columns)
-    pairs = jnp.pad(x, ((0, tile - tokens), (0, 0), (0, 0))).reshape(tile, groups, -1, E4M3.in_word)
+    pairs = x.reshape(tokens, groups, -1, E4M3.in_word)
     operands = [
         jax.lax.bitcast_convert_type(pairs, jnp.uint32),  # of the columns of a word of codes
         *(array for weight in weights for array in (E4M3.words(weight.codes), weight.scales)),
     ]
     sums = pl.pallas_call(
-        functools.partial(_multiply, groups=groups, splits=splits, blocks=blocks, interpret=interpret),
+        functools.partial(_multiply, blocks=blocks, interpret=interpret),
         grid=(programs, splits),
         out_shape=[kernel_output((splits, tile, weight.shape[0]), jnp.float32, operands) for weight in weights],
         compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
@@ -93,11 +93,14 @@ def _splits(programs: int, tile: int, columns: int) -> int:
     return splits
 
 
-def _multiply(x: Any, *refs: Any, groups: int, splits: int, blocks: Blocks, interpret: bool) -> None:
+def _multiply(x: Any, *refs: Any, blocks: Blocks, interpret: bool) -> None:
+    """A program: x as pairs [T, groups, in / 2], every weight's codes and scales, and its sums [parts, tile, out]."""
     from jax.experimental import pallas as pl
 
     made = refs[len(refs) * 2 // 3 :]
     block, part = pl.program_id(0), pl.program_id(1)
+    parts, tile, _ = made[0].shape
+    tokens = jnp.minimum(jnp.arange(tile), x.shape[0] - 1)  # the last one also fills the tile
     begin = 0
     for codes, scales, sums in zip(refs[0 : 2 * len(made) : 2], refs[1 : 2 * len(made) : 2], made, strict=True):
         first = (block - begin) * blocks.rows
@@ -105,26 +108,37 @@ def _multiply(x: Any, *refs: Any, groups: int, splits: int, blocks: Blocks, inte
 
         @pl.when((first >= 0) & (block < begin))
         def _(codes: Any = codes, scales: Any = scales, sums: Any = sums, first: jax.Array = first) -> None:
-            group = first // (codes.shape[0] // groups)
-            product = _product(x, group, codes, scales, first, part, splits, blocks, interpret)
+            group = first // (codes.shape[0] // x.shape[1])
+            turns = codes.shape[1] // (_WORDS * parts)
+            product = _product(
+                codes, scales, first, part * turns, turns, lambda words: x[tokens, group, words],
+                rows=tile, blocks=blocks, interpret=interpret,
+            )  # fmt: skip
             sums[part, :, pl.ds(first, blocks.rows)] = product.T
 
 
 def _product(
-    x: Any, group: jax.Array, codes: Any, scales: Any, first: jax.Array, part: jax.Array, splits: int, blocks: Blocks,
+    codes: Any,
+    scales: Any,
+    first: jax.Array,
+    begin: jax.Array,
+    turns: int,
+    read_x: Callable[[Any], jax.Array],
+    *,
+    rows: int,
+    blocks: Blocks,
     interpret: bool,
-) -> jax.Array:  # fmt: skip
-    """A part's sums for the weight's rows from the first one on: fp32 [blocks.rows, rows of x]."""
+) -> jax.Array:
+    """A weight's outputs from the first one on, of some of its blocks of columns: fp32 [blocks.rows, rows]."""
     from jax.experimental import pallas as pl
 
-    rows, at_once = pl.ds(first, blocks.rows), blocks.columns // FP8_BLOCK
-    turns = codes.shape[1] // (_WORDS * at_once * splits)
+    outputs, at_once = pl.ds(first, blocks.rows), blocks.columns // FP8_BLOCK
 
     def turn(index: jax.Array, total: jax.Array) -> jax.Array:
         for block in range(at_once):
-            column = (part * turns + index) * at_once + block
+            column = begin + index * at_once + block
             words = pl.ds(column * _WORDS, _WORDS)
-            read, pairs = codes[rows, words], x[:, group, words]
+            read, pairs = codes[outputs, words], read_x(words)
             product = jnp.zeros_like(total)
             for place in range(E4M3.in_word):
                 product += jax.lax.dot_general(
@@ -136,7 +150,7 @@ def _product(
             total += product * _scale_value(scales[first // FP8_BLOCK, column])
         return total
 
-    return jax.lax.fori_loop(0, turns, turn, jnp.zeros((blocks.rows, x.shape[0]), jnp.float32))
+    return jax.lax.fori_loop(0, turns // at_once, turn, jnp.zeros((blocks.rows, rows), jnp.float32))
 
 
 def _scale_value(scale: jax.Array) -> jax.Array:
