@@ -98,6 +98,13 @@ def test_layers_multiply_as_without_the_kernel(device, rng, monkeypatch):
         assert np.sqrt(np.mean((by_codes - expanded) ** 2)) < 0.001 * np.sqrt(np.mean(expanded**2))
 
 
+def test_blocks_that_do_not_fit(rng):
+    weight = fp8(rng, 128, 384)
+    for groups, splits in ((1, 2), (4, None)):
+        with pytest.raises(ValueError, match="choose blocks and parts"):
+            block_fp8_products(activations(rng, 2, groups, 384), [weight], splits=splits, interpret=True)
+
+
 def test_which_products_are_of_codes(rng):
     x, weight = activations(rng, 2, 1, 256), fp8(rng, 128, 256)
     assert multiplies_block_fp8(x, [weight])

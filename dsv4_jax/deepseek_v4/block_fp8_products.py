@@ -30,7 +30,7 @@ def multiplies_block_fp8(x: jax.Array, weights: Sequence[Any]) -> bool:
     tokens, groups, columns = x.shape
     return (
         x.dtype == jnp.bfloat16
-        and tokens <= _TOKENS
+        and 0 < tokens <= _TOKENS
         and columns % FP8_BLOCK == 0
         and all(isinstance(weight, BlockFp8) and weight.shape[0] % (groups * _BLOCKS.rows) == 0 for weight in weights)
     )
@@ -45,10 +45,11 @@ def block_fp8_products(
     splits: int | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """X times each weight, fp32 [T, groups * out]; ``multiplies_block_fp8`` says for which.
+    """The product of x with each weight, fp32 [T, groups * out]; ``multiplies_block_fp8`` says for which.
 
     A code's product with x is exact and added up in fp32 before the scale is multiplied: weights are never rounded.
-    Temporary memory: fp32 [parts, T, out] of each weight, whose columns are summed in so many parts.
+    Codes for NaN are taken for 480, scales for NaN make NaN. Temporary memory: fp32
+    [parts, T, out] of each weight, whose columns are summed in so many parts.
 
     Args:
       x: bfloat16 [T, groups, in].
@@ -56,6 +57,9 @@ def block_fp8_products(
       blocks: for measuring others.
       splits: in how many parts columns are summed, as ``blocks``.
       interpret: compute what the kernel computes without compiling it, on any device.
+
+    Raises:
+      ValueError: rows or columns are not whole blocks.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
@@ -64,7 +68,12 @@ def block_fp8_products(
     blocks = blocks or _BLOCKS
     tile = max(8, 1 << (tokens - 1).bit_length())
     programs = sum(weight.shape[0] // blocks.rows for weight in weights)
-    splits = splits or _splits(programs, tile, columns)
+    splits = splits or _splits(programs, tile, columns, blocks)
+    if columns % (splits * blocks.columns) or any(weight.shape[0] % (groups * blocks.rows) for weight in weights):
+        raise ValueError(
+            f"{blocks} and {splits} parts do not divide weights {[weight.shape for weight in weights]} of {groups} "
+            "groups; choose blocks and parts that rows and columns are multiples of."
+        )
     pairs = x.reshape(tokens, groups, -1, E4M3.in_word)
     operands = [
         jax.lax.bitcast_convert_type(pairs, jnp.uint32),  # of the columns of a word of codes
@@ -81,14 +90,12 @@ def block_fp8_products(
     return tuple(parts.sum(axis=0)[:tokens] for parts in sums)
 
 
-def _splits(programs: int, tile: int, columns: int) -> int:
-    """In how many parts columns are summed: there are programs enough for the device, and sums are fewer bytes than
-    codes.
+def _splits(programs: int, tile: int, columns: int, blocks: Blocks) -> int:
+    """In how many parts columns are summed: programs enough for the device, and at most half as many bytes of sums as
+    of codes.
     """
-    splits = 1
-    while (
-        2 * splits * programs <= _PROGRAMS and 16 * splits * tile <= columns and not columns % (2 * splits * FP8_BLOCK)
-    ):
+    most, splits = min(_PROGRAMS // programs, columns // (8 * tile)), 1
+    while 2 * splits <= most and columns % (2 * splits * blocks.columns) == 0:
         splits *= 2
     return splits
 
