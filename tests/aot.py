@@ -77,9 +77,12 @@ def compile_for_h200(fn, *args: Any, dump: Path, donate_argnums: int | Sequence[
     if "CUDA" not in REGISTERED:
         pytest.skip("the native module was built without CUDA")
     topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
-    here = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+    mesh = topologies.make_mesh(topology, (1,), ("x",))
+    here = NamedSharding(mesh, PartitionSpec())
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a), sharding=here), args)
-    lowered = jax.jit(fn, donate_argnums=donate_argnums).trace(*shapes).lower(lowering_platforms=("cuda",))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Pallas asks it for the device
+        traced = jax.jit(fn, donate_argnums=donate_argnums).trace(*shapes)
+    lowered = traced.lower(lowering_platforms=("cuda",))
     compiled = lowered.compile(compiler_options=OPTIONS | {"xla_dump_to": str(dump)})
     return GpuProgram(compiled, _read_thunks(dump))
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dsv4_jax import CompressorInputs, RawRows, Rotary, apply_rotary
 from dsv4_jax.deepseek_v4.config import DeepseekV4Config
-from dsv4_jax.deepseek_v4.layers import grouped_linear, linear, rms_norm
+from dsv4_jax.deepseek_v4.layers import grouped_linear, linear, linears, rms_norm
 from dsv4_jax.deepseek_v4.weights import AttentionWeights, CompressorWeights, IndexerWeights
 
 
@@ -46,17 +46,20 @@ def project(
       closing: that of its closing entries; None in SWA layers.
     """
     spec = config.spec
-    low_rank = rms_norm(linear(x, weights.wq_a), spec.norm_eps, weights.q_norm)
-    queries = linear(low_rank, weights.wq_b).reshape(-1, spec.num_heads, spec.head_dim)
+    low_rank, rows = linears(x, (weights.wq_a, weights.wkv))
+    low_rank = rms_norm(low_rank, spec.norm_eps, weights.q_norm)
+    matrices = (weights.wq_b,) if weights.indexer is None else (weights.wq_b, weights.indexer.query)
+    queries, *index_queries = linears(low_rank, matrices)
+    queries = queries.reshape(-1, spec.num_heads, spec.head_dim)
     compressor, indexer, index_query = None, None, None
     if weights.compressor is not None and closing is not None:
         compressor = _compressor_inputs(weights.compressor, x, closing)
         if weights.indexer is not None:
             indexer = _compressor_inputs(weights.indexer.compressor, x, closing)
-            index_query = _index_query(weights.indexer, config, x, low_rank, tokens)
+            index_query = _index_query(weights.indexer, config, x, index_queries[0], tokens)
     return Projections(
         queries=apply_rotary(rms_norm(queries, spec.norm_eps), tokens),
-        rows=RawRows(linear(x, weights.wkv), weights.kv_norm, tokens),
+        rows=RawRows(rows, weights.kv_norm, tokens),
         compressor=compressor,
         indexer=indexer,
         index_query=index_query,
@@ -81,9 +84,8 @@ def _compressor_inputs(weights: CompressorWeights, x: jax.Array, closing: Rotary
 
 
 def _index_query(
-    weights: IndexerWeights, config: DeepseekV4Config, x: jax.Array, low_rank: jax.Array, tokens: Rotary
+    weights: IndexerWeights, config: DeepseekV4Config, x: jax.Array, queries: jax.Array, tokens: Rotary
 ) -> IndexQuery:
     heads, width = config.spec.index_num_heads, config.spec.index_head_dim
-    queries = linear(low_rank, weights.query).reshape(-1, heads, width)
     head_weights = linear(x, weights.head_weights, dtype=jnp.float32) * (width * heads) ** -0.5
-    return IndexQuery(apply_rotary(queries, tokens), head_weights)
+    return IndexQuery(apply_rotary(queries.reshape(-1, heads, width), tokens), head_weights)
