@@ -11,6 +11,7 @@
 
 #include <algorithm>
 
+#include "cuda/core/early_launch.cuh"
 #include "cuda/core/launch.cuh"
 #include "cuda/index/products.cuh"
 #include "cuda/index/queries.cuh"
@@ -86,6 +87,7 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
     score_kernel(const __grid_constant__ IndexTopkParams params, int first_token, int end_token) {
   constexpr int kGroup = S::kGroup, kStages = S::kStages, kTiles = S::kTiles;
   constexpr bool kPrepared = kGroup > 1;
+  let_next_begin();  // the choice, which waits for what is scored here
   extern __shared__ __align__(1024) uint8_t raw_shared[];
   auto& shared = *reinterpret_cast<Shared<Keys, S>*>(raw_shared);
   const int lane = threadIdx.x % 32, warp = __shfl_sync(kAll, threadIdx.x / 32, 0),

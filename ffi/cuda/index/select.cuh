@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cuda/core/barriers.cuh"
+#include "cuda/core/early_launch.cuh"
 #include "math/index.h"
 
 namespace dsv4::cuda::index {
@@ -140,7 +141,8 @@ __device__ __forceinline__ void find_threshold(Threshold& found, const int4* sum
 
 // A cluster a token; a thread has as many entries as a Mask has bits: grid tokens * kCluster, shared memory
 // `select_bytes`. Barriers: of the cluster after the range, twice for each round of bins, and after lists; of the block
-// after a threshold, its cut and the counts of warps.
+// after a threshold, its cut and the counts of warps. It waits for scores where it wants them, so it may be launched
+// early.
 template <int kThreads, int kCluster, class Mask>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads) DSV4_CLUSTER_DIMS(kCluster)
     select_kernel(const __grid_constant__ IndexTopkParams params, int first_token) {
@@ -167,6 +169,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) DSV4_CLUSTER_DIMS(k
     clear_bins();
     if (thread == 0) s.chosen_before = 0, s.alike_before = 0, s.listed = 0;
     const int entries = entries_seen(params, token);
+    await_kernel_ahead();
     if (entries <= k) {  // the same for the whole cluster
       for (int i = rank * kThreads + thread; i < k; i += kCluster * kThreads) put(i, i < entries ? i : -1);
       Blocks::wait();
