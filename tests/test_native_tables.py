@@ -82,4 +82,4 @@ def test_what_attend_plans_with_is_what_its_kernels_have():
         in_kernels["kTileRows"],
         in_kernels["kAttendedHeads"],
         in_kernels["kLargestCluster"],
-    ) == (attend._TILE_ROWS, attend._TILE_HEADS, max(attend._CLUSTERS_AT_ONCE))
+    ) == (attend._TILE_ROWS, max(attend._BLOCK_HEADS), max(attend._CLUSTERS_AT_ONCE))

@@ -1,37 +1,9 @@
-// Waiting, copying and writing across: mbarriers, named barriers, clusters and the copy engine (sm_90).
+// Waiting, copying and writing across: named barriers, asynchronous copies and clusters (sm_90).
 #pragma once
 
-#include <cstdint>
+#include "cuda/core/mbarrier.cuh"
 
 namespace dsv4::cuda::attention {
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// ---- Barriers in shared memory, by address
-__device__ __forceinline__ void init_barrier(uint32_t barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Waits until the barrier's phase of that parity is over; the phase before the first counts as parity 1.
-__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
-  uint32_t done = 0;
-  while (true) {
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
-                 : "=r"(done)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-    if (done != 0) return;
-  }
-}
-
-// Shared memory written by this thread's stores becomes visible to matrix products and the copy engine.
-__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Threads that meet under a number; number 0 is __syncthreads.
 __device__ __forceinline__ void meet(int number, int threads) {

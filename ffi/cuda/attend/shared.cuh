@@ -91,7 +91,7 @@ struct Shared {
       init_barrier(described(tile), scouts);
       init_barrier(empty(tile), 8);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_barrier_init();
   }
 };
 

@@ -11,18 +11,11 @@ enum class Barrier : int {
   kWindowRow = 1,
   kEntryRow = 2,
   kKeyRow = 3,
-  kLookUp = 4,  // behind it, windows that prefill closes are looked up
 };
 
 // Waits for `threads` threads of the block that name the same barrier.
 __device__ __forceinline__ void sync_threads(Barrier barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(static_cast<int>(barrier)), "r"(threads) : "memory");
-}
-
-// Counts as one of those threads without waiting: for a warp that has written what the others wait for.
-__device__ __forceinline__ void arrive(Barrier barrier, int threads) {
-  __syncwarp();
-  asm volatile("bar.arrive %0, %1;" ::"r"(static_cast<int>(barrier)), "r"(threads) : "memory");
 }
 
 // Clusters: blocks that write each other's shared memory, from compute capability 9.0 on. Code for older ones is

@@ -2,6 +2,7 @@
 // from global into shared memory.
 #pragma once
 
+#include "cuda/core/mbarrier.cuh"
 #include "cuda/index/keys.cuh"
 
 namespace dsv4::cuda::index {
@@ -48,12 +49,6 @@ __device__ __forceinline__ void await_products(float (&acc)[32]) {
 
 // ---- Copies from global into shared memory by the copy engine.
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-__device__ __forceinline__ void init_barrier(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
-}
 __device__ __forceinline__ void expect_bytes(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
@@ -63,13 +58,6 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes,
                    shared_address(to)),
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
-}
-__device__ __forceinline__ void wait_barrier(uint64_t* barrier, unsigned parity) {
-  asm volatile(
-      "{\n.reg .pred p;\nwait:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra "
-      "wait;\ndone:\n}" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
 }
 
 }  // namespace dsv4::cuda::index

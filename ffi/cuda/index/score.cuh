@@ -106,9 +106,9 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
   const int shares = gridDim.x * kWarpgroups, share = blockIdx.x * kWarpgroups + warpgroup;
   uint64_t* const full = shared.full[warp];
   if (lane == 0) {
-    for (int i = 0; i < kStages; ++i) init_barrier(full + i);
-    if (threadIdx.x == 0) init_barrier(&shared.queries_full);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int i = 0; i < kStages; ++i) init_barrier(shared_address(full + i), 1);
+    if (threadIdx.x == 0) init_barrier(shared_address(&shared.queries_full), 1);
+    fence_barrier_init();
   }
   __syncwarp();
   int used = 0;  // stages so far
@@ -175,16 +175,16 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
       for (int i = warp; i < count; i += kWarpgroups * 4) {
         put_weights<Keys>(shared.weights[i], prepared[first + i - first_token].weights, lane);
       }
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      fence_async();
       __syncthreads();
-      wait_barrier(&shared.queries_full, queries_parity);
+      wait(shared_address(&shared.queries_full), queries_parity);
       queries_parity ^= 1u;
     } else {
       __syncthreads();
       prepare<Keys, kScoreThreads>(params, raw_query, shared.queries[0], shared.raw_weights);
       __syncthreads();
       if (warp == 0) put_weights<Keys>(shared.weights[0], shared.raw_weights, lane);
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      fence_async();
       __syncthreads();
     }
 
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kScoreThreads, kBlocks)
     };
     const auto read = [&](int unit, int part) {
       const int turn = used + unit, stage = turn % kStages;
-      if (part == 0) wait_barrier(full + stage, turn / kStages & 1);
+      if (part == 0) wait(shared_address(full + stage), turn / kStages & 1);
       typename Keys::Raw raw;
       Keys::template load<S::kStageKeys>(raw, shared.stages[warp][stage], part * kWarpKeys + row, column,
                                          params.pool.global_scale);

@@ -3,12 +3,13 @@
 //
 // Threads of a closing block: 128 (warps 0 to 3) make the entries, 32 (warp 4) the indexer keys, four channels a
 // thread; warp 5 looks the windows up, and may store surviving rows then. Threads of another block: a warp stores a
-// row. Barriers: kLookUp, where warp 5 arrives and the others wait, once; kEntryRow among the first 128. Copies are
-// waited for by each warp alone. Shared memory: dynamic, a Landing for each of warps 0 to 4 (8.5 KiB, 12.5 with fp32
-// projections); the windows looked up; two scratches of a row, used in turn. Registers that the launch bounds leave a
-// thread: 96 (three blocks of six warps), 168 where two blocks find place.
+// row. Barriers: one in shared memory, where warp 5 arrives and the others wait, once; kEntryRow among the first 128.
+// Copies are waited for by each warp alone. Shared memory: dynamic, a Landing for each of warps 0 to 4 (8.5 KiB, 12.5
+// with fp32 projections); the windows looked up; two scratches of a row, used in turn. Registers that the launch bounds
+// leave a thread: 96 (three blocks of six warps), 168 where two blocks find place.
 #pragma once
 
+#include "cuda/core/mbarrier.cuh"
 #include "cuda/update/landing.cuh"
 #include "cuda/update/prefill.cuh"
 
@@ -83,7 +84,8 @@ struct RunWindows {
 
 template <int W, class T, bool kDeep>
 __device__ __forceinline__ void close_run(const UpdateParams& params, const Compression& part, const Runs& runs,
-                                          const RunWindows& run, char* landing, const RowThreads<W>& threads) {
+                                          const RunWindows& run, uint32_t looked_up, char* landing,
+                                          const RowThreads<W>& threads) {
   const Compressor compressor = with_constants<W, kCsaRatio, kDeep>(part.compressor);
   const Pool pool = with_rows<kBlockTokens / kCsaRatio>(part.pool);
   const Projections& in = compressor.projections;
@@ -114,7 +116,7 @@ __device__ __forceinline__ void close_run(const UpdateParams& params, const Comp
     if (place == 0 || window.kind == ClosingWindow::kStep) partial = landed.pool();
     __syncwarp();
     copy(place + 1);
-    if (place == 0) sync_threads(Barrier::kLookUp, kRunThreads);
+    if (place == 0) wait(looked_up, 0);
     row = run.rows[place + 1];
     if (window.kind == ClosingWindow::kNone) continue;
     if (window.kind == ClosingWindow::kTail) {
@@ -151,17 +153,23 @@ __global__ void __launch_bounds__(kRunThreads, kRunBlocks<RowT, T>)
                                                   thread % kWarp);
     return;
   }
+  __shared__ __align__(8) uint64_t barrier;
+  const uint32_t looked_up = shared_address(&barrier);
+  if (thread == 0) init_barrier(looked_up, kWarp);
+  __syncthreads();
   if (thread >= kPoolThreads) {
     run.find(params, runs, thread % kWarp);
-    arrive(Barrier::kLookUp, kRunThreads);
+    arrive(looked_up);
     if (kInPassing) append_last_tokens<RowT, T, kCsaRatio, kDeep>(params, last, blockIdx.x, gridDim.x, thread % kWarp);
     return;
   }
   char* landing = reinterpret_cast<char*>(landings) + thread / kWarp * Landing<kHeadDim, T>::kBytes;
   if (thread < kRowThreads) {
-    close_run<kHeadDim, T, kDeep>(params, params.entries, runs, run, landing, {thread, Barrier::kEntryRow, scratch});
+    close_run<kHeadDim, T, kDeep>(params, params.entries, runs, run, looked_up, landing,
+                                  {thread, Barrier::kEntryRow, scratch});
   } else {
-    close_run<kKeyDim, T, kDeep>(params, params.keys, runs, run, landing, {thread % kWarp, Barrier::kNone, nullptr});
+    close_run<kKeyDim, T, kDeep>(params, params.keys, runs, run, looked_up, landing,
+                                 {thread % kWarp, Barrier::kNone, nullptr});
   }
 }
 
