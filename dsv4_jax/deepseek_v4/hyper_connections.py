@@ -7,7 +7,6 @@ streams of the token itself, and are computed in fp32.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 
 from dsv4_jax.deepseek_v4.config import DeepseekV4Config
 from dsv4_jax.deepseek_v4.layers import rms_norm
+from dsv4_jax.deepseek_v4.sinkhorn import sinkhorn
 from dsv4_jax.deepseek_v4.weights import HyperConnectionWeights
 
 
@@ -40,42 +40,6 @@ def mixing(weights: HyperConnectionWeights, config: DeepseekV4Config, streams: j
         out=2 * jax.nn.sigmoid(out * scale[1] + out_base),
         beside=sinkhorn(jax.nn.softmax(logits, axis=-1) + config.hc_eps, config.hc_sinkhorn_iters, config.hc_eps),
     )
-
-
-def sinkhorn(matrices: jax.Array, iterations: int, eps: float) -> jax.Array:
-    """Sinkhorn's normalization of positive matrices [..., n, n].
-
-    Columns are divided by their sum plus ``eps`` ``iterations`` times, and between two such rounds rows are. A loop of
-    kernels this small is bound by its launches, and splits a step's CUDA graph in two, so on GPUs it is unrolled.
-    """
-    return jax.lax.platform_dependent(
-        matrices,
-        cuda=functools.partial(sinkhorn_unrolled, iterations=iterations, eps=eps),
-        default=functools.partial(sinkhorn_looped, iterations=iterations, eps=eps),
-    )
-
-
-def sinkhorn_looped(matrices: jax.Array, *, iterations: int, eps: float) -> jax.Array:
-    """``sinkhorn`` as a loop."""
-    columns = _divide(matrices, -2, eps)
-    return jax.lax.fori_loop(0, iterations - 1, lambda _, made: _divide(_divide(made, -1, eps), -2, eps), columns)
-
-
-def sinkhorn_unrolled(matrices: jax.Array, *, iterations: int, eps: float) -> jax.Array:
-    """``sinkhorn`` as one operation after another."""
-    made = _divide(matrices, -2, eps)
-    for _ in range(iterations - 1):
-        # One kernel an iteration: without a barrier XLA fuses all of them, each computed again for every number that
-        # the next one reads.
-        made = jax.lax.optimization_barrier(made)
-        made = _divide(_divide(made, -1, eps), -2, eps)
-    return made
-
-
-def _divide(matrices: jax.Array, axis: int, eps: float) -> jax.Array:
-    """By the sums over an axis, added up term by term: of a reduction XLA makes a kernel of its own."""
-    terms = jnp.split(matrices, matrices.shape[axis], axis)
-    return matrices / (sum(terms[1:], terms[0]) + eps)
 
 
 def spread(hidden: jax.Array, config: DeepseekV4Config) -> jax.Array:
