@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from dsv4_jax.deepseek_v4.kernel_codes import kernel_output
 
 _TOKENS = 32  # of a program of the kernel, a thread for each
+_Numbers = tuple[tuple[jax.Array, ...], ...]
 
 
 def sinkhorn(matrices: jax.Array, iterations: int, eps: float) -> jax.Array:
@@ -59,12 +60,11 @@ def _normalize(matrices: Any, made: Any, *, iterations: int, eps: float) -> None
 
     tokens, n, _ = matrices.shape
     at = jnp.minimum(pl.program_id(0) * _TOKENS + jnp.arange(_TOKENS), tokens - 1)  # the last one fills up
-    Numbers = tuple[tuple[jax.Array, ...], ...]
 
-    def divide_rows(x: Numbers) -> Numbers:
+    def divide_rows(x: _Numbers) -> _Numbers:
         return tuple(tuple(number / (sum(row[1:], row[0]) + eps) for number in row) for row in x)
 
-    def divide_columns(x: Numbers) -> Numbers:
+    def divide_columns(x: _Numbers) -> _Numbers:
         return tuple(zip(*divide_rows(tuple(zip(*x, strict=True))), strict=True))
 
     x = tuple(tuple(matrices[at, row, column] for column in range(n)) for row in range(n))
