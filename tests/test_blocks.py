@@ -34,7 +34,7 @@ class Held:
         return ids.tolist()
 
     def share(self, source, target, full, held):
-        ids, writes = self.ledger.share(source, target, full, held)
+        ids, writes = self.ledger.attach(target, self.ledger.table[source, :full].copy(), held)
         self.journal.write(writes)
         for place, block in enumerate(ids.tolist()):
             assert (block == self.blocks[source, place]) == (place < full)

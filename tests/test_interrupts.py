@@ -59,6 +59,7 @@ def observed(manager: CacheManager) -> dict:
             for handle in requests
         ],
         "transfers": manager.transfers_wait,
+        "usage": manager.usage(),
         "admits": [manager.can_admit(length) for length in (0, 128, 1000)],
     }
 
@@ -104,7 +105,7 @@ def prepared() -> tuple[CacheManager, list[int], list]:
     manager.prepare_forward(dict(zip(requests, (303, 127, 5, 1), strict=True)))
     manager.truncate(requests[0], 302)
     manager.release(requests[3])
-    requests[3] = manager.admit()
+    requests[3] = manager.admit(100, 500)
     requests.append(manager.fork(requests[0]))
     manager.take_transfers()
     first = manager.prepare_forward({requests[1]: 1})
@@ -121,6 +122,9 @@ def latest(requests: list[int]) -> dict[int, int]:
 
 OPERATIONS = {
     "admit": lambda manager, requests, plans: manager.admit(),
+    "admit with a promise": lambda manager, requests, plans: manager.admit(100, 200),
+    "fork with a promise": lambda manager, requests, plans: manager.fork(requests[4], 200),
+    "release what was promised": lambda manager, requests, plans: manager.release(requests[3]),
     "release": lambda manager, requests, plans: manager.release(requests[0]),
     "truncate": lambda manager, requests, plans: manager.truncate(requests[0], manager.length(requests[0]) - 1),
     "truncate what is shared": lambda manager, requests, plans: manager.truncate(requests[4], 250),
@@ -200,9 +204,9 @@ def test_a_random_history_with_interrupts_balances(rng):
         chosen = [handle for handle in requests if rng.random() < 0.7]
         match rng.choice(list(PROBABILITIES), p=np.array(list(PROBABILITIES.values())) / 30):
             case "admit":
-                manager.admit()
+                manager.admit(0, rng.choice([None, 200]))
             case "fork" if requests:
-                manager.fork(rng.choice(requests))
+                manager.fork(rng.choice(requests), rng.choice([None, 50]))
             case "transfers":
                 manager.take_transfers()
             case "release" if requests:

@@ -8,7 +8,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dsv4_jax.host.arguments import integer
+from dsv4_jax.host.accounts import PoolUsage
+from dsv4_jax.host.arguments import count
 from dsv4_jax.host.batch import BlockNeed
 from dsv4_jax.host.blocks import BlockLedger
 from dsv4_jax.host.drafts import DraftTable
@@ -60,7 +61,7 @@ class Books:
 
     @property
     def free_blocks(self) -> int:
-        """How many blocks no request holds."""
+        """How many blocks no request holds, promised ones among them."""
         return self._state()[1].free
 
     @property
@@ -109,16 +110,49 @@ class Books:
         """
         return self._need.blocks(length)
 
-    def can_admit(self, length: int = 0) -> bool:
-        """Whether a slot is free, and blocks for a request of ``length`` tokens are.
+    def can_admit(self, prompt: int = 0, max_new_tokens: int | None = None) -> bool:
+        """Whether ``admit`` of the same arguments would succeed, and the prompt's blocks are there.
+
+        With ``max_new_tokens`` it is exact: what is admitted so can be prepared up to that length, whatever others do
+        meanwhile, and if a request that fits is refused, then because of what others hold or were promised.
+
+        Args:
+          prompt: tokens of the request's prompt.
+          max_new_tokens: how many the request will bring at most beyond these, if that is known.
 
         Raises:
-          TypeError, ValueError: ``length`` is not an integer, or below 0.
+          TypeError, ValueError: a number is no integer, or below 0.
         """
-        length = integer("length", length)
-        if length < 0:
-            raise ValueError(f"length must be at least 0, got {length}")
         table, ledger = self._state()
-        if not table.free or length > self._schema.max_context:
+        length, limit = self._lengths(prompt, max_new_tokens)
+        if not table.free or (length if limit is None else limit) > self._schema.max_context:
             return False
-        return int(self.blocks_needed(length)) <= ledger.free
+        return self._promise(length if limit is None else limit, drafts=limit is not None) <= ledger.available
+
+    @staticmethod
+    def _lengths(prompt: int, max_new_tokens: int | None) -> tuple[int, int | None]:
+        """The tokens of a prompt, and those of its request at most, None if that is not known."""
+        length = count("prompt", prompt)
+        return length, None if max_new_tokens is None else length + count("max_new_tokens", max_new_tokens)
+
+    def _promise(self, limit: int, *, drafts: bool = True) -> int:
+        """Blocks of a request that is to reach ``limit`` tokens, and may bring drafts beyond."""
+        reach = limit + self._schema.lookahead * drafts
+        return int(self.blocks_needed(min(reach, self._schema.max_context)))
+
+    def usage(self) -> dict[str, PoolUsage]:
+        """What the cache's slots and blocks are used for, by ``"slots"`` and ``"blocks"``."""
+        table, ledger = self._state()
+        schema, used = self._schema, self._schema.slots - table.free
+        return {
+            "slots": PoolUsage(schema.slots, used, 0, 0, table.free, 0, schema.bytes_per_slot),
+            "blocks": PoolUsage(
+                total=ledger.total,
+                used=ledger.total - ledger.free,
+                shared=ledger.shared,
+                cached=0,
+                free=ledger.free,
+                reserved=ledger.reserved,
+                unit_bytes=schema.bytes_per_block,
+            ),
+        }

@@ -49,6 +49,21 @@ class UnknownRequest(CacheError):
         )
 
 
+class PromptTooLong(CacheError):
+    """A request that would exceed the schema's ``max_context``.
+
+    Attributes:
+      prompt, new, max_context: its tokens, those that it may bring at most, and the limit.
+    """
+
+    def __init__(self, prompt: int, new: int, max_context: int) -> None:
+        self.prompt, self.new, self.max_context = int(prompt), int(new), int(max_context)
+        super().__init__(
+            f"{self.prompt} tokens and {self.new} new ones do not fit a context of {self.max_context}: give fewer, or "
+            "build the schema with a larger max_context"
+        )
+
+
 class LengthUnknown(CacheError):
     """A request whose length the host does not know, since it has not heard what became of its drafts.
 

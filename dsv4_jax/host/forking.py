@@ -14,7 +14,7 @@ from dsv4_jax.spec.kinds import BLOCK_TOKENS
 
 
 def fork(
-    table: RequestTable, ledger: BlockLedger, queue: TransferQueue, source: int, target: int, held: int
+    table: RequestTable, ledger: BlockLedger, queue: TransferQueue, source: int, target: int, held: int, promised: int
 ) -> tuple[Write, ...]:
     """The writes that make the request in slot ``target``, just admitted, a twin of the one in ``source``.
 
@@ -22,16 +22,19 @@ def fork(
       table: of the requests.
       ledger: of the blocks.
       queue: of the transfers.
-      source: slot of a request that has tokens.
+      source: slot of a request.
       target: slot without blocks.
       held: blocks that the source holds.
+      promised: blocks that the target can have, 0 for no promise.
 
     Raises:
-      CacheFull: there is no block for a copy of the open one.
+      CacheFull: there is no block for a copy of the open one, or too few for the promise.
     """
     length = int(table.lengths[source])
     full = min(length // BLOCK_TOKENS, held)
-    blocks, writes = ledger.share(source, target, full, held)
+    blocks, writes = ledger.attach(target, ledger.table[source, :full].copy(), held, promised)
+    if not length:  # as any other new request
+        return writes
     wishes = [("reset", (target,)), ("copy", (source, target)), ("install", (target, blocks))]
     wishes += [("copy_block", (int(ledger.table[source, place]), int(blocks[place]))) for place in range(full, held)]
     return (

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from dsv4_jax.host.arguments import bucket_list, integer, step_arrays, step_count
 from dsv4_jax.host.batch import Batch, Standing
 from dsv4_jax.host.books import Books
-from dsv4_jax.host.errors import LengthUnknown, StepTooLarge, TransfersWait
+from dsv4_jax.host.errors import LengthUnknown, PromptTooLong, StepTooLarge, TransfersWait
 from dsv4_jax.host.forking import fork
 from dsv4_jax.host.journal import Write
 from dsv4_jax.host.settling import Outstanding, plan_of
@@ -68,20 +68,35 @@ class CacheManager(Books):
             fewest = bucket
         return tuple(possible)
 
-    def admit(self) -> int:
-        """Gives a new request a slot.
+    def admit(self, prompt: int = 0, max_new_tokens: int | None = None) -> int:
+        """Gives a new request a slot, and promises it blocks.
+
+        Args:
+          prompt: tokens of its prompt.
+          max_new_tokens: how many it will bring at most beyond these. The blocks for all of them are reserved, and
+            those for as many drafts more as the schema's ``lookahead`` allows: up to there ``prepare_forward`` finds
+            blocks for it. Without, nothing is reserved, and the request may meet CacheFull.
 
         Returns:
           The request's handle, never given out again by this manager. It is not the slot.
 
         Raises:
-          CacheFull: no slot is free.
+          CacheFull: no slot is free, or too few blocks to be reserved.
+          PromptTooLong: it would exceed ``schema.max_context``.
+          TypeError, ValueError: a number is no integer, or below 0.
         """
-        handle, writes = self._state()[0].admit()
+        table, ledger = self._state()
+        handle, writes = table.admit()
+        length, limit = self._lengths(prompt, max_new_tokens)
+        if (length if limit is None else limit) > self._schema.max_context:
+            raise PromptTooLong(length, max_new_tokens or 0, self._schema.max_context)
+        if limit is not None:
+            none = np.zeros(0, np.int32)
+            writes += ledger.attach(table.slot_of(handle), none, 0, self._promise(limit))[1]
         self._journal.write(writes)
         return handle
 
-    def fork(self, request: int) -> int:
+    def fork(self, request: int, max_new_tokens: int | None = None) -> int:
         """A twin of a request: a new one, of the same tokens, that goes on by itself.
 
         The two share all blocks that are full. What else the request holds, its window, its tails and an open block,
@@ -90,6 +105,8 @@ class CacheManager(Books):
 
         Args:
           request: handle.
+          max_new_tokens: how many tokens the twin will bring at most, as in ``admit``. What the other was promised is
+            not the twin's.
 
         Returns:
           The twin's handle.
@@ -97,16 +114,20 @@ class CacheManager(Books):
         Raises:
           UnknownRequest: not an admitted request.
           LengthUnknown: the request has drafts of which nothing is known.
-          CacheFull: no slot is free, or no block for the copy of an open one.
+          CacheFull: no slot is free, or no block for the copy of an open one, or too few to be reserved.
+          PromptTooLong: it would exceed ``schema.max_context``.
+          TypeError, ValueError: ``max_new_tokens`` is no integer, or below 0.
         """
         table, ledger = self._state()
         source = table.slot(request)
         if self._drafts.is_open(source):
             raise LengthUnknown(request, "forked")
         handle, writes = table.admit()
-        if length := int(table.lengths[source]):
-            target, held = table.slot_of(handle), int(self.blocks_needed(length))
-            writes += fork(table, ledger, self._transfers, source, target, held)
+        length, limit = self._lengths(int(table.lengths[source]), max_new_tokens)
+        if limit is not None and limit > self._schema.max_context:
+            raise PromptTooLong(length, limit - length, self._schema.max_context)
+        held, promised = int(self.blocks_needed(length)), 0 if limit is None else self._promise(limit)
+        writes += fork(table, ledger, self._transfers, source, table.slot_of(handle), held, promised)
         self._journal.write(writes)
         return handle
 
@@ -134,7 +155,8 @@ class CacheManager(Books):
         """
         table, _ = self._state()
         slot = table.slot(request)
-        self._journal.write((*self._free_blocks([slot], [0]), *table.release(slot), *self._drafts.forget(slot)))
+        given_back = self._free_blocks([slot], [0], keep_promise=False)
+        self._journal.write((*given_back, *table.release(slot), *self._drafts.forget(slot)))
 
     def reset(self) -> None:
         """Forgets all requests: every slot and block is free, plans made so far are stale, no transfers wait.
@@ -173,7 +195,8 @@ class CacheManager(Books):
         Raises:
           UnknownRequest: not an admitted request.
           CannotTruncate: ``length`` is out of range, or its state is gone; says what is possible.
-          CacheFull: no block is free for the copy of a shared one.
+          CacheFull: no block is free for the copy of a shared one, or for what the request was promised if others keep
+            those that it gives back.
         """
         table, _ = self._state()
         slot = table.slot(request)
@@ -375,8 +398,8 @@ class CacheManager(Books):
         old, new, writes = ledger.exchange(slot, last, int(places[1]))
         return *writes, *self._transfers.add(("install", (slot, [new], last)), ("copy_block", (old, new)))
 
-    def _free_blocks(self, slots: ArrayLike, lengths: ArrayLike) -> tuple[Write, ...]:
+    def _free_blocks(self, slots: ArrayLike, lengths: ArrayLike, *, keep_promise: bool = True) -> tuple[Write, ...]:
         """Frees the blocks that requests in these slots hold and would not at these lengths, [n] each."""
         slots = np.asarray(slots)
         held = self.blocks_needed(self._request_table.lengths[slots])
-        return self._ledger.give_back(slots, self.blocks_needed(lengths), held)
+        return self._ledger.give_back(slots, self.blocks_needed(lengths), held, keep_promise=keep_promise)
