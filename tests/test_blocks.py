@@ -11,14 +11,13 @@ from dsv4_jax.host.journal import Journal
 
 
 def assert_balanced(ledger: BlockLedger) -> None:
-    """Every block is either free or at exactly one place of one slot, and all records of it say the same."""
+    """Every block is either free or at exactly one place of so many slots, and all records of it say the same."""
     slots, places = (ledger.table >= 0).nonzero()
     ids = ledger.table[slots, places]
-    np.testing.assert_array_equal(ledger.owner[ids], slots)
+    np.testing.assert_array_equal(ledger.references, np.bincount(ids, minlength=ledger.total))
     np.testing.assert_array_equal(ledger.place[ids], places)
     free = ledger._stack[: ledger.free]
-    assert sorted([*ids.tolist(), *free.tolist()]) == list(range(ledger.total))
-    assert (ledger.owner[free] == -1).all()
+    assert sorted([*set(ids.tolist()), *free.tolist()]) == list(range(ledger.total))
     assert (ledger.place[free] == -1).all()
 
 
@@ -33,6 +32,21 @@ class Held:
         self.journal.write(writes)
         self.blocks.update(zip(zip(slots, places, strict=True), ids.tolist(), strict=True))
         return ids.tolist()
+
+    def share(self, source, target, full, held):
+        ids, writes = self.ledger.attach(target, self.ledger.table[source, :full].copy(), held)
+        self.journal.write(writes)
+        for place, block in enumerate(ids.tolist()):
+            assert (block == self.blocks[source, place]) == (place < full)
+            self.blocks[target, place] = block
+
+    def exchange(self, slot, place, end):
+        old, new, writes = self.ledger.exchange(slot, place, end)
+        self.journal.write(writes)
+        assert old == self.blocks[slot, place]
+        self.blocks[slot, place] = new
+        for later in range(place + 1, end):
+            del self.blocks[slot, later]
 
     def give_back(self, slots, first, end):
         self.journal.write(self.ledger.give_back(*(np.asarray(value, np.int64) for value in (slots, first, end))))
@@ -80,17 +94,39 @@ def test_giving_back_what_was_just_taken_restores_the_order(rng):
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.integers(0, 30), st.lists(st.tuples(st.booleans(), st.integers(0, 8), st.randoms()), max_size=40))
+@given(
+    st.integers(0, 30),
+    st.lists(
+        st.tuples(
+            st.sampled_from(["take", "give back", "give back", "share", "exchange"]), st.integers(0, 8), st.randoms()
+        ),
+        max_size=40,
+    ),
+)
 def test_against_a_dictionary(total, operations):
     held = Held(3, 12, total)
-    for taking, count, random in operations:
+    for what, count, random in operations:
         lengths = [sum(slot == s for slot, _ in held.blocks) for s in range(3)]
-        if taking:
+        free = total - len(set(held.blocks.values()))
+        if what == "share":
+            if 0 in lengths:
+                source = max(range(3), key=lambda slot: lengths[slot])
+                full = max(lengths[source] - random.randrange(2), 0)
+                if lengths[source] - full <= free:
+                    held.share(source, lengths.index(0), full, lengths[source])
+        elif what == "exchange":
+            slot = max(range(3), key=lambda slot: lengths[slot])
+            if lengths[slot] and free:
+                held.exchange(slot, random.randrange(lengths[slot]), lengths[slot])
+            elif lengths[slot]:
+                with pytest.raises(CacheFull):
+                    held.exchange(slot, 0, lengths[slot])
+        elif what == "take":
             slots = [random.randrange(3) for _ in range(count)]
             places = [lengths[slot] + slots[:i].count(slot) for i, slot in enumerate(slots)]
             if max(places, default=0) >= 12:
                 continue
-            if count > total - len(held.blocks):
+            if count > free:
                 with pytest.raises(CacheFull):
                     held.take(slots, places)
             else:
@@ -99,8 +135,7 @@ def test_against_a_dictionary(total, operations):
         else:
             slots = random.sample(range(3), min(count, 3))
             held.give_back(slots, [random.randint(0, lengths[slot]) for slot in slots], [lengths[s] for s in slots])
-        assert held.ledger.free == total - len(held.blocks)
-        assert len(set(held.blocks.values())) == len(held.blocks)
+        assert held.ledger.free == total - len(set(held.blocks.values()))
         for (slot, place), block in held.blocks.items():
             assert held.ledger.table[slot, place] == block
         assert_balanced(held.ledger)

@@ -58,6 +58,8 @@ def observed(manager: CacheManager) -> dict:
             (handle, manager.slot(handle), manager.length(handle), manager.blocks(handle).tolist())
             for handle in requests
         ],
+        "transfers": manager.transfers_wait,
+        "usage": manager.usage(),
         "admits": [manager.can_admit(length) for length in (0, 128, 1000)],
     }
 
@@ -72,7 +74,11 @@ def aftermath(manager: CacheManager, plans: list) -> list:
         except CacheError as error:
             told.append(f"{type(error).__name__}: {error}")
         else:
-            told.append(result.packed.tolist() if hasattr(result, "packed") else result)
+            told.append(result)
+            if hasattr(result, "packed"):
+                told[-1] = result.packed.tolist()
+            elif hasattr(result, "operations"):
+                told[-1] = result.operations.tolist(), result.blocks.tolist()
 
     for plan in reversed(plans):
         attempt(copy.deepcopy(manager).cancel, plan)
@@ -80,6 +86,7 @@ def aftermath(manager: CacheManager, plans: list) -> list:
     for request in manager.requests.tolist():
         for length in (0, manager.length(request) - 1, 128):
             attempt(copy.deepcopy(manager).truncate, request, length)
+    attempt(manager.take_transfers)
     attempt(manager.prepare_forward, dict.fromkeys(manager.requests.tolist(), 1))
     attempt(manager.prepare_forward, dict.fromkeys(manager.requests.tolist(), 70))
     attempt(manager.admit)
@@ -91,17 +98,20 @@ def aftermath(manager: CacheManager, plans: list) -> list:
 
 def prepared() -> tuple[CacheManager, list[int], list]:
     """A manager in the middle of its work, its requests, and plans: of these the second can be taken back, and
-    the third be committed though the fourth is under way.
+    the third be committed though the fourth is under way. The last two requests share blocks, and transfers wait.
     """
-    manager = make_manager(slots=5, blocks=40, lookahead=200)
+    manager = make_manager(slots=7, blocks=40, lookahead=200)
     requests = [manager.admit() for _ in range(4)]
     manager.prepare_forward(dict(zip(requests, (303, 127, 5, 1), strict=True)))
     manager.truncate(requests[0], 302)
     manager.release(requests[3])
-    requests[3] = manager.admit()
+    requests[3] = manager.admit(100, 500)
+    requests.append(manager.fork(requests[0]))
+    manager.take_transfers()
     first = manager.prepare_forward({requests[1]: 1})
     drafts = [manager.prepare_forward({requests[2]: count}, drafts=3) for count in (4, 130)]
     second = manager.prepare_forward(latest(requests), steps=4)
+    requests.append(manager.fork(requests[4]))
     return manager, requests, [first, second, *drafts]
 
 
@@ -112,11 +122,17 @@ def latest(requests: list[int]) -> dict[int, int]:
 
 OPERATIONS = {
     "admit": lambda manager, requests, plans: manager.admit(),
+    "admit with a promise": lambda manager, requests, plans: manager.admit(100, 200),
+    "fork with a promise": lambda manager, requests, plans: manager.fork(requests[4], 200),
+    "release what was promised": lambda manager, requests, plans: manager.release(requests[3]),
     "release": lambda manager, requests, plans: manager.release(requests[0]),
     "truncate": lambda manager, requests, plans: manager.truncate(requests[0], manager.length(requests[0]) - 1),
+    "truncate what is shared": lambda manager, requests, plans: manager.truncate(requests[4], 250),
+    "fork": lambda manager, requests, plans: manager.fork(requests[4]),
+    "take transfers": lambda manager, requests, plans: manager.take_transfers(),
     "truncate to nothing": lambda manager, requests, plans: manager.truncate(requests[0], 0),
     "prepare": lambda manager, requests, plans: manager.prepare_forward(dict.fromkeys(requests, 60)),
-    "prepare one token each": lambda manager, requests, plans: manager.prepare_forward((requests, [1] * 4)),
+    "prepare one token each": lambda manager, requests, plans: manager.prepare_forward((requests, [1] * 6)),
     "prepare the latest again": lambda manager, requests, plans: manager.prepare_forward(latest(requests)),
     "prepare steps": lambda manager, requests, plans: manager.prepare_forward(dict.fromkeys(requests, 60), steps=3),
     "cancel": lambda manager, requests, plans: manager.cancel(plans[1]),
@@ -133,6 +149,8 @@ OPERATIONS = {
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_interrupted_at_any_line_an_operation_happened_or_did_not(name):
     operation, origin = OPERATIONS[name], prepared()
+    if name.startswith("prepare"):
+        origin[0].take_transfers()
     manager, requests, plans = copy.deepcopy(origin)
     before = aftermath(*copy.deepcopy((manager, plans)))
     operation(manager, requests, plans)
@@ -184,9 +202,13 @@ def test_a_random_history_with_interrupts_balances(rng):
         nonlocal tokens
         requests = manager.requests.tolist()
         chosen = [handle for handle in requests if rng.random() < 0.7]
-        match rng.choice(list(PROBABILITIES), p=np.array(list(PROBABILITIES.values())) / 22):
+        match rng.choice(list(PROBABILITIES), p=np.array(list(PROBABILITIES.values())) / 30):
             case "admit":
-                manager.admit()
+                manager.admit(0, rng.choice([None, 200]))
+            case "fork" if requests:
+                manager.fork(rng.choice(requests), rng.choice([None, 50]))
+            case "transfers":
+                manager.take_transfers()
             case "release" if requests:
                 manager.release(rng.choice(requests))
             case "truncate" if requests:
@@ -211,7 +233,7 @@ def test_a_random_history_with_interrupts_balances(rng):
         interrupted += interrupt.came
         held = [manager.blocks(request) for request in manager.requests.tolist()]
         flat = np.concatenate([*held, np.zeros(0, np.int32)])
-        assert len(set(flat.tolist())) == flat.size == 30 - manager.free_blocks
+        assert len(set(flat.tolist())) == 30 - manager.free_blocks
         assert manager.free_slots == 4 - len(held)
         for request, ids in zip(manager.requests.tolist(), held, strict=True):
             assert len(ids) == manager.blocks_needed(manager.length(request))
@@ -221,6 +243,8 @@ def test_a_random_history_with_interrupts_balances(rng):
 
 PROBABILITIES = {
     "admit": 4,
+    "fork": 2,
+    "transfers": 6,
     "release": 1,
     "truncate": 2,
     "prepare": 4,

@@ -95,13 +95,13 @@ def test_can_admit_gives_a_bool(length):
 @pytest.mark.parametrize(
     ("length", "error", "message"),
     [
-        (-5, ValueError, "length must be at least 0, got -5"),
-        (2.0, TypeError, "length must be an integer, got 2.0 of type float"),
-        ("8", TypeError, "length must be an integer, got '8' of type str"),
-        (None, TypeError, "length must be an integer"),
-        (True, TypeError, "length must be an integer, got True"),
-        (np.True_, TypeError, "length must be an integer"),
-        (np.array([1, 2]), TypeError, "length must be an integer"),
+        (-5, ValueError, "prompt must be at least 0, got -5"),
+        (2.0, TypeError, "prompt must be an integer, got 2.0 of type float"),
+        ("8", TypeError, "prompt must be an integer, got '8' of type str"),
+        (None, TypeError, "prompt must be an integer"),
+        (True, TypeError, "prompt must be an integer, got True"),
+        (np.True_, TypeError, "prompt must be an integer"),
+        (np.array([1, 2]), TypeError, "prompt must be an integer"),
     ],
 )
 def test_lengths_are_checked(length, error, message):
@@ -110,6 +110,7 @@ def test_lengths_are_checked(length, error, message):
     manager.prepare_forward({request: 3})
     with pytest.raises(error, match=message):
         manager.can_admit(length)
+    message = message.replace("prompt", "length")
     if error is TypeError:
         with pytest.raises(error, match=message):
             manager.truncate(request, length)

@@ -24,8 +24,8 @@ from dsv4_jax import (
 from dsv4_jax.layout.formats import HCA_TAILS
 from dsv4_jax.layout.transfers import SlotArray, TransferKind, Transfers
 
-NONE, RESET, INSTALL, COPY = TransferKind
-TABLE, POSITIONS, STATE = SlotArray
+NONE, RESET, INSTALL, COPY, COPY_BLOCK = TransferKind
+TABLE, POSITIONS, STATE, BLOCKS = SlotArray
 
 IMPLEMENTATION = pytest.mark.parametrize("implementation", ["native", "reference"])
 
@@ -38,9 +38,9 @@ def by_loop(array: np.ndarray, transfers: Transfers, role: SlotArray) -> np.ndar
     for kind, slot, source, offset, count in np.asarray(transfers.operations).tolist():
         if not 0 <= slot < slots:
             continue
-        if kind == RESET and role != STATE:
+        if kind == RESET and role in (TABLE, POSITIONS):
             by_layer[:, slot] = -1
-        if kind == COPY and role != TABLE and 0 <= source < slots:
+        if kind == (COPY_BLOCK if role == BLOCKS else COPY) and role != TABLE and 0 <= source < slots:
             by_layer[:, slot] = by_layer[:, source].copy()
         if kind == INSTALL and role == TABLE and offset >= 0:
             for nth in range(min(count, len(transfers.blocks) - offset)):
@@ -54,7 +54,7 @@ def random_list(rng: np.random.Generator, slots: int, max_blocks: int, operation
     made = TransferList()
     for _ in range(operations):
         slot, other = rng.integers(0, slots + 1, 2)
-        match rng.integers(3):
+        match rng.integers(4):
             case 0:
                 made.reset(slot)
             case 1:
@@ -62,6 +62,8 @@ def random_list(rng: np.random.Generator, slots: int, max_blocks: int, operation
                 made.install(slot, rng.integers(0, 10**6, count), first=int(rng.integers(0, max_blocks + 2)))
             case 2:
                 made.copy(slot, other)
+            case 3:
+                made.copy_block(slot, other)
     return made
 
 
@@ -79,6 +81,8 @@ ARRAYS = {
     "rows": (STATE, (2, 5, 131, 512), jnp.bfloat16),
     "tail": (STATE, (2, 5, 2, 12, 128), np.float32),
     "running tail": (STATE, (1, 5, 3, 512), np.float32),
+    "pages": (BLOCKS, (3, 5, 18560), np.uint8),
+    "entries of a block": (BLOCKS, (2, 5, 32, 512), jnp.bfloat16),
     "no layers": (STATE, (0, 5, 3, 512), np.float32),
 }
 EVERY_ARRAY = pytest.mark.parametrize(("role", "shape", "dtype"), ARRAYS.values(), ids=ARRAYS)
@@ -123,6 +127,7 @@ def test_roles_and_kinds_are_told_apart(rng):
         (POSITIONS, RESET),
         (POSITIONS, COPY),
         (STATE, COPY),
+        (BLOCKS, COPY_BLOCK),
     }
 
 
@@ -146,6 +151,7 @@ def test_a_list_is_padded_to_few_shapes():
         (lambda made: made.reset(-1), ValueError, "slot must be from 0"),
         (lambda made: made.reset(1.0), TypeError, "slot must be an integer, got 1.0"),
         (lambda made: made.reset(True), TypeError, "slot must be an integer"),
+        (lambda made: made.copy_block(0, -1), ValueError, "target must be from 0"),
         (lambda made: made.copy(2**31, 0), ValueError, "source must be from 0"),
         (lambda made: made.copy(0, None), TypeError, "target must be an integer"),
         (lambda made: made.install(0, [1.5]), TypeError, "blocks must be integers"),

@@ -1,4 +1,4 @@
-"""apply_transfers: resets, installed blocks and copied slots, on the device and in order."""
+"""apply_transfers: resets, installed blocks, copied slots and blocks, on the device and in order."""
 
 from __future__ import annotations
 
@@ -11,27 +11,24 @@ _ROLES = {"block_table": SlotArray.TABLE, "window_positions": SlotArray.POSITION
 
 
 def apply_transfers(cache: Cache, transfers: Transfers, *, implementation: Implementation = "native") -> Cache:
-    """Resets slots, installs blocks into their table rows and copies their state to other slots, between two steps.
+    """Resets slots, installs blocks into their table rows, copies slots' state and blocks, between two steps.
 
     In the order of the list: a slot reset, given blocks and copied over in one call is as if by three. A jitted
     function that donates the cache updates it in place; transfers are padded, so it is compiled for few shapes.
 
     Args:
       cache: as the last step left it.
-      transfers: from ``TransferList.pack``. A slot or place out of range changes nothing.
+      transfers: from ``CacheManager.take_transfers``, or ``TransferList.pack``. What is out of range changes nothing.
       implementation: who runs it.
 
     Returns:
       The cache, updated in place where it is donated.
     """
     check_one_shard(cache)
-    arrays = cache.arrays
-    names = ("block_table", "window", "window_positions", *cache.schema.tails)
+    roles = _ROLES | dict.fromkeys(cache.schema.block_pools, SlotArray.BLOCKS)
     return cache.with_arrays(
         {
-            name: ops.transfer(
-                arrays[name], transfers, role=_ROLES.get(name, SlotArray.STATE), implementation=implementation
-            )
-            for name in names
+            name: ops.transfer(array, transfers, role=roles.get(name, SlotArray.STATE), implementation=implementation)
+            for name, array in cache.arrays.items()
         }
     )

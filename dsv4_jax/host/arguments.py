@@ -22,6 +22,14 @@ def integer(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
 
 
+def count(name: str, value: Any) -> int:
+    """``value`` as an int of at least 0; raises TypeError and ValueError."""
+    number = integer(name, value)
+    if number < 0:
+        raise ValueError(f"{name} must be at least 0, got {number}")
+    return number
+
+
 def bucket_list(token_buckets: Sequence[int]) -> list[int]:
     """``token_buckets`` sorted and without repetition; raises TypeError and ValueError."""
     if not isinstance(token_buckets, (Sequence, np.ndarray)) or isinstance(token_buckets, str):

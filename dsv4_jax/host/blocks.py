@@ -1,4 +1,4 @@
-"""BlockLedger: which blocks of the pools are free, and which slot has which block for which part of its context."""
+"""BlockLedger: which blocks of the pools are free, and which slots have which block for which part of their context."""
 
 from __future__ import annotations
 
@@ -9,29 +9,34 @@ from dsv4_jax.host.errors import CacheFull
 from dsv4_jax.host.journal import Write
 
 NO_BLOCK = -1
-NO_OWNER = -1
+NO_PLACE = -1
 
 
 class BlockLedger:
-    """Who owns each block. Free blocks are a stack, so that a freed block is the next one handed out.
+    """Who has each block. Free blocks are a stack, so that a freed block is the next one handed out.
+
+    Slots may share blocks, each at the same place. Nobody writes a block that is shared. A slot may be promised all
+    blocks up to a place: those that it does not have yet are reserved, and nobody else can take them.
 
     Its methods change nothing themselves: they return the writes that do, for a ``Journal``. They trust their caller:
     places taken are empty, and of places given back those from ``first`` to before ``end`` are taken.
 
     Attributes:
-      owner: int32 [blocks], the slot that has the block, -1 for a free one.
-      place: int32 [blocks], the block holds entries of tokens 128 place … 128 place + 127 of its owner; -1 = free.
+      references: int32 [blocks], how many slots have the block; 0 for a free one.
+      place: int32 [blocks], the block holds entries of tokens 128 place … 128 place + 127 of theirs; -1 = free.
       table: int32 [slots, max_blocks], the same from the other side: the block of a slot's place, -1 = none.
+      promised: int64 [slots], how many blocks a slot can have whatever others take.
     """
 
     def __init__(self, slots: int, max_blocks: int, blocks: int) -> None:
-        self.owner = np.full(blocks, NO_OWNER, np.int32)
-        self.place = np.full(blocks, NO_OWNER, np.int32)
+        self.references = np.zeros(blocks, np.int32)
+        self.place = np.full(blocks, NO_PLACE, np.int32)
         self.table = np.full((slots, max_blocks), NO_BLOCK, np.int32)
         self._stack = np.arange(blocks, dtype=np.int32)[::-1].copy()
         # When each block was taken, counted in blocks: given back in reverse, they are handed out as before.
         self._taken = np.zeros(blocks, np.int64)
-        self._counts = {"free": blocks, "taken": 0}
+        self.promised = np.zeros(slots, np.int64)
+        self._counts = {"free": blocks, "taken": 0, "shared": 0, "reserved": 0}
 
     @property
     def free(self) -> int:
@@ -39,9 +44,24 @@ class BlockLedger:
         return self._counts["free"]
 
     @property
+    def shared(self) -> int:
+        """How many blocks are those of several slots."""
+        return self._counts["shared"]
+
+    @property
+    def reserved(self) -> int:
+        """How many free blocks slots were promised, and do not have yet."""
+        return self._counts["reserved"]
+
+    @property
+    def available(self) -> int:
+        """How many free blocks nobody was promised."""
+        return self._counts["free"] - self._counts["reserved"]
+
+    @property
     def total(self) -> int:
         """How many blocks there are."""
-        return self.owner.size
+        return self.references.size
 
     def take(
         self, slots: NDArray[np.integer], places: NDArray[np.integer]
@@ -49,15 +69,26 @@ class BlockLedger:
         """Free blocks for these places of these slots, [n] each: (int32 [n] block ids, writes).
 
         Raises:
-          CacheFull: fewer than n blocks are free.
+          CacheFull: fewer than n blocks are free to these slots.
         """
+        if not self._counts["reserved"]:
+            return self._take(slots, places, 0)
+        promised = int(np.count_nonzero(places < self.promised[slots]))
+        ids, writes = self._take(slots, places, promised)
+        return ids, (*writes, (self._counts, "reserved", self._counts["reserved"] - promised))
+
+    def _take(
+        self, slots: NDArray[np.integer], places: NDArray[np.integer], promised: int
+    ) -> tuple[NDArray[np.int32], tuple[Write, ...]]:
+        """The same, if so many of these blocks were promised. What is reserved does not change."""
         count, free, taken = slots.size, self._counts["free"], self._counts["taken"]
-        if count > free:
-            raise CacheFull("blocks", count, free, self.total)
+        available = free - self._counts["reserved"] + promised
+        if count > available:
+            raise CacheFull("blocks", count, available, self.total)
         ids = self._stack[free - count : free][::-1].copy()
         at = ids.astype(np.intp)  # converted once, not at each write; so are the values
         return ids, (
-            (self.owner, at, slots.astype(np.int32)),
+            (self.references, at, 1),
             (self.place, at, places.astype(np.int32)),
             (self.table, (slots, places), ids),
             (self._taken, at, np.arange(taken, taken + count)),
@@ -66,31 +97,123 @@ class BlockLedger:
         )
 
     def give_back(
-        self, slots: NDArray[np.integer], first: NDArray[np.integer], end: NDArray[np.integer]
+        self,
+        slots: NDArray[np.integer],
+        first: NDArray[np.integer],
+        end: NDArray[np.integer],
+        *,
+        keep_promise: bool = True,
     ) -> tuple[Write, ...]:
-        """Frees the blocks of places ``first[i]`` to before ``end[i]`` of ``slots[i]``, distinct slots; [n] each."""
+        """Takes the blocks of places ``first[i]`` to before ``end[i]`` from ``slots[i]``, distinct slots; [n] each.
+
+        Those that no other slot has are free. If slots keep what they were promised, it is reserved for them again.
+
+        Raises:
+          CacheFull: that cannot be reserved, since other slots keep the blocks.
+        """
         counts = end - first
         count = int(counts.sum())
-        if count == 0:
+        promised = self.promised[slots]
+        if count == 0 and (keep_promise or not promised.any()):
             return ()
         rows = np.repeat(slots, counts)
         places = np.arange(count) + np.repeat(first - (np.cumsum(counts) - counts), counts)
-        ids, free = self.table[rows, places], self._counts["free"]
-        latest_first = ids[self._taken[ids].argsort()[::-1]]
+        if keep_promise:
+            return (
+                *self._drop(self.table[rows, places], (promised.clip(max=end) - first).clip(0).sum()),
+                (self.table, (rows, places), NO_BLOCK),
+            )
         return (
-            (self._stack, slice(free, free + count), latest_first),
-            (self.owner, ids, NO_OWNER),
-            (self.place, ids, NO_OWNER),
+            *self._drop(self.table[rows, places], -(promised - end).clip(0).sum()),
             (self.table, (rows, places), NO_BLOCK),
-            (self._counts, "free", free + count),
+            (self.promised, slots, 0),
+        )
+
+    def _drop(self, ids: NDArray[np.int32], reserve: int, spare: int = 0) -> tuple[Write, ...]:
+        """One reference less to each of these blocks, and so many more reserved.
+
+        ``spare`` of those that are free by now are taken by the same operation. Raises CacheFull.
+        """
+        ids, times = np.unique(ids, return_counts=True)
+        left = self.references[ids] - times
+        freed, free = ids[left == 0], self._counts["free"] - spare
+        reserved = self._counts["reserved"] + int(reserve)
+        if free + freed.size < reserved:
+            missing = reserved - free - freed.size
+            raise CacheFull("blocks", missing, 0, self.total)
+        latest_first = freed[self._taken[freed].argsort()[::-1]]
+        not_shared = int(np.count_nonzero((left < 2) & (left + times > 1)))
+        return (
+            (self._stack, slice(free, free + freed.size), latest_first),
+            (self.references, ids, left),
+            (self.place, freed, NO_PLACE),
+            (self._counts, "free", free + freed.size),
+            (self._counts, "reserved", reserved),
+            (self._counts, "shared", self._counts["shared"] - not_shared),
+        )
+
+    def attach(
+        self, slot: int, shared: NDArray[np.int32], held: int, promised: int = 0
+    ) -> tuple[NDArray[np.int32], tuple[Write, ...]]:
+        """Gives a slot without blocks those that others have for its first places, and own ones up to ``held``.
+
+        Args:
+          slot: whose places.
+          shared: int32 [n], blocks of places 0 to n - 1, n <= held.
+          held: how many blocks the slot has then.
+          promised: how many it can have whatever others take, those included; 0 for no promise.
+
+        Returns:
+          int32 [held], the slot's block ids; and the writes.
+
+        Raises:
+          CacheFull: too few blocks are free.
+        """
+        full, more = shared.size, max(promised - held, 0)
+        if held - full + more > self.available:
+            raise CacheFull("blocks", held - full + more, self.available, self.total)
+        own, writes = self._take(np.full(held - full, slot), np.arange(full, held), 0)
+        references = self.references[shared] + 1
+        return np.concatenate([shared, own]), (
+            *writes,
+            (self.references, shared, references),
+            (self.table, (slot, slice(full)), shared),
+            (self.promised, slot, promised),
+            (self._counts, "shared", self._counts["shared"] + int(np.count_nonzero(references == 2))),
+            (self._counts, "reserved", self._counts["reserved"] + more),
+        )
+
+    def exchange(self, slot: int, place: int, end: int) -> tuple[int, int, tuple[Write, ...]]:
+        """Gives a slot a block of its own for one that it shares; takes those of later places, to before ``end``.
+
+        Returns:
+          The shared block, the new one, and the writes.
+
+        Raises:
+          CacheFull: no block is free; those of later places do not count.
+        """
+        (new,), taken = self._take(np.array([slot]), np.array([place]), 0)
+        again = max(min(int(self.promised[slot]), end) - place - 1, 0)
+        # In this order: what is dropped has the last word on how many are free, the block taken on whose it is.
+        return (
+            int(self.table[slot, place]),
+            int(new),
+            (
+                *taken,
+                (self.table, (slot, slice(place + 1, end)), NO_BLOCK),
+                *self._drop(self.table[slot, place:end], again, spare=1),
+            ),
         )
 
     def give_back_all(self) -> tuple[Write, ...]:
         """Frees every block, and restores the order of a new ledger."""
         return (
             (self._stack, slice(None), np.arange(self.total, dtype=np.int32)[::-1]),
-            (self.owner, slice(None), NO_OWNER),
-            (self.place, slice(None), NO_OWNER),
+            (self.references, slice(None), 0),
+            (self.place, slice(None), NO_PLACE),
             (self.table, slice(None), NO_BLOCK),
+            (self.promised, slice(None), 0),
             (self._counts, "free", self.total),
+            (self._counts, "reserved", 0),
+            (self._counts, "shared", 0),
         )

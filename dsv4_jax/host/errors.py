@@ -49,6 +49,51 @@ class UnknownRequest(CacheError):
         )
 
 
+class PromptTooLong(CacheError):
+    """A request that would exceed the schema's ``max_context``.
+
+    Attributes:
+      prompt, new, max_context: its tokens, those that it may bring at most, and the limit.
+    """
+
+    def __init__(self, prompt: int, new: int, max_context: int) -> None:
+        self.prompt, self.new, self.max_context = int(prompt), int(new), int(max_context)
+        super().__init__(
+            f"{self.prompt} tokens and {self.new} new ones do not fit a context of {self.max_context}: give fewer, or "
+            "build the schema with a larger max_context"
+        )
+
+
+class LengthUnknown(CacheError):
+    """A request whose length the host does not know, since it has not heard what became of its drafts.
+
+    Attributes:
+      request: handle.
+    """
+
+    def __init__(self, request: int, wanted: str) -> None:
+        self.request = int(request)
+        super().__init__(
+            f"request {self.request} cannot be {wanted}: how many of its drafts were kept is not known; commit their "
+            "plans first"
+        )
+
+
+class TransfersWait(CacheError):
+    """A step is to be planned while transfers wait that must run before it.
+
+    Attributes:
+      count: how many wait.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = int(count)
+        super().__init__(
+            f"{self.count} transfers wait that must run before the next step: "
+            "cache = apply_transfers(cache, manager.take_transfers()), then prepare it"
+        )
+
+
 class InvalidStep(CacheError):
     """A step that no cache could run, or could have run: a request twice, a count out of range, no such integers."""
 

@@ -7,6 +7,9 @@ from typing import Any
 Write = tuple[Any, Any, Any]
 """One change, ``container[key] = value``: an array and an index, or a dict and a key."""
 
+GONE: Any = object()
+"""The value that a dict's key is to have no longer."""
+
 
 class Journal:
     """Writes down what will change before anything does, so that an interrupted change can be finished later.
@@ -33,5 +36,8 @@ class Journal:
         """Makes the changes that an interrupted ``write`` left to be made, if it did."""
         if self._noted:
             for container, key, value in self._noted:
-                container[key] = value
+                if value is GONE:
+                    container.pop(key, None)
+                else:
+                    container[key] = value
             self._noted = ()

@@ -7,29 +7,27 @@ What the manager knows of the cache is what the plans it made will have done onc
 from __future__ import annotations
 
 import bisect
-import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dsv4_jax.host.arguments import bucket_list, integer, step_arrays, step_count
-from dsv4_jax.host.batch import Batch, BlockNeed, Standing
-from dsv4_jax.host.blocks import BlockLedger
-from dsv4_jax.host.drafts import DraftTable
-from dsv4_jax.host.errors import StepTooLarge
-from dsv4_jax.host.journal import Journal, Write
-from dsv4_jax.host.receipts import Receipts
-from dsv4_jax.host.requests import RequestTable
+from dsv4_jax.host.batch import Batch, Standing
+from dsv4_jax.host.books import Books
+from dsv4_jax.host.errors import LengthUnknown, PromptTooLong, StepTooLarge, TransfersWait
+from dsv4_jax.host.forking import fork
+from dsv4_jax.host.journal import Write
 from dsv4_jax.host.settling import Outstanding, plan_of
 from dsv4_jax.host.truncation import check_truncation
 from dsv4_jax.layout.plan import PlanLayout, StepPlan
 from dsv4_jax.layout.schema import CacheSchema
+from dsv4_jax.layout.transfers import Transfers
+from dsv4_jax.spec.kinds import BLOCK_TOKENS
 
 
-class CacheManager:
-    """Admits requests, reserves their blocks step by step, and takes both back.
+class CacheManager(Books):
+    """Admits requests, reserves their blocks step by step, and takes both back; forks them.
 
     Every operation is all or nothing: one that raises has changed nothing. One that an exception from outside
     interrupts, such as KeyboardInterrupt, has happened as a whole or not at all. Not thread-safe.
@@ -52,41 +50,13 @@ class CacheManager:
     def __init__(self, schema: CacheSchema, *, token_buckets: Sequence[int]) -> None:
         buckets = bucket_list(token_buckets)
         fingerprint = schema.fingerprint
-        self._schema = schema
+        super().__init__(schema)
         self._buckets = buckets
         self._layouts = [
             tuple(PlanLayout(bucket, min(schema.slots, bucket), fingerprint, displaces) for displaces in (False, True))
             for bucket in buckets
         ]
-        self._need = BlockNeed(schema.spec)
-
-        self._journal = Journal()
-        self._request_table = RequestTable(schema.slots)
-        self._ledger = BlockLedger(schema.slots, schema.max_blocks, schema.blocks)
-        self._drafts = DraftTable(schema)
-        self._receipts = Receipts()
         self._standing: Standing | None = None  # after the latest plan
-
-    def _state(self) -> tuple[RequestTable, BlockLedger]:
-        """What the manager knows; an interrupted operation is finished first, so nothing else may read it."""
-        self._journal.finish()
-        return self._request_table, self._ledger
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._journal.finish()
-        return vars(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._receipts.rename(self._request_table.clock, self._request_table.oldest_plan())
-
-    def __copy__(self) -> CacheManager:
-        return copy.deepcopy(self)
-
-    @property
-    def schema(self) -> CacheSchema:
-        """The cache the plans are for."""
-        return self._schema
 
     @property
     def layouts(self) -> tuple[PlanLayout, ...]:
@@ -98,82 +68,84 @@ class CacheManager:
             fewest = bucket
         return tuple(possible)
 
-    @property
-    def free_slots(self) -> int:
-        """How many more requests can be admitted."""
-        return self._state()[0].free
-
-    @property
-    def free_blocks(self) -> int:
-        """How many blocks no request holds."""
-        return self._state()[1].free
-
-    @property
-    def requests(self) -> NDArray[np.int64]:
-        """int64 [admitted requests]: their handles, in order of admission."""
-        handles = self._state()[0].handles
-        return np.sort(handles[handles >= 0])
-
-    def length(self, request: int) -> int:
-        """Tokens of the request in the cache once every plan made so far has run. Raises UnknownRequest.
-
-        With drafts whose plan has not been committed, the most that it can be.
-        """
-        table, _ = self._state()
-        return int(table.lengths[table.slot(request)])
-
-    def slot(self, request: int) -> int:
-        """The request's slot. Raises UnknownRequest."""
-        return self._state()[0].slot(request)
-
-    def blocks(self, request: int) -> NDArray[np.int32]:
-        """int32 [blocks held]: the request's block ids; the i-th holds the entries of tokens 128 i … 128 i + 127.
-
-        Raises UnknownRequest.
-        """
-        table, ledger = self._state()
-        slot = table.slot(request)
-        return ledger.table[slot, : self.blocks_needed(table.lengths[slot])].copy()
-
-    def blocks_needed(self, length: ArrayLike) -> NDArray[np.int64]:
-        """Blocks a request of ``length`` tokens holds: as many as its finished entries fill, perhaps in part.
-
-        ceil((length // 4) / 32) in a model with CSA layers, length // 128 with HCA layers only, 0 with neither.
+    def admit(self, prompt: int = 0, max_new_tokens: int | None = None) -> int:
+        """Gives a new request a slot, and promises it blocks.
 
         Args:
-          length: integers of any shape, tokens.
-
-        Returns:
-          int64 of that shape.
-        """
-        return self._need.blocks(length)
-
-    def can_admit(self, length: int = 0) -> bool:
-        """Whether a slot is free, and blocks for a request of ``length`` tokens are.
-
-        Raises:
-          TypeError, ValueError: ``length`` is not an integer, or below 0.
-        """
-        length = integer("length", length)
-        if length < 0:
-            raise ValueError(f"length must be at least 0, got {length}")
-        table, ledger = self._state()
-        if not table.free or length > self._schema.max_context:
-            return False
-        return int(self.blocks_needed(length)) <= ledger.free
-
-    def admit(self) -> int:
-        """Gives a new request a slot.
+          prompt: tokens of its prompt.
+          max_new_tokens: how many it will bring at most beyond these. The blocks for all of them are reserved, and
+            those for as many drafts more as the schema's ``lookahead`` allows: up to there ``prepare_forward`` finds
+            blocks for it. Without, nothing is reserved, and the request may meet CacheFull.
 
         Returns:
           The request's handle, never given out again by this manager. It is not the slot.
 
         Raises:
-          CacheFull: no slot is free.
+          CacheFull: no slot is free, or too few blocks to be reserved.
+          PromptTooLong: it would exceed ``schema.max_context``.
+          TypeError, ValueError: a number is no integer, or below 0.
         """
-        handle, writes = self._state()[0].admit()
+        table, ledger = self._state()
+        handle, writes = table.admit()
+        length, limit = self._lengths(prompt, max_new_tokens)
+        if (length if limit is None else limit) > self._schema.max_context:
+            raise PromptTooLong(length, max_new_tokens or 0, self._schema.max_context)
+        if limit is not None:
+            none = np.zeros(0, np.int32)
+            writes += ledger.attach(table.slot_of(handle), none, 0, self._promise(limit))[1]
         self._journal.write(writes)
         return handle
+
+    def fork(self, request: int, max_new_tokens: int | None = None) -> int:
+        """A twin of a request: a new one, of the same tokens, that goes on by itself.
+
+        The two share all blocks that are full. What else the request holds, its window, its tails and an open block,
+        is copied on the device by transfers that wait to be taken. They run after all plans made so far, so the twin
+        has the tokens of these too; none of the plans can be cancelled or committed for the request any more.
+
+        Args:
+          request: handle.
+          max_new_tokens: how many tokens the twin will bring at most, as in ``admit``. What the other was promised is
+            not the twin's.
+
+        Returns:
+          The twin's handle.
+
+        Raises:
+          UnknownRequest: not an admitted request.
+          LengthUnknown: the request has drafts of which nothing is known.
+          CacheFull: no slot is free, or no block for the copy of an open one, or too few to be reserved.
+          PromptTooLong: it would exceed ``schema.max_context``.
+          TypeError, ValueError: ``max_new_tokens`` is no integer, or below 0.
+        """
+        table, ledger = self._state()
+        source = table.slot(request)
+        if self._drafts.is_open(source):
+            raise LengthUnknown(request, "forked")
+        handle, writes = table.admit()
+        length, limit = self._lengths(int(table.lengths[source]), max_new_tokens)
+        if limit is not None and limit > self._schema.max_context:
+            raise PromptTooLong(length, limit - length, self._schema.max_context)
+        held, promised = int(self.blocks_needed(length)), 0 if limit is None else self._promise(limit)
+        writes += fork(table, ledger, self._transfers, source, table.slot_of(handle), held, promised)
+        self._journal.write(writes)
+        return handle
+
+    def take_transfers(self, *, again: bool = False) -> Transfers:
+        """What operations since the last call want done to the arrays, in order, for ``apply_transfers``.
+
+        Nothing, mostly; ``transfers_wait`` tells. Transfers and plans run in the order in which they were made, so run
+        the plans that are under way first. To keep that order easy, ``prepare_forward`` refuses while transfers wait.
+
+        Args:
+          again: those of the last call once more, if an exception from outside came before they were handed over.
+        """
+        self._journal.finish()
+        if again:
+            return self._transfers.latest.pack()
+        made, writes = self._transfers.take()
+        self._journal.write(writes)
+        return made.pack()
 
     def release(self, request: int) -> None:
         """Takes the request's slot and blocks back, on the host only: the slot's next request resets it on the device.
@@ -183,16 +155,18 @@ class CacheManager:
         """
         table, _ = self._state()
         slot = table.slot(request)
-        self._journal.write((*self._free_blocks([slot], [0]), *table.release(slot), *self._drafts.forget(slot)))
+        given_back = self._free_blocks([slot], [0], keep_promise=False)
+        self._journal.write((*given_back, *table.release(slot), *self._drafts.forget(slot)))
 
     def reset(self) -> None:
-        """Forgets all requests: every slot and block is free, and plans made so far are stale.
+        """Forgets all requests: every slot and block is free, plans made so far are stale, no transfers wait.
 
         For starting again with a new cache, when a step that the cache was donated to failed on the device. Handles
         given out before stay unknown, they are not given out again.
         """
         table, ledger = self._state()
-        self._journal.write((*ledger.give_back_all(), *table.release_all(), *self._drafts.forget(slice(None))))
+        forgotten = *self._drafts.forget(slice(None)), *self._transfers.forget()
+        self._journal.write((*ledger.give_back_all(), *table.release_all(), *forgotten))
 
     def truncate(self, request: int, length: int) -> None:
         """Drops the tokens at positions ``length`` and beyond, on the host only.
@@ -211,7 +185,8 @@ class CacheManager:
           of 128 are possible.
 
         Rows of dropped positions stay on the device. None is read: which rows count follows from the position, and a
-        position is written again before it counts. Blocks whose entries are all dropped are free at once.
+        position is written again before it counts. Blocks whose entries are all dropped are given back at once. One
+        that others share and that is open from here on is copied, by a transfer, since it will be written.
 
         Args:
           request: handle.
@@ -220,6 +195,8 @@ class CacheManager:
         Raises:
           UnknownRequest: not an admitted request.
           CannotTruncate: ``length`` is out of range, or its state is gone; says what is possible.
+          CacheFull: no block is free for the copy of a shared one, or for what the request was promised if others keep
+            those that it gives back.
         """
         table, _ = self._state()
         slot = table.slot(request)
@@ -233,7 +210,7 @@ class CacheManager:
         check_truncation(self._schema, request, current, peak, length, self._drafts.is_open(slot))
         self._journal.write(
             (
-                *self._free_blocks([slot], [length]),
+                *self._shorten(slot, length),
                 (table.lengths, slot, length),
                 (table.peaks, slot, peak),
                 *table.make_stale(slot),
@@ -281,10 +258,13 @@ class CacheManager:
           ContextExceeded: a request would grow beyond ``schema.max_context``.
           StepTooLarge: more tokens than the largest bucket.
           CacheFull: too few free blocks.
+          TransfersWait: ``take_transfers`` first.
         """
         handles, counts = step_arrays(tokens)
         repeats = step_count(steps)
         table, _ = self._state()
+        if self._transfers:
+            raise TransfersWait(len(self._transfers))
         at = self._standing
         if at is None or not at.allows(handles, counts, repeats, self._journal.number, self._schema.max_context):
             at = self._stand(handles, counts, repeats)
@@ -409,8 +389,17 @@ class CacheManager:
             (table.reset_due, not_reset, True),
         )
 
-    def _free_blocks(self, slots: ArrayLike, lengths: ArrayLike) -> tuple[Write, ...]:
+    def _shorten(self, slot: int, length: int) -> tuple[Write, ...]:
+        """Frees what a request does not need at this length, and copies what it shares and will write."""
+        places = np.array([int(self.blocks_needed(length)), int(self.blocks_needed(self._request_table.lengths[slot]))])
+        last, ledger = length // BLOCK_TOKENS, self._ledger
+        if last >= places[0] or ledger.references[ledger.table[slot, last]] == 1:
+            return ledger.give_back(np.array([slot]), places[:1], places[1:])
+        old, new, writes = ledger.exchange(slot, last, int(places[1]))
+        return *writes, *self._transfers.add(("install", (slot, [new], last)), ("copy_block", (old, new)))
+
+    def _free_blocks(self, slots: ArrayLike, lengths: ArrayLike, *, keep_promise: bool = True) -> tuple[Write, ...]:
         """Frees the blocks that requests in these slots hold and would not at these lengths, [n] each."""
         slots = np.asarray(slots)
         held = self.blocks_needed(self._request_table.lengths[slots])
-        return self._ledger.give_back(slots, self.blocks_needed(lengths), held)
+        return self._ledger.give_back(slots, self.blocks_needed(lengths), held, keep_promise=keep_promise)

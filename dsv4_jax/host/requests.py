@@ -60,6 +60,10 @@ class RequestTable:
             raise UnknownRequest([request])
         return slot
 
+    def slot_of(self, handle: int) -> int:
+        """The slot that a handle names, be it an admitted request's or not."""
+        return handle & self._mask
+
     def slots(self, handles: NDArray[np.int64]) -> NDArray[np.int64]:
         """The slots of handles, [n]. Raises UnknownRequest."""
         slots = handles & self._mask

@@ -1,4 +1,4 @@
-"""``Transfers``: what is to happen to slots between steps, in order: resets, blocks installed, state copied.
+"""``Transfers``: what is to happen to slots between steps, in order: resets, blocks installed, state and blocks copied.
 
 ``TransferList`` writes it down on the host, ``apply_transfers`` runs it on the device, where ``ffi/layout/transfer.h``
 reads it.
@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 FIELDS = ("kind", "slot", "source", "offset", "count")
-"""The numbers of an operation, in order. ``source`` is a copy's source slot, or the first place of installed blocks;
+"""The numbers of an operation, in order. ``source`` is a copy's source, or the first place of installed blocks;
+``slot`` is a block where blocks are copied;
 ``offset`` and ``count`` say where these lie among all block ids."""
 
 _SMALLEST = 8
@@ -30,24 +31,26 @@ class TransferKind(enum.IntEnum):
     RESET = 1
     INSTALL = 2
     COPY = 3
+    COPY_BLOCK = 4
 
 
 class SlotArray(enum.StrEnum):
-    """What one of the cache's per-slot arrays is, and so which operations concern it.
+    """What one of the cache's arrays is, and so which operations concern it.
 
     TABLE, the block table: resets and installed blocks. POSITIONS, the positions of window rows: resets and copies.
-    STATE, all else that a slot has: copies.
+    STATE, all else that a slot has: copies. BLOCKS, a page for each block: copied blocks.
     """
 
     TABLE = "table"
     POSITIONS = "positions"
     STATE = "state"
+    BLOCKS = "blocks"
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Transfers:
-    """Operations on slots, in order. A pytree; made by ``TransferList.pack``, run by ``apply_transfers``.
+    """Operations on slots and blocks, in order. A pytree; made by ``TransferList.pack``, run by ``apply_transfers``.
 
     Both arrays are padded to powers of two, so that a program that takes them is compiled for few shapes.
 
@@ -61,7 +64,7 @@ class Transfers:
 
 
 class TransferList:
-    """Operations on the slots of a cache, in the order in which they will happen.
+    """Operations on the slots and blocks of a cache, in the order in which they will happen.
 
     Slots, places and block ids are those of ``CacheManager``. Nothing is known of the cache here: what is out of its
     range does nothing on the device.
@@ -83,7 +86,7 @@ class TransferList:
         """
         self._operations.append((TransferKind.RESET, _index("slot", slot), 0, 0, 0))
 
-    def install(self, slot: int, blocks: ArrayLike, *, first: int = 0) -> None:
+    def install(self, slot: int, blocks: ArrayLike, first: int = 0) -> None:
         """Puts blocks into a slot's row of the block table, as its entries from place ``first`` on.
 
         Args:
@@ -103,6 +106,11 @@ class TransferList:
     def copy(self, source: int, target: int) -> None:
         """Copies what a slot holds of its own, window rows with their positions and all tails; not its table row."""
         self._operations.append((TransferKind.COPY, _index("target", target), _index("source", source), 0, 0))
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copies a block, in all pools that have a page for it."""
+        operation = TransferKind.COPY_BLOCK, _index("target", target), _index("source", source), 0, 0
+        self._operations.append(operation)
 
     def pack(self) -> Transfers:
         """The operations so far, as NumPy arrays for ``apply_transfers``."""

@@ -1,4 +1,4 @@
-// Operations on slots on the host.
+// Operations on slots and blocks on the host.
 
 #include <algorithm>
 #include <cstring>
@@ -12,7 +12,7 @@ void transfer(const TransferParams& params) {
     const Transfer transfer = transfer_at(params.operations, index, params.role, params.slots);
     for (int64_t layer = 0; layer < params.layers && transfer.kind != TransferKind::kNone; ++layer) {
       uint8_t* slot = params.data + (layer * params.slots + transfer.slot) * params.slot_bytes;
-      if (transfer.kind == TransferKind::kCopy) {
+      if (transfer.kind == TransferKind::kCopy || transfer.kind == TransferKind::kCopyBlock) {
         const uint8_t* source = params.data + (layer * params.slots + transfer.source) * params.slot_bytes;
         std::memcpy(slot, source, params.slot_bytes);
         continue;

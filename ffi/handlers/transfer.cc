@@ -1,4 +1,4 @@
-// The FFI handler of transfer: operations on the slots of one array.
+// The FFI handler of transfer: operations on the slots, or blocks, of one array.
 
 #include "handlers/call.h"
 
@@ -7,13 +7,16 @@ namespace dsv4 {
 TransferParams check_transfer(Call& call) {
   TransferParams params{};
   const auto role = call.attribute<std::string_view>("role");
-  call.that(role == "table" || role == "positions" || role == "state", "role", "must be table, positions or state");
+  call.that(role == "table" || role == "positions" || role == "state" || role == "blocks", "role",
+            "must be table, positions, state or blocks");
   if (role == "table") {
     params.role = SlotArray::kTable;
     params.layers = 1;
     call.indices("array", {kAny, kAny});
   } else {
-    params.role = role == "positions" ? SlotArray::kPositions : SlotArray::kState;
+    params.role = role == "positions" ? SlotArray::kPositions
+                  : role == "state"   ? SlotArray::kState
+                                      : SlotArray::kBlocks;
     params.layers = call.size("array", 0);
     if (role == "positions") call.indices("array", {kAny, kAny, kAny});
     call.that(call.rank("array") >= 2, "array", "needs the axes [layers, slots, ...]");

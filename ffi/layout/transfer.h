@@ -1,4 +1,4 @@
-// Operations on slots, as dsv4_jax/layout/transfers.py writes them.
+// Operations on slots and blocks, as dsv4_jax/layout/transfers.py writes them.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +7,14 @@
 
 namespace dsv4 {
 
-enum class TransferKind : int32_t { kNone = 0, kReset = 1, kInstall = 2, kCopy = 3 };
+enum class TransferKind : int32_t { kNone = 0, kReset = 1, kInstall = 2, kCopy = 3, kCopyBlock = 4 };
 
-// What one of the cache's per-slot arrays is, and so which operations concern it.
+// What one of the cache's arrays is, and so which operations concern it. A block counts as a slot of its array.
 enum class SlotArray {
   kTable,      // the block table: resets, installed blocks
   kPositions,  // the positions of window rows: resets, copies
-  kState,      // all else: copies
+  kState,      // all else that a slot has: copies
+  kBlocks,     // a page for each block: copied blocks
 };
 
 constexpr int kTransferFields = 5;
@@ -21,7 +22,7 @@ constexpr int kTransferFields = 5;
 struct Transfer {
   TransferKind kind;
   int64_t slot;
-  int64_t source;  // the slot to copy from, or the first place of installed blocks
+  int64_t source;  // the slot or block to copy from, or the first place of installed blocks
   int64_t offset;  // of these among all block ids
   int64_t count;
 };
@@ -33,14 +34,16 @@ DSV4_HOST_DEVICE Transfer transfer_at(const int32_t* operations, int index, Slot
   bool concerns = transfer.slot >= 0 && transfer.slot < slots;
   switch (transfer.kind) {
     case TransferKind::kReset:
-      concerns = concerns && role != SlotArray::kState;
+      concerns = concerns && (role == SlotArray::kTable || role == SlotArray::kPositions);
       break;
     case TransferKind::kInstall:
       concerns = concerns && role == SlotArray::kTable && transfer.offset >= 0;
       break;
     case TransferKind::kCopy:
-      concerns = concerns && role != SlotArray::kTable && transfer.source >= 0 && transfer.source < slots &&
-                 transfer.source != transfer.slot;
+    case TransferKind::kCopyBlock:
+      concerns = concerns && role != SlotArray::kTable &&
+                 (role == SlotArray::kBlocks) == (transfer.kind == TransferKind::kCopyBlock) && transfer.source >= 0 &&
+                 transfer.source < slots && transfer.source != transfer.slot;
       break;
     default:
       concerns = false;

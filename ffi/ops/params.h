@@ -121,7 +121,7 @@ struct RotateParams {
   const int32_t* layer;
 };
 
-// One of the cache's per-slot arrays, and what happens to its slots, in order.
+// One of the cache's arrays, and what happens to its slots, in order; for a pool of blocks, these.
 struct TransferParams {
   uint8_t* data;  // [layers, slots, slot_bytes]
   int64_t layers;

@@ -1,4 +1,4 @@
-"""transfer: operations on the slots of one of the cache's arrays, between steps."""
+"""transfer: operations on the slots or blocks of one of the cache's arrays, between steps."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def transfer(
     """Runs the operations that concern an array of that role, one after the other.
 
     Args:
-      array: [layers, slots, ...]; int32 [slots, max_blocks] for role TABLE, int32 [layers, slots, ring] for POSITIONS.
-      transfers: the operations; slots and places below 0 or out of range change nothing.
+      array: [layers, slots, ...]; int32 [slots, max_blocks] for role TABLE, int32 [layers, slots, ring] for POSITIONS,
+        [layers, blocks, ...] for BLOCKS.
+      transfers: the operations; slots, places and blocks below 0 or out of range change nothing.
       role: what the array is.
       implementation: who runs it.
 
@@ -33,7 +34,7 @@ def transfer(
     """
     op, role = "transfer", SlotArray(role)
     check_implementation(implementation)
-    if role == SlotArray.STATE:
+    if role in (SlotArray.STATE, SlotArray.BLOCKS):
         if jnp.ndim(array) < 2:
             raise OperandError(f"{op}: array has shape {list(jnp.shape(array))}, expected [layers, slots, ...].")
     else:

@@ -1,4 +1,4 @@
-"""transfer: operations on the slots of one array, one after the other."""
+"""transfer: operations on the slots or blocks of one array, one after the other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def transfer(array: jax.Array, transfers: Transfers, *, role: SlotArray) -> jax.
     """Run the operations that concern an array, in order.
 
     Args:
-      array: [layers, slots, ...]; the block table is [slots, max_blocks].
+      array: [layers, slots, ...]; the block table is [slots, max_blocks], a pool of blocks [layers, blocks, ...].
       transfers: the operations; slots and places out of range change nothing.
       role: what the array is.
 
@@ -29,7 +29,7 @@ def transfer(array: jax.Array, transfers: Transfers, *, role: SlotArray) -> jax.
         target = jnp.where(runs, slot, 0)
         old = array[:, target]
         new = old
-        if role != SlotArray.STATE:
+        if role in (SlotArray.TABLE, SlotArray.POSITIONS):
             new = jnp.where(kind == TransferKind.RESET, jnp.full_like(old, -1), new)
         if role == SlotArray.TABLE:
             place = jnp.arange(array.shape[2], dtype=jnp.int32) - source
@@ -38,7 +38,8 @@ def transfer(array: jax.Array, transfers: Transfers, *, role: SlotArray) -> jax.
             installed = blocks[jnp.where(given, offset + place, 0)]
             new = jnp.where((kind == TransferKind.INSTALL) & given[None], installed[None], new)
         else:
-            copies = (kind == TransferKind.COPY) & in_range(source, slots)
+            wanted = TransferKind.COPY_BLOCK if role == SlotArray.BLOCKS else TransferKind.COPY
+            copies = (kind == wanted) & in_range(source, slots)
             new = jnp.where(copies, array[:, jnp.where(copies, source, 0)], new)
         return array.at[:, target].set(jnp.where(runs, new, old)), None
 

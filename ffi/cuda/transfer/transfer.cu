@@ -1,4 +1,4 @@
-// Operations on slots on the GPU.
+// Operations on slots and blocks on the GPU.
 //
 // A thread has one unit of 16, 4 or 1 bytes of every slot's part of a layer and walks over all operations by itself. An
 // operation moves a unit of one slot to the same unit of another, so what a thread reads only it has written: the
@@ -12,7 +12,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// blockIdx.x counts the units of a slot, blockIdx.y the layers.
+// Slots' state and blocks, to which nothing happens but copies. blockIdx.x counts the units of a slot, blockIdx.y the
+// layers.
 template <class Unit>
 __global__ void __launch_bounds__(kThreads) copies_kernel(TransferParams params) {
   const int64_t units = params.slot_bytes / static_cast<int64_t>(sizeof(Unit));
@@ -21,7 +22,7 @@ __global__ void __launch_bounds__(kThreads) copies_kernel(TransferParams params)
   Unit* data = reinterpret_cast<Unit*>(params.data) + int64_t{blockIdx.y} * params.slots * units + unit;
   for (int index = 0; index < params.count; ++index) {
     const Transfer transfer = transfer_at(params.operations, index, params.role, params.slots);
-    if (transfer.kind == TransferKind::kCopy) data[transfer.slot * units] = data[transfer.source * units];
+    if (transfer.kind != TransferKind::kNone) data[transfer.slot * units] = data[transfer.source * units];
   }
 }
 
@@ -53,7 +54,7 @@ dim3 grid_of(const TransferParams& params, int64_t unit_bytes) {
 
 const char* transfer(CUstream_st* stream, const TransferParams& params) {
   if (params.count == 0 || params.slot_bytes == 0 || params.layers == 0 || params.slots == 0) return nullptr;
-  if (params.role != SlotArray::kState) {
+  if (params.role == SlotArray::kTable || params.role == SlotArray::kPositions) {
     indices_kernel<<<grid_of(params, sizeof(int32_t)), kThreads, 0, stream>>>(params);
   } else if (params.slot_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(params.data) % 16 == 0) {
     copies_kernel<uint4><<<grid_of(params, 16), kThreads, 0, stream>>>(params);

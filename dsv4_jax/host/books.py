@@ -1,0 +1,158 @@
+"""Books: what a manager knows of its cache, and what it tells of that. The operations are ``CacheManager``'s."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dsv4_jax.host.accounts import PoolUsage
+from dsv4_jax.host.arguments import count
+from dsv4_jax.host.batch import BlockNeed
+from dsv4_jax.host.blocks import BlockLedger
+from dsv4_jax.host.drafts import DraftTable
+from dsv4_jax.host.journal import Journal
+from dsv4_jax.host.receipts import Receipts
+from dsv4_jax.host.requests import RequestTable
+from dsv4_jax.host.transfers import TransferQueue
+from dsv4_jax.layout.schema import CacheSchema
+
+
+class Books:
+    """The rooms of a manager, each with one thing to know, and the journal through which all of them are written."""
+
+    def __init__(self, schema: CacheSchema) -> None:
+        self._schema = schema
+        self._need = BlockNeed(schema.spec)
+        self._journal = Journal()
+        self._request_table = RequestTable(schema.slots)
+        self._ledger = BlockLedger(schema.slots, schema.max_blocks, schema.blocks)
+        self._drafts = DraftTable(schema)
+        self._receipts = Receipts()
+        self._transfers = TransferQueue()
+
+    def _state(self) -> tuple[RequestTable, BlockLedger]:
+        """What the manager knows; an interrupted operation is finished first, so nothing else may read it."""
+        self._journal.finish()
+        return self._request_table, self._ledger
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._journal.finish()
+        return vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._receipts.rename(self._request_table.clock, self._request_table.oldest_plan())
+
+    def __copy__(self) -> Self:
+        return copy.deepcopy(self)
+
+    @property
+    def schema(self) -> CacheSchema:
+        """The cache the plans are for."""
+        return self._schema
+
+    @property
+    def free_slots(self) -> int:
+        """How many more requests can be admitted."""
+        return self._state()[0].free
+
+    @property
+    def free_blocks(self) -> int:
+        """How many blocks no request holds, promised ones among them."""
+        return self._state()[1].free
+
+    @property
+    def requests(self) -> NDArray[np.int64]:
+        """int64 [admitted requests]: their handles, in order of admission."""
+        handles = self._state()[0].handles
+        return np.sort(handles[handles >= 0])
+
+    @property
+    def transfers_wait(self) -> bool:
+        """Whether ``take_transfers`` has something to give; ``prepare_forward`` then refuses."""
+        self._journal.finish()
+        return bool(self._transfers)
+
+    def length(self, request: int) -> int:
+        """Tokens of the request in the cache once every plan made so far has run. Raises UnknownRequest.
+
+        With drafts whose plan has not been committed, the most that it can be.
+        """
+        table, _ = self._state()
+        return int(table.lengths[table.slot(request)])
+
+    def slot(self, request: int) -> int:
+        """The request's slot. Raises UnknownRequest."""
+        return self._state()[0].slot(request)
+
+    def blocks(self, request: int) -> NDArray[np.int32]:
+        """int32 [blocks held]: the request's block ids; the i-th holds the entries of tokens 128 i … 128 i + 127.
+
+        Raises UnknownRequest.
+        """
+        table, ledger = self._state()
+        slot = table.slot(request)
+        return ledger.table[slot, : self.blocks_needed(table.lengths[slot])].copy()
+
+    def blocks_needed(self, length: ArrayLike) -> NDArray[np.int64]:
+        """Blocks a request of ``length`` tokens holds: as many as its finished entries fill, perhaps in part.
+
+        ceil((length // 4) / 32) in a model with CSA layers, length // 128 with HCA layers only, 0 with neither.
+
+        Args:
+          length: integers of any shape, tokens.
+
+        Returns:
+          int64 of that shape.
+        """
+        return self._need.blocks(length)
+
+    def can_admit(self, prompt: int = 0, max_new_tokens: int | None = None) -> bool:
+        """Whether ``admit`` of the same arguments would succeed, and the prompt's blocks are there.
+
+        With ``max_new_tokens`` it is exact: what is admitted so can be prepared up to that length, whatever others do
+        meanwhile, and if a request that fits is refused, then because of what others hold or were promised.
+
+        Args:
+          prompt: tokens of the request's prompt.
+          max_new_tokens: how many the request will bring at most beyond these, if that is known.
+
+        Raises:
+          TypeError, ValueError: a number is no integer, or below 0.
+        """
+        table, ledger = self._state()
+        length, limit = self._lengths(prompt, max_new_tokens)
+        if not table.free or (length if limit is None else limit) > self._schema.max_context:
+            return False
+        return self._promise(length if limit is None else limit, drafts=limit is not None) <= ledger.available
+
+    @staticmethod
+    def _lengths(prompt: int, max_new_tokens: int | None) -> tuple[int, int | None]:
+        """The tokens of a prompt, and those of its request at most, None if that is not known."""
+        length = count("prompt", prompt)
+        return length, None if max_new_tokens is None else length + count("max_new_tokens", max_new_tokens)
+
+    def _promise(self, limit: int, *, drafts: bool = True) -> int:
+        """Blocks of a request that is to reach ``limit`` tokens, and may bring drafts beyond."""
+        reach = limit + self._schema.lookahead * drafts
+        return int(self.blocks_needed(min(reach, self._schema.max_context)))
+
+    def usage(self) -> dict[str, PoolUsage]:
+        """What the cache's slots and blocks are used for, by ``"slots"`` and ``"blocks"``."""
+        table, ledger = self._state()
+        schema, used = self._schema, self._schema.slots - table.free
+        return {
+            "slots": PoolUsage(schema.slots, used, 0, 0, table.free, 0, schema.bytes_per_slot),
+            "blocks": PoolUsage(
+                total=ledger.total,
+                used=ledger.total - ledger.free,
+                shared=ledger.shared,
+                cached=0,
+                free=ledger.free,
+                reserved=ledger.reserved,
+                unit_bytes=schema.bytes_per_block,
+            ),
+        }
