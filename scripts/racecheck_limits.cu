@@ -6,7 +6,8 @@
 //
 // MODE one: lanes of a warp write, meet at __syncwarp, and one of them arrives at an mbarrier for all (a record);
 //      all: every lane arrives (none);
-//      cluster: a warp writes, and another one writes the same place behind the cluster's barrier.
+//      blocks: a block copies into its shared memory (cp.async), and the other block of its cluster writes the same
+//      place behind the cluster's barrier.
 
 #include <cstdint>
 #include <cstdio>
@@ -41,23 +42,34 @@ __global__ void by_mbarrier(int* out, bool all) {
   out[lane] = numbers[lane ^ 1];
 }
 
-__global__ void by_cluster_barrier(int* out) {
-  __shared__ int numbers[32];
-  const int lane = threadIdx.x % 32;
-  if (threadIdx.x < 32) numbers[lane] = lane;
+__device__ void meet_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-  if (threadIdx.x < 32) return;
-  numbers[lane ^ 1] = -lane;
-  out[lane] = numbers[lane ^ 1];
+}
+
+__global__ void __cluster_dims__(2, 1, 1) by_cluster_barrier(int* out) {
+  __shared__ __align__(16) int numbers[4 * 32];
+  const int lane = threadIdx.x;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(numbers + 4 * lane)),
+               "l"(out + 4 * lane)
+               : "memory");
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  meet_cluster();
+  if (blockIdx.x == 1) {
+    uint32_t there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(numbers + 4 * lane)), "r"(0));
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(lane) : "memory");
+  }
+  meet_cluster();
+  if (blockIdx.x == 0) out[lane] = numbers[4 * lane];
 }
 
 int main(int arguments, char** words) {
   if (arguments != 2) return 2;
   int* out = nullptr;
-  cudaMalloc(&out, 32 * sizeof(int));
-  if (strcmp(words[1], "cluster") == 0) {
-    by_cluster_barrier<<<1, 64>>>(out);
+  cudaMalloc(&out, 4 * 32 * sizeof(int));
+  if (strcmp(words[1], "blocks") == 0) {
+    by_cluster_barrier<<<2, 32>>>(out);
   } else {
     by_mbarrier<<<1, 64>>>(out, strcmp(words[1], "all") == 0);
   }
