@@ -26,6 +26,7 @@ from dsv4_jax import (
 )
 from dsv4_jax.cache.layer_state import parts_of
 from dsv4_jax.cache.step import Step
+from dsv4_jax.layout.formats import VectorFormat
 
 Arrays = dict[str, np.ndarray]
 
@@ -166,6 +167,18 @@ def tail_rows_in_use(length: int, ratio: int, lookahead: int = 0) -> list[int]:
     return overlap + [8 + depth + position % (4 + depth) for position in open_window]
 
 
+def page_rows(pages: np.ndarray, vector_format: VectorFormat, rows: int) -> np.ndarray:
+    """Pages [layers, pages, *page] as rows [layers, pages * rows, whatever a row has], without what pads a page."""
+    layers, count = pages.shape[:2]
+    if not vector_format.quantized:
+        return pages.reshape(layers, count * rows, -1)
+    parts, start = [], 0
+    for size in (vector_format.data_bytes, vector_format.scale_bytes):
+        parts.append(pages[..., start : start + rows * size].reshape(layers, count * rows, size))
+        start += rows * size
+    return np.concatenate(parts, axis=2)
+
+
 @functools.cache
 def _jitted(step, implementation: str):
     """A step's jitted function: one, whichever driver runs it, so that equal shapes are compiled once."""
@@ -184,12 +197,14 @@ class Driver:
         blocks: int = 32,
         max_context: int = 1024,
         lookahead: int = 0,
+        snapshots: int = 0,
         buckets: Sequence[int] = (1, 3, 16, 64, 256, 1024),
         implementation: str = "native",
         step=update,
+        **options,
     ):
-        self.schema = CacheSchema(SPEC, formats, slots, blocks, max_context, lookahead)
-        self.manager = CacheManager(self.schema, token_buckets=buckets)
+        self.schema = CacheSchema(SPEC, formats, slots, blocks, max_context, lookahead, snapshots)
+        self.manager = CacheManager(self.schema, token_buckets=buckets, **options)
         self.cache = init_cache(self.schema)
         self.weights = weights
         self._step = _jitted(step, implementation)
@@ -243,6 +258,17 @@ class Driver:
                 arrays[name] = jnp.asarray(np.concatenate([flat, padding]))
             layers.append(arrays)
         return layers
+
+    def visible(self, request: int) -> dict[str, np.ndarray]:
+        """What of ``stored`` counts: where tokens were taken back, the ring and the last block hold more than that."""
+        stored, length = self.stored(request), self.manager.length(request)
+        visible = np.arange(max(length - 127, 0), length) % self.schema.ring
+        stored |= {name: stored[name][:, visible] for name in ("window", "window_positions")}
+        formats = self.schema.formats
+        for name, ratio in (("csa_entries", 4), ("csa_keys", 4), ("hca_entries", 128)):
+            vector_format = formats.key_format if name == "csa_keys" else formats.entry_format
+            stored[name] = page_rows(stored[name], vector_format, 128 // ratio)[:, : length // ratio]
+        return stored
 
     def stored(self, request: int) -> dict[str, np.ndarray]:
         """Every stored byte of one request, in the order of its context, wherever its slot and blocks lie.

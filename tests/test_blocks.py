@@ -16,8 +16,18 @@ def assert_balanced(ledger: BlockLedger) -> None:
     ids = ledger.table[slots, places]
     np.testing.assert_array_equal(ledger.references, np.bincount(ids, minlength=ledger.total))
     np.testing.assert_array_equal(ledger.place[ids], places)
-    free = ledger._stack[: ledger.free]
-    assert sorted([*set(ids.tolist()), *free.tolist()]) == list(range(ledger.total))
+    free = ledger._stack[: ledger.free - ledger.idle]
+    idle, total = ledger._idle.blocks, ledger.total
+    assert sorted([*set(ids.tolist()), *free.tolist(), *idle.tolist()]) == list(range(total))
+    assert ledger.free == free.size + idle.size
+    assert ledger.idle == idle.size
+    assert ledger.kept[idle].all()
+    assert not ledger.kept[free].any()
+    assert (ledger.place[idle] >= 0).all()
+    assert ledger.shared == np.count_nonzero(ledger.references > 1)
+    held = (ledger.table >= 0).sum(axis=1)
+    assert ledger.reserved == (ledger.promised - held).clip(0).sum()
+    assert ledger.reserved <= ledger.free
     assert (ledger.place[free] == -1).all()
 
 

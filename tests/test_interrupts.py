@@ -179,7 +179,7 @@ def test_reading_finishes_what_was_interrupted_and_may_be_interrupted_too(read):
     manager, requests, _ = copy.deepcopy(origin)
     manager.release(requests[0])
     after = observed(manager)
-    for line in range(200):
+    for line in range(500):
         manager, requests, _ = copy.deepcopy(origin)
         with contextlib.suppress(KeyboardInterrupt), Interrupt(line) as interrupt:
             manager.release(requests[0])

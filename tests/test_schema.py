@@ -117,10 +117,11 @@ def test_unquantized_pages_have_rows():
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("name", SPECS)
 def test_layers_and_stacked_arrays_add_up_to_the_same_bytes(profile, name, rng):
-    slots, blocks, lookahead = (int(number) for number in rng.integers(1, 300, 3))
+    slots, blocks, lookahead, snapshots = (int(number) for number in rng.integers(1, 300, 4))
     context = int(rng.integers(1, 2**20))
-    schema = CacheSchema(SPECS[name], PROFILES[profile], slots, blocks, context, lookahead)
-    assert schema.memory_bytes == slots * schema.bytes_per_slot + blocks * schema.bytes_per_block
+    schema = CacheSchema(SPECS[name], PROFILES[profile], slots, blocks, context, lookahead, snapshots)
+    of_slots = slots * schema.bytes_per_slot + snapshots * schema.bytes_per_snapshot
+    assert schema.memory_bytes == of_slots + blocks * schema.bytes_per_block
     for layer, layer_spec in enumerate(SPECS[name].layers):
         assert schema.layer(layer) == LayerCacheSchema(layer_spec.kind, PROFILES[profile], 128, lookahead)
 
@@ -143,13 +144,20 @@ def test_model_of_windows_only_has_no_blocks():
 def test_budget_is_the_largest_that_fits(name, rng):
     formats = list(PROFILES.values())[rng.integers(len(PROFILES))]
     slots, context, lookahead = int(rng.integers(1, 9)), int(rng.integers(1, 2**20)), int(rng.integers(0, 9))
+    snapshots = int(rng.choice([0, 5]))
 
     def memory(blocks):
-        return CacheSchema(SPECS[name], formats, slots, blocks, context, lookahead).memory_bytes
+        return CacheSchema(SPECS[name], formats, slots, blocks, context, lookahead, snapshots).memory_bytes
 
     def budget(memory_bytes):
         return compute_block_budget(
-            memory_bytes, SPECS[name], formats, slots=slots, max_context=context, lookahead=lookahead
+            memory_bytes,
+            SPECS[name],
+            formats,
+            slots=slots,
+            max_context=context,
+            lookahead=lookahead,
+            snapshots=snapshots,
         )
 
     available = memory(1) + int(rng.integers(0, 10 * GIB))
@@ -197,7 +205,8 @@ def test_equal_schemas_hash_alike_and_others_differ():
         assert twin == schema
         assert hash(twin) == hash(schema)
     assert pickle.loads(pickle.dumps(schema)) == schema
-    for change in ({"slots": 1}, {"blocks": 4}, {"max_context": 255}, {"lookahead": 1}, {"formats": PROFILES["exact"]}):
+    changes = {"slots": 1, "blocks": 4, "max_context": 255, "lookahead": 1, "snapshots": 1}
+    for change in (*({name: value} for name, value in changes.items()), {"formats": PROFILES["exact"]}):
         assert dataclasses.replace(schema, **change) != schema
     assert dataclasses.replace(schema, spec=windows_only()) != schema
 

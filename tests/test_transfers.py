@@ -255,7 +255,7 @@ FORMATS = pytest.mark.parametrize(
 
 def shapes(formats: CacheFormats) -> tuple[Cache, Transfers]:
     """A large cache and a list of operations, shapes only."""
-    schema = CacheSchema(SPEC, formats, slots=512, blocks=1 << 16, max_context=4096)
+    schema = CacheSchema(SPEC, formats, slots=512, blocks=1 << 16, max_context=4096, snapshots=64)
     lists = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), TransferList().pack())
     return jax.eval_shape(lambda: init_cache(schema)), lists
 

@@ -29,6 +29,7 @@ class Cache:
 
     A pytree; ``schema`` and ``shards`` are static. Shapes and dtypes are ``schema.arrays``, with slots and blocks of
     all shards side by side in a cache of several; P stands for a page, whose shape the component's format defines.
+    Behind the slots of an array lie the schema's ``snapshots``, but for ``hca_tail``.
 
     Attributes:
       block_table: int32 [slots, max_blocks], the block of every 128 tokens of a slot; -1 = none.

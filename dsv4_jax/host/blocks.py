@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
 from dsv4_jax.host.errors import CacheFull
+from dsv4_jax.host.idle import IdleQueue
 from dsv4_jax.host.journal import Write
 
 NO_BLOCK = -1
 NO_PLACE = -1
+_NO_BLOCKS = np.zeros(0, np.int32)
+
+
+Evict = Callable[[NDArray[np.int32]], tuple[Write, ...]]
+
+
+def _nothing(ids: NDArray[np.int32]) -> tuple[Write, ...]:
+    return ()
 
 
 class BlockLedger:
     """Who has each block. Free blocks are a stack, so that a freed block is the next one handed out.
 
     Slots may share blocks, each at the same place. Nobody writes a block that is shared. A slot may be promised all
-    blocks up to a place: those that it does not have yet are reserved, and nobody else can take them.
+    blocks up to a place: those that it does not have yet are reserved, and nobody else can take them. A block may be
+    kept: if nobody has it any more it is not free but idle, and taken only when no block is free.
 
     Its methods change nothing themselves: they return the writes that do, for a ``Journal``. They trust their caller:
     places taken are empty, and of places given back those from ``first`` to before ``end`` are taken.
@@ -25,10 +37,17 @@ class BlockLedger:
       references: int32 [blocks], how many slots have the block; 0 for a free one.
       place: int32 [blocks], the block holds entries of tokens 128 place … 128 place + 127 of theirs; -1 = free.
       table: int32 [slots, max_blocks], the same from the other side: the block of a slot's place, -1 = none.
+      kept: bool [blocks], whether what the block contains may be wanted again.
       promised: int64 [slots], how many blocks a slot can have whatever others take.
     """
 
-    def __init__(self, slots: int, max_blocks: int, blocks: int) -> None:
+    def __init__(
+        self,
+        slots: int,
+        max_blocks: int,
+        blocks: int,
+        evict: Evict = _nothing,
+    ) -> None:
         self.references = np.zeros(blocks, np.int32)
         self.place = np.full(blocks, NO_PLACE, np.int32)
         self.table = np.full((slots, max_blocks), NO_BLOCK, np.int32)
@@ -36,12 +55,20 @@ class BlockLedger:
         # When each block was taken, counted in blocks: given back in reverse, they are handed out as before.
         self._taken = np.zeros(blocks, np.int64)
         self.promised = np.zeros(slots, np.int64)
-        self._counts = {"free": blocks, "taken": 0, "shared": 0, "reserved": 0}
+        self.kept = np.zeros(blocks, np.bool_)
+        self._idle = IdleQueue(blocks)
+        self._evict = evict  # the writes for whoever wanted blocks kept that are to be taken
+        self._counts = {"free": blocks, "idle": 0, "taken": 0, "shared": 0, "reserved": 0}
 
     @property
     def free(self) -> int:
-        """How many blocks are free."""
-        return self._counts["free"]
+        """How many blocks no slot has: those that are free, and those that are idle."""
+        return self._counts["free"] + self._counts["idle"]
+
+    @property
+    def idle(self) -> int:
+        """How many blocks no slot has that are kept for what they contain."""
+        return self._counts["idle"]
 
     @property
     def shared(self) -> int:
@@ -56,7 +83,7 @@ class BlockLedger:
     @property
     def available(self) -> int:
         """How many free blocks nobody was promised."""
-        return self._counts["free"] - self._counts["reserved"]
+        return self.free - self._counts["reserved"]
 
     @property
     def total(self) -> int:
@@ -78,22 +105,39 @@ class BlockLedger:
         return ids, (*writes, (self._counts, "reserved", self._counts["reserved"] - promised))
 
     def _take(
-        self, slots: NDArray[np.integer], places: NDArray[np.integer], promised: int
+        self,
+        slots: NDArray[np.integer],
+        places: NDArray[np.integer],
+        promised: int,
+        revived: NDArray[np.int32] = _NO_BLOCKS,
     ) -> tuple[NDArray[np.int32], tuple[Write, ...]]:
-        """The same, if so many of these blocks were promised. What is reserved does not change."""
-        count, free, taken = slots.size, self._counts["free"], self._counts["taken"]
-        available = free - self._counts["reserved"] + promised
+        """The same, if so many of these blocks were promised. What is reserved does not change.
+
+        Idle blocks that the same operation revives are not taken; the caller counts them.
+        """
+        counts = self._counts
+        count, free, taken = slots.size, counts["free"], counts["taken"]
+        available = free + counts["idle"] - counts["reserved"] + promised
         if count > available:
             raise CacheFull("blocks", count, available, self.total)
-        ids = self._stack[free - count : free][::-1].copy()
+        evictions: tuple[Write, ...] = ()
+        if count > free:
+            evicted, evictions = self._idle.pop(count - free, revived)
+            ids = np.concatenate([self._stack[:free][::-1], evicted])
+            idle = counts["idle"] - evicted.size
+            evictions = *evictions, *self._evict(evicted), (self.kept, evicted, False), (counts, "idle", idle)
+            free = count  # none is left
+        else:
+            ids = self._stack[free - count : free][::-1].copy()
         at = ids.astype(np.intp)  # converted once, not at each write; so are the values
         return ids, (
+            *evictions,
             (self.references, at, 1),
             (self.place, at, places.astype(np.int32)),
             (self.table, (slots, places), ids),
             (self._taken, at, np.arange(taken, taken + count)),
-            (self._counts, "taken", taken + count),
-            (self._counts, "free", free - count),
+            (counts, "taken", taken + count),
+            (counts, "free", free - count),
         )
 
     def give_back(
@@ -103,10 +147,14 @@ class BlockLedger:
         end: NDArray[np.integer],
         *,
         keep_promise: bool = True,
+        touched: NDArray[np.int32] = _NO_BLOCKS,
+        keep: NDArray[np.int32] = _NO_BLOCKS,
     ) -> tuple[Write, ...]:
         """Takes the blocks of places ``first[i]`` to before ``end[i]`` from ``slots[i]``, distinct slots; [n] each.
 
-        Those that no other slot has are free. If slots keep what they were promised, it is reserved for them again.
+        Those that no other slot has are free, or idle. If slots keep what they were promised, it is reserved for them
+        again. Idle blocks that were ``touched`` count as used like those that become idle. Blocks to ``keep`` are kept
+        by the same operation.
 
         Raises:
           CacheFull: that cannot be reserved, since other slots keep the blocks.
@@ -114,7 +162,7 @@ class BlockLedger:
         counts = end - first
         count = int(counts.sum())
         promised = self.promised[slots]
-        if count == 0 and (keep_promise or not promised.any()):
+        if count == 0 and not touched.size and (keep_promise or not promised.any()):
             return ()
         rows = np.repeat(slots, counts)
         places = np.arange(count) + np.repeat(first - (np.cumsum(counts) - counts), counts)
@@ -124,30 +172,45 @@ class BlockLedger:
                 (self.table, (rows, places), NO_BLOCK),
             )
         return (
-            *self._drop(self.table[rows, places], -(promised - end).clip(0).sum()),
+            *self._drop(self.table[rows, places], -(promised - end).clip(0).sum(), touched, keep),
             (self.table, (rows, places), NO_BLOCK),
             (self.promised, slots, 0),
         )
 
-    def _drop(self, ids: NDArray[np.int32], reserve: int, spare: int = 0) -> tuple[Write, ...]:
+    def _drop(
+        self,
+        ids: NDArray[np.int32],
+        reserve: int,
+        touched: NDArray[np.int32] = _NO_BLOCKS,
+        keep: NDArray[np.int32] = _NO_BLOCKS,
+        spare: int = 0,
+    ) -> tuple[Write, ...]:
         """One reference less to each of these blocks, and so many more reserved.
 
-        ``spare`` of those that are free by now are taken by the same operation. Raises CacheFull.
+        ``spare`` of the blocks that nobody has by now are taken by the same operation. Raises CacheFull.
         """
         ids, times = np.unique(ids, return_counts=True)
         left = self.references[ids] - times
-        freed, free = ids[left == 0], self._counts["free"] - spare
+        kept = self.kept[ids] | np.isin(ids, keep)
+        unheld, freed = ids[(left == 0) & kept], ids[(left == 0) & ~kept]
+        spare_free = min(spare, self._counts["free"])
+        free = self._counts["free"] - spare_free
+        idle = self._counts["idle"] - (spare - spare_free) + unheld.size
         reserved = self._counts["reserved"] + int(reserve)
-        if free + freed.size < reserved:
-            missing = reserved - free - freed.size
+        missing = reserved - free - idle - freed.size
+        if missing > 0:
             raise CacheFull("blocks", missing, 0, self.total)
         latest_first = freed[self._taken[freed].argsort()[::-1]]
+        used = np.concatenate([unheld, touched])
+        queued = self._idle.add(used[self.place[used].argsort()[::-1]]) if used.size else ()
         not_shared = int(np.count_nonzero((left < 2) & (left + times > 1)))
         return (
             (self._stack, slice(free, free + freed.size), latest_first),
             (self.references, ids, left),
             (self.place, freed, NO_PLACE),
+            *queued,
             (self._counts, "free", free + freed.size),
+            (self._counts, "idle", idle),
             (self._counts, "reserved", reserved),
             (self._counts, "shared", self._counts["shared"] - not_shared),
         )
@@ -170,17 +233,44 @@ class BlockLedger:
           CacheFull: too few blocks are free.
         """
         full, more = shared.size, max(promised - held, 0)
-        if held - full + more > self.available:
-            raise CacheFull("blocks", held - full + more, self.available, self.total)
-        own, writes = self._take(np.full(held - full, slot), np.arange(full, held), 0)
+        revived = self.revived(shared)
+        needed = held - full + more + revived.size
+        if needed > self.available:
+            raise CacheFull("blocks", needed, self.available, self.total)
+        own, writes = self._take(np.full(held - full, slot), np.arange(full, held), 0, revived)
+        idle = self._counts["idle"] - revived.size - max(own.size - self._counts["free"], 0)
         references = self.references[shared] + 1
         return np.concatenate([shared, own]), (
             *writes,
+            *self._idle.remove(revived),
+            (self._counts, "idle", idle),
             (self.references, shared, references),
             (self.table, (slot, slice(full)), shared),
             (self.promised, slot, promised),
             (self._counts, "shared", self._counts["shared"] + int(np.count_nonzero(references == 2))),
             (self._counts, "reserved", self._counts["reserved"] + more),
+        )
+
+    def revived(self, shared: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Those of some blocks that nobody has, and that would no longer be available if somebody had them."""
+        return shared[self.references[shared] == 0]
+
+    def keep(self, ids: NDArray[np.int32]) -> tuple[Write, ...]:
+        """From now on these blocks, which slots have, are kept."""
+        return ((self.kept, ids, True),)
+
+    def keep_no_longer(self, ids: NDArray[np.int32] | slice) -> tuple[Write, ...]:
+        """From now on these blocks, which slots have, are not kept; ``slice(None)``: none is, and the idle are free."""
+        if not isinstance(ids, slice):
+            return ((self.kept, ids, False),)
+        idle, free = self._idle.blocks, self._counts["free"]
+        return (
+            (self.kept, ids, False),
+            (self.place, idle, NO_PLACE),
+            (self._stack, slice(free, free + idle.size), idle),
+            *self._idle.clear(),
+            (self._counts, "free", free + idle.size),
+            (self._counts, "idle", 0),
         )
 
     def exchange(self, slot: int, place: int, end: int) -> tuple[int, int, tuple[Write, ...]]:
@@ -213,6 +303,9 @@ class BlockLedger:
             (self.place, slice(None), NO_PLACE),
             (self.table, slice(None), NO_BLOCK),
             (self.promised, slice(None), 0),
+            (self.kept, slice(None), False),
+            *self._idle.clear(),
+            (self._counts, "idle", 0),
             (self._counts, "free", self.total),
             (self._counts, "reserved", 0),
             (self._counts, "shared", 0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -13,25 +14,29 @@ from dsv4_jax.host.arguments import count
 from dsv4_jax.host.batch import BlockNeed
 from dsv4_jax.host.blocks import BlockLedger
 from dsv4_jax.host.drafts import DraftTable
+from dsv4_jax.host.hashing import Match, chain
 from dsv4_jax.host.journal import Journal
+from dsv4_jax.host.pending import Pending
+from dsv4_jax.host.prefix import Hit, PrefixCache
 from dsv4_jax.host.receipts import Receipts
 from dsv4_jax.host.requests import RequestTable
-from dsv4_jax.host.transfers import TransferQueue
+from dsv4_jax.host.transfers import Wish
 from dsv4_jax.layout.schema import CacheSchema
 
 
 class Books:
     """The rooms of a manager, each with one thing to know, and the journal through which all of them are written."""
 
-    def __init__(self, schema: CacheSchema) -> None:
+    def __init__(self, schema: CacheSchema, *, every: int | None = None, events: bool = False) -> None:
         self._schema = schema
         self._need = BlockNeed(schema.spec)
         self._journal = Journal()
         self._request_table = RequestTable(schema.slots)
-        self._ledger = BlockLedger(schema.slots, schema.max_blocks, schema.blocks)
+        self._prefix = PrefixCache(schema, every=every, events=events)
+        self._ledger = BlockLedger(schema.slots, schema.max_blocks, schema.blocks, self._prefix.evict)
         self._drafts = DraftTable(schema)
         self._receipts = Receipts()
-        self._transfers = TransferQueue()
+        self._transfers: Pending[Wish] = Pending()
 
     def _state(self) -> tuple[RequestTable, BlockLedger]:
         """What the manager knows; an interrupted operation is finished first, so nothing else may read it."""
@@ -110,14 +115,45 @@ class Books:
         """
         return self._need.blocks(length)
 
-    def can_admit(self, prompt: int = 0, max_new_tokens: int | None = None) -> bool:
+    def match_prefix(self, tokens: ArrayLike, *, salt: bytes = b"") -> Match:
+        """Looks up what of a prompt is in the cache.
+
+        Reserves nothing: ``can_admit`` and ``admit`` look again, without hashing the tokens again.
+
+        Args:
+          tokens: int32 [n], the prompt.
+          salt: requests share only what was computed with the same salt: one for each tenant, adapter, image, …
+
+        Returns:
+          The prompt, hashed; ``length`` of its tokens need not be computed. At least one always must.
+
+        Raises:
+          TypeError: tokens are no integers [n], or the salt is not bytes.
+          ValueError: a token is no int32.
+        """
+        self._journal.finish()
+        ids, root, links = chain(tokens, salt)
+        return Match(self._prefix.find(links, ids.size).length, ids, salt, root, links)
+
+    def chunk_limit(self, request: int) -> int:
+        """How many tokens a request should bring at most so that a step ends where a snapshot is worth its place.
+
+        That is up to the next such length, or else what its context has room for. Raises UnknownRequest.
+        """
+        table, _ = self._state()
+        slot = table.slot(request)
+        length = int(table.lengths[slot])
+        worth = self._prefix.next_worth(slot, length)
+        return (self._schema.max_context if worth is None else min(worth, self._schema.max_context)) - length
+
+    def can_admit(self, prompt: int | Match = 0, max_new_tokens: int | None = None) -> bool:
         """Whether ``admit`` of the same arguments would succeed, and the prompt's blocks are there.
 
         With ``max_new_tokens`` it is exact: what is admitted so can be prepared up to that length, whatever others do
         meanwhile, and if a request that fits is refused, then because of what others hold or were promised.
 
         Args:
-          prompt: tokens of the request's prompt.
+          prompt: tokens of the request's prompt, or what ``match_prefix`` found.
           max_new_tokens: how many the request will bring at most beyond these, if that is known.
 
         Raises:
@@ -127,12 +163,22 @@ class Books:
         length, limit = self._lengths(prompt, max_new_tokens)
         if not table.free or (length if limit is None else limit) > self._schema.max_context:
             return False
-        return self._promise(length if limit is None else limit, drafts=limit is not None) <= ledger.available
+        needed, available = (
+            self._promise(length if limit is None else limit, drafts=limit is not None),
+            ledger.available,
+        )
+        if isinstance(prompt, Match):
+            blocks = self._hit(prompt).blocks
+            needed, available = max(needed - blocks.size, 0), available - ledger.revived(blocks).size
+        return needed <= available
+
+    def _hit(self, match: Match) -> Hit:
+        return self._prefix.find(match.links, match.tokens.size)
 
     @staticmethod
-    def _lengths(prompt: int, max_new_tokens: int | None) -> tuple[int, int | None]:
+    def _lengths(prompt: int | Match, max_new_tokens: int | None) -> tuple[int, int | None]:
         """The tokens of a prompt, and those of its request at most, None if that is not known."""
-        length = count("prompt", prompt)
+        length = prompt.tokens.size if isinstance(prompt, Match) else count("prompt", prompt)
         return length, None if max_new_tokens is None else length + count("max_new_tokens", max_new_tokens)
 
     def _promise(self, limit: int, *, drafts: bool = True) -> int:
@@ -141,7 +187,10 @@ class Books:
         return int(self.blocks_needed(min(reach, self._schema.max_context)))
 
     def usage(self) -> dict[str, PoolUsage]:
-        """What the cache's slots and blocks are used for, by ``"slots"`` and ``"blocks"``."""
+        """What the cache's slots and blocks are used for, by ``"slots"``, ``"blocks"`` and ``"snapshots"``.
+
+        A snapshot that is in use is a cached one.
+        """
         table, ledger = self._state()
         schema, used = self._schema, self._schema.slots - table.free
         return {
@@ -150,9 +199,38 @@ class Books:
                 total=ledger.total,
                 used=ledger.total - ledger.free,
                 shared=ledger.shared,
-                cached=0,
-                free=ledger.free,
+                cached=ledger.idle,
+                free=ledger.free - ledger.idle,
                 reserved=ledger.reserved,
                 unit_bytes=schema.bytes_per_block,
             ),
+            "snapshots": PoolUsage(
+                total=schema.snapshots,
+                used=0,
+                shared=0,
+                cached=len(self._prefix.snapshots),
+                free=schema.snapshots - len(self._prefix.snapshots),
+                reserved=0,
+                unit_bytes=schema.bytes_per_snapshot,
+            ),
+        }
+
+    def metrics(self) -> Mapping[str, float]:
+        """What a server reports, by vLLM's names; counters grow from the manager's start on.
+
+        - ``kv_cache_usage_perc``: the part of all blocks that requests hold, from 0 to 1.
+        - ``num_requests_running``: requests that are admitted.
+        - ``prefix_cache_queries``, ``prefix_cache_hits``: tokens of prompts that were admitted with a match, and of
+          these, tokens that need not be computed.
+        - ``prefix_snapshots_missed``: lengths that were worth a snapshot and got none, since no step ended there, or it
+          was committed when a later one was planned, or there are too few snapshots.
+        """
+        table, ledger = self._state()
+        counts = self._prefix.counts
+        return {
+            "kv_cache_usage_perc": (ledger.total - ledger.free) / max(ledger.total, 1),
+            "num_requests_running": self._schema.slots - table.free,
+            "prefix_cache_queries": counts["queries"],
+            "prefix_cache_hits": counts["hits"],
+            "prefix_snapshots_missed": counts["missed"],
         }

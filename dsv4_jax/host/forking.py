@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dsv4_jax.host.blocks import BlockLedger
 from dsv4_jax.host.journal import Write
+from dsv4_jax.host.pending import Pending
 from dsv4_jax.host.requests import RequestTable
-from dsv4_jax.host.transfers import TransferQueue
+from dsv4_jax.host.transfers import Wish
 from dsv4_jax.spec.kinds import BLOCK_TOKENS
 
 
 def fork(
-    table: RequestTable, ledger: BlockLedger, queue: TransferQueue, source: int, target: int, held: int, promised: int
+    table: RequestTable, ledger: BlockLedger, queue: Pending[Wish], source: int, target: int, held: int, promised: int
 ) -> tuple[Write, ...]:
     """The writes that make the request in slot ``target``, just admitted, a twin of the one in ``source``.
 
@@ -35,7 +36,7 @@ def fork(
     blocks, writes = ledger.attach(target, ledger.table[source, :full].copy(), held, promised)
     if not length:  # as any other new request
         return writes
-    wishes = [("reset", (target,)), ("copy", (source, target)), ("install", (target, blocks))]
+    wishes: list[Wish] = [("reset", (target,)), ("copy", (source, target)), ("install", (target, blocks))]
     wishes += [("copy_block", (int(ledger.table[source, place]), int(blocks[place]))) for place in range(full, held)]
     return (
         *writes,

@@ -12,22 +12,21 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dsv4_jax.host.arguments import bucket_list, integer, step_arrays, step_count
+from dsv4_jax.host.admission import Admission
+from dsv4_jax.host.arguments import bucket_list, count, integer, step_arrays, step_count
 from dsv4_jax.host.batch import Batch, Standing
-from dsv4_jax.host.books import Books
-from dsv4_jax.host.errors import LengthUnknown, PromptTooLong, StepTooLarge, TransfersWait
-from dsv4_jax.host.forking import fork
+from dsv4_jax.host.errors import StepTooLarge, TransfersWait
 from dsv4_jax.host.journal import Write
 from dsv4_jax.host.settling import Outstanding, plan_of
+from dsv4_jax.host.telling import Telling, Tokens, told_tokens
 from dsv4_jax.host.truncation import check_truncation
 from dsv4_jax.layout.plan import PlanLayout, StepPlan
 from dsv4_jax.layout.schema import CacheSchema
-from dsv4_jax.layout.transfers import Transfers
 from dsv4_jax.spec.kinds import BLOCK_TOKENS
 
 
-class CacheManager(Books):
-    """Admits requests, reserves their blocks step by step, and takes both back; forks them.
+class CacheManager(Admission):
+    """Admits requests, reserves their blocks step by step, and takes both back; forks them, lets them share prefixes.
 
     Every operation is all or nothing: one that raises has changed nothing. One that an exception from outside
     interrupts, such as KeyboardInterrupt, has happened as a whole or not at all. Not thread-safe.
@@ -45,12 +44,30 @@ class CacheManager(Books):
       token_buckets: the token counts T that steps are padded to; the largest is the most tokens of a step. A step is
         compiled once for each of ``layouts`` in use: a bucket has one for steps in which no request brings more than
         ``lookahead + 1`` tokens, as in decoding, and one for all others.
+      snapshot_every: a snapshot is worth its place after every so many blocks of 128 tokens, too. Without, only where
+        prompts end and part: after a prompt's last block that leaves a token to compute, and where one that is admitted
+        stops being like those before it.
+      events: whether ``take_events`` tells of them.
+
+    Raises:
+      TypeError, ValueError: a number is no integer, or too small.
     """
 
-    def __init__(self, schema: CacheSchema, *, token_buckets: Sequence[int]) -> None:
+    def __init__(
+        self,
+        schema: CacheSchema,
+        *,
+        token_buckets: Sequence[int],
+        snapshot_every: int | None = None,
+        events: bool = False,
+    ) -> None:
         buckets = bucket_list(token_buckets)
         fingerprint = schema.fingerprint
-        super().__init__(schema)
+        if snapshot_every is not None and count("snapshot_every", snapshot_every) < 1:
+            raise ValueError(
+                "snapshot_every must be at least 1 block; None for none, and no snapshots in the schema for none"
+            )
+        super().__init__(schema, every=snapshot_every, events=events)
         self._buckets = buckets
         self._layouts = [
             tuple(PlanLayout(bucket, min(schema.slots, bucket), fingerprint, displaces) for displaces in (False, True))
@@ -68,106 +85,6 @@ class CacheManager(Books):
             fewest = bucket
         return tuple(possible)
 
-    def admit(self, prompt: int = 0, max_new_tokens: int | None = None) -> int:
-        """Gives a new request a slot, and promises it blocks.
-
-        Args:
-          prompt: tokens of its prompt.
-          max_new_tokens: how many it will bring at most beyond these. The blocks for all of them are reserved, and
-            those for as many drafts more as the schema's ``lookahead`` allows: up to there ``prepare_forward`` finds
-            blocks for it. Without, nothing is reserved, and the request may meet CacheFull.
-
-        Returns:
-          The request's handle, never given out again by this manager. It is not the slot.
-
-        Raises:
-          CacheFull: no slot is free, or too few blocks to be reserved.
-          PromptTooLong: it would exceed ``schema.max_context``.
-          TypeError, ValueError: a number is no integer, or below 0.
-        """
-        table, ledger = self._state()
-        handle, writes = table.admit()
-        length, limit = self._lengths(prompt, max_new_tokens)
-        if (length if limit is None else limit) > self._schema.max_context:
-            raise PromptTooLong(length, max_new_tokens or 0, self._schema.max_context)
-        if limit is not None:
-            none = np.zeros(0, np.int32)
-            writes += ledger.attach(table.slot_of(handle), none, 0, self._promise(limit))[1]
-        self._journal.write(writes)
-        return handle
-
-    def fork(self, request: int, max_new_tokens: int | None = None) -> int:
-        """A twin of a request: a new one, of the same tokens, that goes on by itself.
-
-        The two share all blocks that are full. What else the request holds, its window, its tails and an open block,
-        is copied on the device by transfers that wait to be taken. They run after all plans made so far, so the twin
-        has the tokens of these too; none of the plans can be cancelled or committed for the request any more.
-
-        Args:
-          request: handle.
-          max_new_tokens: how many tokens the twin will bring at most, as in ``admit``. What the other was promised is
-            not the twin's.
-
-        Returns:
-          The twin's handle.
-
-        Raises:
-          UnknownRequest: not an admitted request.
-          LengthUnknown: the request has drafts of which nothing is known.
-          CacheFull: no slot is free, or no block for the copy of an open one, or too few to be reserved.
-          PromptTooLong: it would exceed ``schema.max_context``.
-          TypeError, ValueError: ``max_new_tokens`` is no integer, or below 0.
-        """
-        table, ledger = self._state()
-        source = table.slot(request)
-        if self._drafts.is_open(source):
-            raise LengthUnknown(request, "forked")
-        handle, writes = table.admit()
-        length, limit = self._lengths(int(table.lengths[source]), max_new_tokens)
-        if limit is not None and limit > self._schema.max_context:
-            raise PromptTooLong(length, limit - length, self._schema.max_context)
-        held, promised = int(self.blocks_needed(length)), 0 if limit is None else self._promise(limit)
-        writes += fork(table, ledger, self._transfers, source, table.slot_of(handle), held, promised)
-        self._journal.write(writes)
-        return handle
-
-    def take_transfers(self, *, again: bool = False) -> Transfers:
-        """What operations since the last call want done to the arrays, in order, for ``apply_transfers``.
-
-        Nothing, mostly; ``transfers_wait`` tells. Transfers and plans run in the order in which they were made, so run
-        the plans that are under way first. To keep that order easy, ``prepare_forward`` refuses while transfers wait.
-
-        Args:
-          again: those of the last call once more, if an exception from outside came before they were handed over.
-        """
-        self._journal.finish()
-        if again:
-            return self._transfers.latest.pack()
-        made, writes = self._transfers.take()
-        self._journal.write(writes)
-        return made.pack()
-
-    def release(self, request: int) -> None:
-        """Takes the request's slot and blocks back, on the host only: the slot's next request resets it on the device.
-
-        Raises:
-          UnknownRequest: the handle is not an admitted request's, or was released before.
-        """
-        table, _ = self._state()
-        slot = table.slot(request)
-        given_back = self._free_blocks([slot], [0], keep_promise=False)
-        self._journal.write((*given_back, *table.release(slot), *self._drafts.forget(slot)))
-
-    def reset(self) -> None:
-        """Forgets all requests: every slot and block is free, plans made so far are stale, no transfers wait.
-
-        For starting again with a new cache, when a step that the cache was donated to failed on the device. Handles
-        given out before stay unknown, they are not given out again.
-        """
-        table, ledger = self._state()
-        forgotten = *self._drafts.forget(slice(None)), *self._transfers.forget()
-        self._journal.write((*ledger.give_back_all(), *table.release_all(), *forgotten))
-
     def truncate(self, request: int, length: int) -> None:
         """Drops the tokens at positions ``length`` and beyond, on the host only.
 
@@ -183,6 +100,7 @@ class CacheManager(Books):
           ``peak`` is at most the ring.
         - A running HCA tail has the states after the latest L + 1 tokens of ``peak``: below ``peak - L`` only multiples
           of 128 are possible.
+        - A request that began with what was in the cache of its prompt has nothing from before that.
 
         Rows of dropped positions stay on the device. None is read: which rows count follows from the position, and a
         position is written again before it counts. Blocks whose entries are all dropped are given back at once. One
@@ -204,16 +122,19 @@ class CacheManager(Books):
         if length == current:
             return
         if length == 0:
-            self._journal.write((*self._free_blocks([slot], [0]), *table.forget(slot), *self._drafts.forget(slot)))
+            forgotten = *table.forget(slot), *self._drafts.forget(slot), *self._prefix.truncate(slot, 0)
+            self._journal.write((*self._free_blocks([slot], [0]), *forgotten))
             return
         peak = max(int(table.peaks[slot]), current)
-        check_truncation(self._schema, request, current, peak, length, self._drafts.is_open(slot))
+        floor = int(self._prefix.floors[slot])
+        check_truncation(self._schema, request, current, peak, length, self._drafts.is_open(slot), floor)
         self._journal.write(
             (
                 *self._shorten(slot, length),
                 (table.lengths, slot, length),
                 (table.peaks, slot, peak),
                 *table.make_stale(slot),
+                *self._prefix.truncate(slot, length),
             )
         )
 
@@ -346,7 +267,14 @@ class CacheManager(Books):
         self._journal.write((*self._keep(part, part.starts), uncounted, table.tick(), settled))
         return left
 
-    def commit(self, plan: StepPlan, steps_run: ArrayLike | None = None, *, lengths: ArrayLike | None = None) -> None:
+    def commit(
+        self,
+        plan: StepPlan,
+        steps_run: ArrayLike | None = None,
+        *,
+        lengths: ArrayLike | None = None,
+        tokens: Tokens | None = None,
+    ) -> None:
         """Says how far each of a plan's requests really came; takes the rest back, lengths and blocks.
 
         For drafts that were not kept, and for requests that stopped on the way and go on later. If all ran every step
@@ -357,27 +285,56 @@ class CacheManager(Books):
         then. With drafts, in this plan or earlier ones, later plans may be under way (``StepPlan.rebase``): their part
         of the length, and the blocks that it may reach, stay reserved.
 
+        It also says that the plan's tokens are in the cache, as soon as it was dispatched. The full blocks of requests
+        that were admitted with a match are then known, for others to share; and if the plan ends where that is worth
+        it, and no later plan of the request was made, a transfer takes a snapshot. Tokens of the prompt are known
+        already, others have to be told: where they are not, the request's later blocks stay unknown.
+
         Args:
           plan: what ``prepare_forward`` returned (not a copy that came out of jit).
           steps_run: integers, the steps each request ran before it was stopped, or the loop ended: [requests] in the
             plan's order, or [R] as the device has them (padding is ignored), or one number for all. It must be what the
             device did. A request that ran further cannot be taken back this way, only by ``truncate``. Not for drafts.
           lengths: instead of ``steps_run``, the length of each request once the plan has run, [requests] or [R].
+          tokens: what the plan brought and was kept: for each of its requests, in order, the int32 tokens; or a mapping
+            of handles to them. Where each kept one, int32 [requests] is the fast form.
 
         Raises:
           InvalidStep: ``steps_run`` or ``lengths`` has another shape, is not of integers, or cannot be; or both are
-            given, or neither.
+            given, or neither; or ``tokens`` are not so many.
           StalePlan: a request has a later plan that must not be; or none of the plan's is as it left them; or the plan
             was cancelled or committed before, or is not this manager's.
         """
         table, _ = self._state()
         whole = Outstanding.of_plan(plan, self._receipts, table, self._drafts)
         part, kept = whole.kept(steps_run, lengths, plan.layout.requests, table)
+        following = self._told(whole, part, kept, tokens)
         # It ran, and so did all plans before it.
         stale = table.changed, part.slots, whole.receipt.serial
         settled = self._receipts.settle(whole.receipt, "committed", table.oldest_plan())
         learned = part.learn(kept, table, self._drafts, self._schema.lookahead)
-        self._journal.write((*self._keep(part, kept), *learned, stale, settled))
+        self._journal.write((*self._keep(part, kept), *learned, stale, settled, *following))
+
+    def _told(
+        self, whole: Outstanding, part: Outstanding, kept: NDArray[np.int64], tokens: Tokens | None
+    ) -> tuple[Write, ...]:
+        """What follows for the prefix cache if a part of a plan's requests had ``kept`` tokens [n] once it had run."""
+        table, prefix = self._request_table, self._prefix
+        if tokens is None and not np.count_nonzero(prefix.follows[part.slots]):
+            return ()
+        told = None
+        if tokens is not None:
+            chosen = np.isin(whole.slots, part.slots)
+            told = told_tokens(tokens, table.handles[whole.slots], chosen, kept - part.starts)
+        telling = Telling(prefix, self._ledger)
+        certain = part.earlier == 0  # where the part's first token is
+        if not certain.all():
+            chosen = certain.nonzero()[0]
+            told = told[certain] if isinstance(told, np.ndarray) else told and [told[index] for index in chosen]
+            part, kept = part.of(certain), kept[certain]
+        telling.stored(part.slots, part.starts, kept, table.lengths[part.slots] == part.ends, told)
+        writes, wishes = telling.finish(self._schema.slots)
+        return *writes, *self._transfers.add(*wishes)
 
     def _keep(self, part: Outstanding, kept: NDArray[np.int64]) -> tuple[Write, ...]:
         """Takes back what is beyond ``kept`` tokens [n] of a part of a plan; later plans start so much earlier."""
@@ -393,13 +350,12 @@ class CacheManager(Books):
         """Frees what a request does not need at this length, and copies what it shares and will write."""
         places = np.array([int(self.blocks_needed(length)), int(self.blocks_needed(self._request_table.lengths[slot]))])
         last, ledger = length // BLOCK_TOKENS, self._ledger
-        if last >= places[0] or ledger.references[ledger.table[slot, last]] == 1:
-            return ledger.give_back(np.array([slot]), places[:1], places[1:])
+        given_back = np.array([slot]), places[:1], places[1:]
+        if last >= places[0]:
+            return ledger.give_back(*given_back)
+        opened = ledger.table[slot, last : last + 1]
+        if ledger.references[opened[0]] == 1:
+            known = opened[ledger.kept[opened]].copy()  # as what it is no longer going to be
+            return *ledger.give_back(*given_back), *self._prefix.evict(known), *ledger.keep_no_longer(known)
         old, new, writes = ledger.exchange(slot, last, int(places[1]))
         return *writes, *self._transfers.add(("install", (slot, [new], last)), ("copy_block", (old, new)))
-
-    def _free_blocks(self, slots: ArrayLike, lengths: ArrayLike, *, keep_promise: bool = True) -> tuple[Write, ...]:
-        """Frees the blocks that requests in these slots hold and would not at these lengths, [n] each."""
-        slots = np.asarray(slots)
-        held = self.blocks_needed(self._request_table.lengths[slots])
-        return self._ledger.give_back(slots, self.blocks_needed(lengths), held, keep_promise=keep_promise)

@@ -9,7 +9,9 @@ from dsv4_jax.spec.kinds import LayerKind
 CSA, HCA = LayerKind.CSA, LayerKind.HCA
 
 
-def check_truncation(schema: CacheSchema, request: int, current: int, peak: int, length: int, is_open: bool) -> None:
+def check_truncation(
+    schema: CacheSchema, request: int, current: int, peak: int, length: int, is_open: bool, floor: int = 0
+) -> None:
     """Raises CannotTruncate unless a request of ``current`` tokens can go on from ``length``; see ``truncate``.
 
     Args:
@@ -18,6 +20,7 @@ def check_truncation(schema: CacheSchema, request: int, current: int, peak: int,
       current: tokens of the request, not 0.
       peak: the most it has had.
       length: the tokens to keep, neither 0 nor ``current``.
+      floor: the request has no state below it.
       is_open: whether ``current`` is only the most it can be, since it has drafts of which nothing is known.
     """
     if is_open and 0 < length < current:
@@ -34,6 +37,8 @@ def check_truncation(schema: CacheSchema, request: int, current: int, peak: int,
 
     if not 0 < length < current:
         reason = "it never had that length" if length > current else "a length is at least 0"
+    elif length < floor:
+        reason = f"it began at {floor}, with what was in the cache of its prompt"
     elif length < window_lowest:
         reason = f"the sliding window there was overwritten when the request grew to {peak}"
     elif length < csa_lowest:
@@ -44,4 +49,4 @@ def check_truncation(schema: CacheSchema, request: int, current: int, peak: int,
         reason = f"a running tail no longer has the state of the window of {HCA.ratio} tokens that was open there"
     else:
         reason = f"the window of {HCA.ratio} tokens that was open there is closed and its rows are gone"
-    raise CannotTruncate(request, current, length, max(window_lowest, csa_lowest, hca_lowest, 1), reason)
+    raise CannotTruncate(request, current, length, max(window_lowest, csa_lowest, hca_lowest, floor, 1), reason)

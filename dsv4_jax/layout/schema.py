@@ -190,6 +190,9 @@ class CacheSchema:
       lookahead: how many of a request's latest tokens can always be taken back (``CacheManager.truncate``), and so how
         many drafts a step may bring. Every ring is that much deeper; with CSA layers, that of a tail by whole windows
         of 4. A running HCA tail (``CacheFormats.hca_tail``) keeps that many states more, 6 KiB each.
+      snapshots: how many prefixes can be kept for requests that begin alike (``CacheManager.match_prefix``). A snapshot
+        is what a slot holds of its own between two blocks of 128 tokens, ``bytes_per_snapshot``; it lies behind the
+        slots in each array that has such.
 
     Raises:
       SchemaError: a number is out of range, or spec or formats is something else.
@@ -201,6 +204,7 @@ class CacheSchema:
     blocks: int
     max_context: int
     lookahead: int = 0
+    snapshots: int = 0
 
     def __post_init__(self) -> None:
         for name, wanted, example in (
@@ -214,6 +218,7 @@ class CacheSchema:
             ("slots", 1, LARGEST_INDEX, "slots are int32"),
             ("blocks", int(compressed), LARGEST_INDEX, "block ids are int32, and CSA and HCA layers need blocks"),
             ("max_context", 1, self.spec.max_position, f"max_position of {self.spec.name} is {self.spec.max_position}"),
+            ("snapshots", 0, LARGEST_INDEX // 2, "slots and snapshots lie in one array"),
             ("lookahead", 0, self.spec.max_position, f"max_position of {self.spec.name} is {self.spec.max_position}"),
         ):
             value = integer(getattr(self, name))
@@ -225,7 +230,7 @@ class CacheSchema:
 
     def __hash__(self) -> int:
         # Hashed at every call of a jitted function that is given a Cache: the layers would take most of the call.
-        return hash((self.slots, self.blocks, self.max_context, self.lookahead, len(self.spec.layers)))
+        return hash((self.slots, self.blocks, self.max_context, self.lookahead, self.snapshots, len(self.spec.layers)))
 
     def __reduce__(self) -> tuple:
         # Copies and pickles carry the fields, not what was derived from them.
@@ -315,18 +320,23 @@ class CacheSchema:
                            fp32 [HCA layers, slots, 3 (max, denominator, sum), 512]
         =================  ==========================================================================
 
+        With ``snapshots``, there are slots + snapshots wherever it says slots, but for hca_tail: between two blocks
+        nothing of it is in use.
+
         With ``lookahead``, tails have more rows: CSA 12 + 2 d, d being lookahead rounded up to a multiple of 4, and HCA
         128 + lookahead; running, 3 (1 + lookahead), the states after the latest tokens one behind the other.
         """
         layers = len(self.spec.layers)
         any_layer = self._of_kind(LayerKind.SWA).slot_arrays
-        arrays = {"block_table": jax.ShapeDtypeStruct((self.slots, self.max_blocks), jnp.int32)}
+        slots = self.slots + self.snapshots
+        arrays = {"block_table": jax.ShapeDtypeStruct((slots, self.max_blocks), jnp.int32)}
         for name, array in any_layer.items():
-            arrays[name] = jax.ShapeDtypeStruct((layers, self.slots, *array.shape), array.dtype)
+            arrays[name] = jax.ShapeDtypeStruct((layers, slots, *array.shape), array.dtype)
         of_kinds = {}
         for kind in self.kinds:
             of_kind, count = self._of_kind(kind), self.spec.count(kind)
-            for size, components in ((self.blocks, of_kind.block_arrays), (self.slots, of_kind.slot_arrays)):
+            with_tails = self.slots if kind.ratio == BLOCK_TOKENS else slots
+            for size, components in ((self.blocks, of_kind.block_arrays), (with_tails, of_kind.slot_arrays)):
                 for name, array in components.items():
                     stacked = jax.ShapeDtypeStruct((count, size, *array.shape), array.dtype)
                     of_kinds[f"{kind.value}_{name}"] = stacked
@@ -352,6 +362,12 @@ class CacheSchema:
         """Bytes that one request takes whatever its length, all layers and its row of the block table together."""
         layers = range(len(self.spec.layers))
         return sum(sum(self.layer(layer).slot_bytes.values()) for layer in layers) + 4 * self.max_blocks
+
+    @property
+    def bytes_per_snapshot(self) -> int:
+        """Bytes that one snapshot takes: a slot, without what windows of 128 tokens keep in their tails."""
+        kinds = (self._of_kind(kind) for kind in self.spec.layer_kinds if kind.ratio == BLOCK_TOKENS)
+        return self.bytes_per_slot - sum(kind.slot_bytes["tail"] for kind in kinds)
 
     @property
     def bytes_per_token(self) -> float:
@@ -396,6 +412,7 @@ def compute_block_budget(
     slots: int,
     max_context: int,
     lookahead: int = 0,
+    snapshots: int = 0,
 ) -> int:
     """The number of blocks with which a cache fills the memory it is given.
 
@@ -405,7 +422,8 @@ def compute_block_budget(
       formats: how vectors are stored.
       slots: as in ``CacheSchema``; so are the next two.
       max_context: longest context of a request in tokens.
-      lookahead: as in ``CacheSchema``.
+      lookahead: as in ``CacheSchema``; so are snapshots.
+      snapshots: see there.
 
     Returns:
       The largest ``blocks`` whose ``CacheSchema(...).memory_bytes`` is at most ``memory_bytes``: at least 1, or 0 for
@@ -414,11 +432,14 @@ def compute_block_budget(
     Raises:
       SchemaError: the slots alone, or with one block, take more than that; or a number is out of range.
     """
-    smallest = CacheSchema(spec, formats, slots, 1, max_context, lookahead)
-    fixed, per_block = slots * smallest.bytes_per_slot, smallest.bytes_per_block
+    smallest = CacheSchema(spec, formats, slots, 1, max_context, lookahead, snapshots)
+    fixed = slots * smallest.bytes_per_slot + snapshots * smallest.bytes_per_snapshot
+    per_block = smallest.bytes_per_block
     if memory_bytes < fixed + per_block:
+        kept = f", {snapshots} snapshots of {smallest.bytes_per_snapshot:,}" if snapshots else ""
         raise SchemaError(
-            f"{memory_bytes:,} bytes do not hold {slots} slots of {smallest.bytes_per_slot:,} bytes and one block of "
-            f"{per_block:,} ({fixed + per_block:,} bytes); give more memory, or ask for fewer slots or smaller formats."
+            f"{memory_bytes:,} bytes do not hold {slots} slots of {smallest.bytes_per_slot:,} bytes{kept} and one "
+            f"block of {per_block:,} ({fixed + per_block:,} bytes); give more memory, or ask for fewer slots or "
+            "smaller formats."
         )
     return int(min((memory_bytes - fixed) // per_block, LARGEST_INDEX)) if per_block else 0

@@ -1,0 +1,46 @@
+"""Pending: things that wait in order until somebody takes them, through a journal."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+from dsv4_jax.host.journal import GONE, Write
+
+T = TypeVar("T")
+
+
+class Pending(Generic[T]):
+    """Things in the order in which they came. Methods that change something return the writes.
+
+    An operation adds once: what is added twice between two writes of the journal takes the same place.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, T] = {}  # by number
+        self._counts = {"number": 0}
+        self._latest: dict[str, tuple[T, ...]] = {"taken": ()}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def latest(self) -> tuple[T, ...]:
+        """What was taken last."""
+        return self._latest["taken"]
+
+    def add(self, *things: T) -> tuple[Write, ...]:
+        """Puts things at the end."""
+        if not things:
+            return ()
+        number = self._counts["number"]
+        numbered = ((self._waiting, number + index, thing) for index, thing in enumerate(things))
+        return *numbered, (self._counts, "number", number + len(things))
+
+    def take(self) -> tuple[tuple[T, ...], tuple[Write, ...]]:
+        """Everything that waits, in order, and the writes after which nothing does."""
+        things = tuple(thing for _, thing in sorted(self._waiting.items()))
+        return things, ((self._latest, "taken", things), *self.forget())
+
+    def forget(self) -> tuple[Write, ...]:
+        """The writes after which nothing waits."""
+        return tuple((self._waiting, number, GONE) for number in self._waiting)

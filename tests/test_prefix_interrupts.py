@@ -1,0 +1,107 @@
+"""KeyboardInterrupt at every line of what shares prefixes: each operation has happened as a whole, or not at all."""
+
+import contextlib
+import copy
+
+import numpy as np
+import pytest
+from managers import make_manager
+from test_interrupts import Interrupt, aftermath
+
+from dsv4_jax import CacheManager
+
+TEXT = np.arange(700, dtype=np.int32) % 300
+
+
+def prepared() -> tuple[CacheManager, list[int], list]:
+    """A manager two of whose requests share blocks, while others are idle; the requests; and plans: of a prompt's end,
+    a settled one, one that ends where a snapshot is worth it, and one after tokens were taken back.
+    """
+    sizes = {"slots": 5, "blocks": 14, "lookahead": 140, "snapshots": 2}
+    manager = CacheManager(make_manager(**sizes).schema, token_buckets=(8, 64, 1024), snapshot_every=1, events=True)
+    gone = manager.admit(manager.match_prefix(TEXT[:400] + 1))
+    manager.commit(manager.prepare_forward({gone: 384}), 1)
+    manager.release(gone)
+    manager.take_transfers()
+    first = manager.admit(manager.match_prefix(TEXT[:300]), 50)
+    manager.commit(manager.prepare_forward({first: 256}), 1)
+    manager.take_transfers()
+    second = manager.admit(manager.match_prefix(TEXT[:500]))
+    manager.take_transfers()
+    manager.take_events()
+    plans = [manager.prepare_forward({second: 244}), manager.prepare_forward({first: 47})]
+    manager.commit(plans[1], 1, tokens=None)
+    manager.truncate(first, 300)
+    third = manager.admit(manager.match_prefix(TEXT[:130] + 2))
+    plans.append(manager.prepare_forward({third: 128}))
+    plans.append(manager.prepare_forward({first: 84}))
+    return manager, [first, second, third], plans
+
+
+def told(manager, plan, requests, counts):
+    manager.commit(plan, lengths=plan.request_end, tokens={r: TEXT[:n] for r, n in zip(requests, counts, strict=True)})
+
+
+OPERATIONS = {
+    "admit a hit": lambda manager, r, plans: manager.admit(manager.match_prefix(TEXT[:600]), 100),
+    "admit what lay idle": lambda manager, r, plans: manager.admit(manager.match_prefix(TEXT[:600] + 1)),
+    "admit what is new": lambda manager, r, plans: manager.admit(manager.match_prefix(TEXT[:200] + 9)),
+    "commit a prompt": lambda manager, r, plans: manager.commit(plans[0], 1),
+    "commit with a snapshot": lambda manager, r, plans: manager.commit(plans[2], 1),
+    "commit told tokens": lambda manager, r, plans: told(manager, plans[3], r[:1], [84]),
+    "release": lambda manager, r, plans: manager.release(r[0]),
+    "release what was evicted": lambda manager, r, plans: manager.release(r[1]),
+    "fork": lambda manager, r, plans: manager.fork(r[1]),
+    "cut a known block": lambda manager, r, plans: manager.truncate(r[1], 380),
+    "cut to nothing": lambda manager, r, plans: manager.truncate(r[1], 0),
+    "evict": lambda manager, r, plans: manager.prepare_forward({r[2]: 700}),
+    "forget all": lambda manager, r, plans: manager.reset_prefix_cache(),
+    "reset": lambda manager, r, plans: manager.reset(),
+    "take events": lambda manager, r, plans: manager.take_events(),
+    "take transfers": lambda manager, r, plans: manager.take_transfers(),
+}
+
+
+def followed(manager: CacheManager, plans: list) -> list:
+    """All that is told, and what then follows."""
+    texts = [TEXT[:690], TEXT[:690] + 1, TEXT[:690] + 2]
+    seen = [
+        manager.usage(),
+        manager.metrics(),
+        [manager.match_prefix(text).length for text in texts],
+        [manager.chunk_limit(request) for request in manager.requests.tolist()],
+        [manager.can_admit(manager.match_prefix(text), 300) for text in texts],
+        copy.deepcopy(manager).take_events(),
+    ]
+    told = aftermath(manager, plans)
+    return [*seen, *told, manager.take_events(), [manager.match_prefix(text).length for text in texts]]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_interrupted_at_any_line_an_operation_happened_or_did_not(name):
+    operation, origin = OPERATIONS[name], prepared()
+    if name == "take events":
+        origin[0].commit(origin[2][0], 1)
+    if name in ("take transfers", "cut a known block"):
+        origin[0].commit(origin[2][2], 1)
+        origin[0].commit(origin[2][0], 1)
+    manager, requests, plans = copy.deepcopy(origin)
+    before = followed(*copy.deepcopy((manager, plans)))
+    operation(manager, requests, plans)
+    after = followed(*copy.deepcopy((manager, plans)))
+    assert before != after
+    outcomes, line = [], 0
+    while True:
+        manager, requests, plans = copy.deepcopy(origin)
+        with contextlib.suppress(KeyboardInterrupt), Interrupt(line) as interrupt:
+            operation(manager, requests, plans)
+        left = followed(manager, plans)
+        assert left in (before, after), f"line {line}"
+        outcomes.append(left == after)
+        if not interrupt.came:
+            break
+        line += 1
+    assert line > 5
+    assert outcomes == sorted(outcomes), "once it has happened, it stays so"
+    assert not outcomes[0]
+    assert outcomes[-1]
