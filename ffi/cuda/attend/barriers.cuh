@@ -5,7 +5,9 @@
 
 namespace dsv4::cuda::attention {
 
-// Threads that meet under a number; number 0 is __syncthreads.
+// Threads that meet under a number; number 0 is __syncthreads. Warpgroup 0 when its queries are there, and each of 0
+// and 1 when its half of the output is in shared memory.
+constexpr int kQueriesMeet = 1, kHalvesMeet = 2;
 __device__ __forceinline__ void meet(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }

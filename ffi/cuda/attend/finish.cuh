@@ -218,7 +218,7 @@ __device__ __forceinline__ void store_half(const AttendParams& params, const Des
     if (j >= 32 - kRopeEights) angles[j - 32 + kRopeEights].rotate_back(part);
     rows.put(warp * 16 + lane / 4, j, lane % 4, part);
   }
-  meet(2 + half, 128);
+  meet(kHalvesMeet + half, 128);
   rows.send(params, to, half);
 }
 

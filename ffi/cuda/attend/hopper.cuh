@@ -7,10 +7,10 @@
 //   2, 3       rows from the cache into tiles of 64 rows, two of them in turn
 // What passes between them: `known` (where a tile's rows lie is), `described` (what they are multiplied by), `full` (a
 // tile is there), `empty` (both sums are done with it), `weighed` (a tile's softmax weights are there for warpgroup 1),
-// `summed` (it is done with them).
+// `summed` (it is done with them). All are barriers in shared memory. Named ones: kQueriesMeet, kHalvesMeet. Those of
+// the cluster are in finish.cuh.
 //
-// Threads: 512. Registers by role: `Registers`. Shared memory: `Shared`, 226 KB, so one block to a
-// multiprocessor.
+// Threads: 512. Registers by role: `Registers`. Shared memory: `Shared`, 226 KB, so one block to a multiprocessor.
 #pragma once
 
 #include <utility>
@@ -55,7 +55,7 @@ __device__ __forceinline__ void load_queries(const AttendParams& params, int tok
       store_16(shared.queries() + unit_offset(head, unit), unit_of_8);
     }
   }
-  meet(1, 128);
+  meet(kQueriesMeet, 128);
 }
 
 __device__ __forceinline__ void start(float (&sum)[128]) {
