@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dsv4_jax.layout.formats import PROFILES, CacheFormats
-from dsv4_jax.layout.schema import CacheSchema, LayerCacheSchema, SchemaError, compute_block_budget
+from dsv4_jax.layout.layer_schema import LayerCacheSchema
+from dsv4_jax.layout.schema import CacheSchema, SchemaError, compute_block_budget
 from dsv4_jax.spec.kinds import LayerKind
 from dsv4_jax.spec.presets import deepseek_v4_flash, deepseek_v4_pro, tiny_spec
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from dsv4_jax.arithmetic.pages import in_range
 from dsv4_jax.arithmetic.places import Requests, all_requests
+from dsv4_jax.layout.layer_schema import STATE_ROWS, empty_tail
 from dsv4_jax.layout.plan import StepPlan
-from dsv4_jax.layout.schema import STATE_ROWS, empty_tail
 from dsv4_jax.spec.kinds import LayerKind
 
 RATIO = LayerKind.HCA.ratio

@@ -16,7 +16,8 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.tree_util import GetAttrKey
 
-from dsv4_jax.layout.schema import CacheSchema, empty_tail
+from dsv4_jax.layout.layer_schema import empty_tail
+from dsv4_jax.layout.schema import CacheSchema
 
 
 class ShardingError(ValueError):

@@ -13,8 +13,8 @@ import numpy as np
 from dsv4_jax.errors import Picklable
 from dsv4_jax.layout.formats import WINDOW_FORMATS, VectorFormat
 from dsv4_jax.layout.geometry import TailGeometry
+from dsv4_jax.layout.layer_schema import STATE_ROWS, is_running
 from dsv4_jax.layout.plan import StepPlan
-from dsv4_jax.layout.schema import STATE_ROWS, is_running
 from dsv4_jax.spec.kinds import HEAD_DIM, RATIOS, ROPE_DIM, LayerKind, compression_of_ratio
 
 Implementation = Literal["native", "reference"]

@@ -11,8 +11,8 @@ from dsv4_jax.arithmetic.running import append_running
 from dsv4_jax.arithmetic.scalars import to_float32
 from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.layout.geometry import TailGeometry
+from dsv4_jax.layout.layer_schema import is_running
 from dsv4_jax.layout.plan import StepPlan
-from dsv4_jax.layout.schema import is_running
 
 
 def append_window(

@@ -10,8 +10,8 @@ from dsv4_jax.arithmetic.places import Tokens, tokens_at
 from dsv4_jax.arithmetic.running import fold_rows, softmax_weight, window_state
 from dsv4_jax.arithmetic.scalars import to_float32
 from dsv4_jax.layout.geometry import TailGeometry
+from dsv4_jax.layout.layer_schema import is_running
 from dsv4_jax.layout.plan import StepPlan
-from dsv4_jax.layout.schema import is_running
 from dsv4_jax.spec.rotary import Rotary, apply_rotary
 
 

@@ -9,8 +9,8 @@ from dsv4_jax.arithmetic.pages import in_range
 from dsv4_jax.arithmetic.places import all_requests
 from dsv4_jax.arithmetic.running import rotate_running
 from dsv4_jax.layout.geometry import TailGeometry
+from dsv4_jax.layout.layer_schema import EMPTY_SCORE, is_running
 from dsv4_jax.layout.plan import StepPlan
-from dsv4_jax.layout.schema import EMPTY_SCORE, is_running
 
 
 def rotate(tail: jax.Array, plan: StepPlan, layer: jax.Array | int, *, ratio: int) -> jax.Array:
