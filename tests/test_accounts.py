@@ -4,6 +4,7 @@ import contextlib
 import copy
 
 import pytest
+from histories import steps_until
 from managers import CSA, HCA, SWA, grow, make_manager, state
 from test_blocks import assert_balanced
 
@@ -122,8 +123,8 @@ class Accounts:
 @pytest.mark.parametrize("kinds", [(CSA, HCA, SWA), (HCA, SWA)])
 def test_a_random_history(rng, kinds, lookahead):
     accounts = Accounts(rng, kinds, lookahead)
-    manager = accounts.manager
-    for step in range(600):
+    manager, wanted = accounts.manager, {"fits True", "fits False", "fork", "no fork", "full"}
+    for step in steps_until(600, accounts.seen, wanted):
         requests = manager.requests.tolist()
         match rng.choice(["admit", "fork", "release", "truncate", "cancel", *["prepare"] * 4]):
             case "admit":
@@ -144,8 +145,7 @@ def test_a_random_history(rng, kinds, lookahead):
         accounts.check()
         if step % 40 == 39:
             accounts.check_promises()
-    print(accounts.seen)
-    assert accounts.seen >= {"fits True", "fits False", "fork", "no fork", "full"}
+    assert accounts.seen >= wanted
     manager.reset()
     accounts.limits.clear()
     accounts.check()

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from harness import Driver, assert_same_bytes, random_tokens, random_weights
+from histories import steps_until
 from managers import HCA, SWA, grow, make_manager, state
 from test_blocks import assert_balanced
 
@@ -123,8 +124,9 @@ def test_going_back_into_a_shared_block_copies_it(device, rng, hca_tail):
 @pytest.mark.parametrize("hca_tail", HCA_TAILS)
 def test_random_families(device, rng, hca_tail):
     family, seen = Family(rng, hca_tail, blocks=13), set()
+    wanted = {"fork", "truncate", "copied", "cut", "slots", "blocks", "release"}
     driver, manager = family.driver, family.manager
-    for step in range(200):
+    for step in steps_until(200, seen, wanted):
         requests = list(driver.sequences)
         chosen = [request for request in requests if manager.length(request) < CONTEXT - 250]
         request = int(rng.choice(requests)) if requests else None
@@ -158,8 +160,7 @@ def test_random_families(device, rng, hca_tail):
         assert_balanced(manager._ledger)
         if step % 10 == 9 and driver.sequences:
             family.check(int(rng.choice(list(driver.sequences))))
-    print(seen)
-    assert seen >= {"fork", "truncate", "copied", "cut", "slots", "blocks", "release"}
+    assert seen >= wanted
     for one in list(driver.sequences):
         family.check(one)
 

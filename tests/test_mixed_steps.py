@@ -1,6 +1,7 @@
 """Chunks of prompts, decoding and drafts of different requests in one step, in any order, with clients that leave."""
 
 import pytest
+from histories import steps_until
 from speculation import Speculation, assert_same, material
 
 from dsv4_jax.host.errors import CacheFull, StalePlan
@@ -93,7 +94,8 @@ class Traffic:
 @pytest.mark.parametrize("hca_tail", HCA_TAILS)
 def test_traffic_of_every_kind(device, rng, hca_tail):
     traffic = Traffic(rng, material(rng), hca_tail)
-    for step in range(250):
+    wanted = {"prompt", "decode", "drafts", "mixed", "full", "left a plan", "gave up a prompt", "released"}
+    for step in steps_until(250, traffic.seen, wanted):
         while len(traffic.lengths) < SIZES["slots"] and rng.random() < 0.7:
             traffic.admit()
         if traffic.lengths:
@@ -105,6 +107,4 @@ def test_traffic_of_every_kind(device, rng, hca_tail):
             traffic.release(request)
         if step % 10 == 9:
             traffic.check()
-    print(traffic.seen)
-    expected = {"prompt", "decode", "drafts", "mixed", "full", "left a plan", "gave up a prompt", "released"}
-    assert traffic.seen >= expected
+    assert traffic.seen >= wanted

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from histories import steps_until
 from prompts import Prompts
 from test_blocks import assert_balanced
 
@@ -182,7 +183,8 @@ def test_random_traffic(device, rng, hca_tail):
     for text in texts[1:]:
         same = int(rng.integers(1, 400))
         text[:same] = texts[0][:same]
-    for step in range(240):
+    wanted = {"hit", "new", "full", "fork", "truncate", "release"}
+    for step in steps_until(240, seen, wanted):
         requests = list(prompts.ids)
         request = int(rng.choice(requests)) if requests else -1
         what = str(rng.choice(["admit", "admit", "fork", "truncate", "release", "cancel", *["step"] * 7]))
@@ -228,7 +230,7 @@ def test_random_traffic(device, rng, hca_tail):
         assert_balanced(manager._ledger)
         if step % 12 == 11 and prompts.ids:
             prompts.check(int(rng.choice(list(prompts.ids))))
-    print(seen, manager.metrics())
-    assert seen >= {"hit", "new", "full", "fork", "truncate", "release"}
+    print(manager.metrics())
+    assert seen >= wanted
     for one in list(prompts.ids):
         prompts.check(one)
