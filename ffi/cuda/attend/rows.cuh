@@ -9,6 +9,7 @@
 
 #include "cuda/attend/barriers.cuh"
 #include "cuda/attend/wgmma.cuh"
+#include "cuda/core/permute.cuh"
 #include "layout/attended.h"
 #include "layout/codecs.h"
 
@@ -72,13 +73,6 @@ __device__ __forceinline__ void decode_e4m3(const uint4& codes, uint32_t factor,
             multiply(small_e4m3(codes.w, 0), factor), multiply(small_e4m3(codes.w, 1), factor)};
 }
 
-// Bytes of two words by four selectors; one whose highest bit is set takes its byte's sign, eight times.
-__device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_t selectors) {
-  uint32_t bytes;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selectors));
-  return bytes;
-}
-
 // Eight E2M1 codes times a factor: four at a time select bytes of the eight magnitudes as bfloat16. Of 0x80 a negative
 // code selects 0xFF, whose lowest bit tells it from others.
 __device__ __forceinline__ uint4 decode_e2m1(uint32_t codes, uint32_t factor) {
@@ -87,11 +81,11 @@ __device__ __forceinline__ uint4 decode_e2m1(uint32_t codes, uint32_t factor) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const uint32_t four = codes >> (16 * i), magnitudes = four & 0x7777u;
-    const uint32_t signs = permute(0x80808080u, 0x80808080u, four) << 7;
-    const uint32_t high = permute(kHigh[0], kHigh[1], magnitudes) | (signs & 0x80808080u);
-    const uint32_t low = permute(kLow[0], kLow[1], magnitudes);
-    pairs[2 * i] = multiply(permute(low, high, 0x5140), factor);
-    pairs[2 * i + 1] = multiply(permute(low, high, 0x7362), factor);
+    const uint32_t signs = four_of_eight(0x80808080u, 0x80808080u, four) << 7;
+    const uint32_t high = four_of_eight(kHigh[0], kHigh[1], magnitudes) | (signs & 0x80808080u);
+    const uint32_t low = four_of_eight(kLow[0], kLow[1], magnitudes);
+    pairs[2 * i] = multiply(four_of_eight(low, high, 0x5140), factor);
+    pairs[2 * i + 1] = multiply(four_of_eight(low, high, 0x7362), factor);
   }
   return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }

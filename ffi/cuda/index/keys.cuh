@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "cuda/core/permute.cuh"
 #include "layout/codecs.h"
 
 namespace dsv4::cuda::index {
@@ -21,13 +22,6 @@ __device__ __forceinline__ uint4 load16(const void* from) { return *static_cast<
 __device__ __forceinline__ uint32_t load4(const void* from) { return *static_cast<const uint32_t*>(from); }
 __device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-
-// The bytes of eight that the low four digits of `select` name, all below 8; `__byte_perm` would mask them.
-__device__ __forceinline__ uint32_t four_of_eight(uint32_t low, uint32_t high, uint32_t select) {
-  uint32_t four;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(four) : "r"(low), "r"(high), "r"(select));
-  return four;
 }
 
 // Makes the compiler have all words ready here: between the products it may not touch the registers that they read.
