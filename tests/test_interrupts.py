@@ -6,6 +6,7 @@ What counts as the state is what the public API tells, and what the same operati
 import contextlib
 import copy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,36 @@ def prepared() -> tuple[CacheManager, list[int], list]:
     return manager, requests, [first, second, *drafts]
 
 
+def assert_all_or_nothing(origin: tuple, operation: Callable, follow: Callable[[CacheManager, list], list]) -> None:
+    """Interrupts an operation at each of its lines: what follows is as if it had happened, or as if it had not.
+
+    Args:
+      origin: (manager, requests, plans) to begin with.
+      operation: of these three.
+      follow: what can be seen afterwards, of a manager and plans that nobody needs any more.
+    """
+    manager, requests, plans = copy.deepcopy(origin)
+    before = follow(*copy.deepcopy((manager, plans)))
+    operation(manager, requests, plans)
+    after = follow(*copy.deepcopy((manager, plans)))
+    assert before != after
+    outcomes, line = [], 0
+    while True:
+        manager, requests, plans = copy.deepcopy(origin)
+        with contextlib.suppress(KeyboardInterrupt), Interrupt(line) as interrupt:
+            operation(manager, requests, plans)
+        left = follow(manager, plans)
+        assert left in (before, after), f"line {line}"
+        outcomes.append(left == after)
+        if not interrupt.came:
+            break
+        line += 1
+    assert line > 5
+    assert outcomes == sorted(outcomes), "once it has happened, it stays so"
+    assert not outcomes[0]
+    assert outcomes[-1]
+
+
 def latest(requests: list[int]) -> dict[int, int]:
     """The tokens of the latest plan of `prepared`."""
     return {requests[3]: 40, requests[1]: 40, requests[0]: 33}
@@ -151,26 +182,7 @@ def test_interrupted_at_any_line_an_operation_happened_or_did_not(name):
     operation, origin = OPERATIONS[name], prepared()
     if name.startswith("prepare"):
         origin[0].take_transfers()
-    manager, requests, plans = copy.deepcopy(origin)
-    before = aftermath(*copy.deepcopy((manager, plans)))
-    operation(manager, requests, plans)
-    after = aftermath(*copy.deepcopy((manager, plans)))
-    assert before != after
-    outcomes, line = [], 0
-    while True:
-        manager, requests, plans = copy.deepcopy(origin)
-        with contextlib.suppress(KeyboardInterrupt), Interrupt(line) as interrupt:
-            operation(manager, requests, plans)
-        left = aftermath(manager, plans)
-        assert left in (before, after), f"line {line}"
-        outcomes.append(left == after)
-        if not interrupt.came:
-            break
-        line += 1
-    assert line > 5
-    assert outcomes == sorted(outcomes), "once it has happened, it stays so"
-    assert not outcomes[0]
-    assert outcomes[-1]
+    assert_all_or_nothing(origin, operation, aftermath)
 
 
 @pytest.mark.parametrize("read", [lambda manager: manager.free_blocks, observed], ids=["one", "all"])

@@ -1,12 +1,11 @@
 """KeyboardInterrupt at every line of what shares prefixes: each operation has happened as a whole, or not at all."""
 
-import contextlib
 import copy
 
 import numpy as np
 import pytest
 from managers import make_manager
-from test_interrupts import Interrupt, aftermath
+from test_interrupts import aftermath, assert_all_or_nothing
 
 from dsv4_jax import CacheManager
 
@@ -85,23 +84,4 @@ def test_interrupted_at_any_line_an_operation_happened_or_did_not(name):
     if name in ("take transfers", "cut a known block"):
         origin[0].commit(origin[2][2], 1)
         origin[0].commit(origin[2][0], 1)
-    manager, requests, plans = copy.deepcopy(origin)
-    before = followed(*copy.deepcopy((manager, plans)))
-    operation(manager, requests, plans)
-    after = followed(*copy.deepcopy((manager, plans)))
-    assert before != after
-    outcomes, line = [], 0
-    while True:
-        manager, requests, plans = copy.deepcopy(origin)
-        with contextlib.suppress(KeyboardInterrupt), Interrupt(line) as interrupt:
-            operation(manager, requests, plans)
-        left = followed(manager, plans)
-        assert left in (before, after), f"line {line}"
-        outcomes.append(left == after)
-        if not interrupt.came:
-            break
-        line += 1
-    assert line > 5
-    assert outcomes == sorted(outcomes), "once it has happened, it stays so"
-    assert not outcomes[0]
-    assert outcomes[-1]
+    assert_all_or_nothing(origin, operation, followed)
