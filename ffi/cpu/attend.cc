@@ -1,4 +1,5 @@
-// Attention over stored rows on the host: float32 throughout, one token after another.
+// Attention over stored rows on the host, one token after another: products in float32, sums over rows in double (a
+// running float sum of 8,192 weights is off by ten units in the last place).
 
 #include <algorithm>
 #include <cmath>
@@ -81,16 +82,16 @@ float attend_head(const AttendParams& params, const SeenRows& rows, const float*
     peak = weights[i] > peak ? weights[i] : peak;
   }
   if (rows.count() == 0) return peak;
-  float total = 0.0f;
+  double total = 0.0, sums[kHeadDim] = {};
   for (int i = 0; i < rows.count(); ++i) {
     const float weight = std::exp(weights[i] - peak);
     total += weight;
     const float* row = rows[i];
-    for (int channel = 0; channel < kHeadDim; ++channel) output[channel] += weight * row[channel];
+    for (int channel = 0; channel < kHeadDim; ++channel) sums[channel] += weight * row[channel];
   }
   const float sink = params.sinks == nullptr ? 0.0f : std::exp(params.sinks[head] - peak);
-  for (int channel = 0; channel < kHeadDim; ++channel) output[channel] /= total + sink;
-  return peak + std::log(total);
+  for (int channel = 0; channel < kHeadDim; ++channel) output[channel] = sums[channel] / (total + sink);
+  return peak + static_cast<float>(std::log(total));
 }
 
 }  // namespace
