@@ -25,10 +25,10 @@ from checkpoints import (
 from cpu_devices import environment_of
 
 from dsv4_jax.deepseek_v4.checkpoint import load_checkpoint
+from dsv4_jax.deepseek_v4.checkpoint_folder import CheckpointError
 from dsv4_jax.deepseek_v4.quantized import BlockFp8, Nvfp4, PackedFp4, quantize_block_fp8, quantize_nvfp4
 from dsv4_jax.deepseek_v4.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
 from dsv4_jax.deepseek_v4.stored_weights import StoredArray
-from dsv4_jax.deepseek_v4.tensor_files import CheckpointError
 
 # One layer of each kind, the first one hashed, and matrices whose last blocks of 128 are not full.
 CONFIG = dict(SMALL_CONFIG) | {

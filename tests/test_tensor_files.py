@@ -1,4 +1,4 @@
-"""safetensors files: what is written reads the same, and no bytes bring anything but tensors or CheckpointError."""
+"""safetensors files: what is written reads the same, and no bytes bring anything but tensors or TensorFileError."""
 
 import contextlib
 import json
@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsv4_jax.deepseek_v4.tensor_files import CheckpointError, read_file, read_folder, write_file
+from dsv4_jax.deepseek_v4.checkpoint_folder import CheckpointError, read_folder
+from dsv4_jax.tensor_files import TensorFileError, read_file, write_file
 
 
 def test_a_written_file_reads_the_same(tmp_path, rng):
@@ -76,7 +77,7 @@ DAMAGED = {
 def test_damaged_files_are_refused(damage, tmp_path):
     header, data, length, message = DAMAGED[damage]
     file = header_file(tmp_path, header if isinstance(header, bytes) else json.dumps(header).encode(), data, length)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(TensorFileError, match=message):
         read_file(file)
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         read_folder(tmp_path)
@@ -85,7 +86,7 @@ def test_damaged_files_are_refused(damage, tmp_path):
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_file_brings_anything_but_the_error(data, tmp_path):
-    """Whatever the bytes: tensors within the file that do not overlap, or CheckpointError."""
+    """Whatever the bytes: tensors within the file that do not overlap, or TensorFileError."""
     count = st.one_of(st.integers(-2, 20), st.integers(), st.booleans(), st.floats(), st.none(), st.text(max_size=2))
     counts = st.one_of(st.lists(st.integers(0, 6), max_size=3), st.lists(count, max_size=3), count)
     dtype = st.one_of(st.sampled_from(["F32", "BF16", "F8_E8M0", "I64", "F4", ""]), count)
@@ -98,6 +99,6 @@ def test_no_file_brings_anything_but_the_error(data, tmp_path):
         content = content[: data.draw(st.integers(0, len(content)))]
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
-    with contextlib.suppress(CheckpointError):
+    with contextlib.suppress(TensorFileError):
         tensors = read_file(file).values()
         assert sum(tensor.array.nbytes for tensor in tensors) == len(content) - 8 - len(header)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from dsv4_jax.deepseek_v4.tensor_files import CheckpointError
+from dsv4_jax.deepseek_v4.checkpoint_folder import CheckpointError
 from dsv4_jax.deepseek_v4.tokens import ByteTokenizer, load_tokenizer
 
 TEXT = "DeepSeek — 深度求索, Καλημέρα, \N{GRINNING FACE}\N{ZERO WIDTH JOINER}é e\u0301\n\0"

@@ -17,12 +17,13 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from dsv4_jax.deepseek_v4.checkpoint_folder import CheckpointError, read_folder
 from dsv4_jax.deepseek_v4.config import DeepseekV4Config, read_config
 from dsv4_jax.deepseek_v4.names import is_ignored, place, recognise
 from dsv4_jax.deepseek_v4.quantized import Nvfp4, quantize_nvfp4
 from dsv4_jax.deepseek_v4.stored_weights import StoredArray, StoredWeight, stored_weight, tensors_of
-from dsv4_jax.deepseek_v4.tensor_files import CheckpointError, StoredTensor, read_folder
 from dsv4_jax.deepseek_v4.weights import ModelWeights, weight_shapes
+from dsv4_jax.tensor_files import StoredTensor
 
 ShardingOf = Callable[[str, tuple[int, ...]], Sharding | None]
 Progress = Callable[[str, int, int], None]

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from dsv4_jax.deepseek_v4.config import read_config
 from dsv4_jax.deepseek_v4.names import place, scale_names
 from dsv4_jax.deepseek_v4.quantized import quantize_block_fp8, quantize_packed_fp4
-from dsv4_jax.deepseek_v4.tensor_files import write_file
 from dsv4_jax.deepseek_v4.weights import weight_shapes
+from dsv4_jax.tensor_files import write_file
 
 _REVISION = 1  # of what is written: one more makes what lies in a cache folder obsolete
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from dsv4_jax.deepseek_v4.checkpoint_folder import CheckpointError
 from dsv4_jax.deepseek_v4.names import Place, scale_names
 from dsv4_jax.deepseek_v4.quantized import FP4_GROUP, FP8_BLOCK, BlockFp8, Nvfp4, PackedFp4
-from dsv4_jax.deepseek_v4.tensor_files import CheckpointError, StoredTensor
+from dsv4_jax.tensor_files import StoredTensor
 
 Kind = type[BlockFp8] | type[PackedFp4] | type[Nvfp4]
 

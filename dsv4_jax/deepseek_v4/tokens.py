@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-from dsv4_jax.deepseek_v4.tensor_files import CheckpointError
+from dsv4_jax.deepseek_v4.checkpoint_folder import CheckpointError
 
 
 class TextStream(Protocol):

@@ -228,7 +228,7 @@ def _config(checkpoint: Path | None) -> DeepseekV4Config:
 
 
 def _tokenizer(checkpoint: Path | None, config: DeepseekV4Config) -> Tokenizer:
-    from dsv4_jax.deepseek_v4.tensor_files import CheckpointError
+    from dsv4_jax.deepseek_v4.checkpoint_folder import CheckpointError
     from dsv4_jax.deepseek_v4.tokens import ByteTokenizer, load_tokenizer
 
     if checkpoint is None:
@@ -300,8 +300,8 @@ def _work(
 def _load(console: Console, checkpoint: Path | None, seed: int) -> ModelWeights:
     """The weights, with a bar of the bytes read."""
     from dsv4_jax.deepseek_v4.checkpoint import load_checkpoint
+    from dsv4_jax.deepseek_v4.checkpoint_folder import CheckpointError
     from dsv4_jax.deepseek_v4.random_checkpoint import random_checkpoint
-    from dsv4_jax.deepseek_v4.tensor_files import CheckpointError
 
     columns = (TextColumn("{task.description:8}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     try:

@@ -1,4 +1,4 @@
-"""The tensors in a folder of safetensors files, memory-mapped, and a writer of one such file.
+"""safetensors files: their tensors, memory-mapped, and what makes such a file of tensors.
 
 A file is the length of its header (8 bytes, little-endian), the header (JSON: name, dtype, shape, place) and the bytes
 of the tensors, end to end. The format's own Python package gives NumPy no E4M3 and no UE8M0, which are most of a
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
+
+from dsv4_jax.errors import Picklable
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(bool),
@@ -37,11 +39,12 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
+_METADATA = "__metadata__"
 _LONGEST_HEADER = 100_000_000  # bytes, as the format has it
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or that is not the model its config.json says it is."""
+class TensorFileError(Picklable, ValueError):
+    """A safetensors file that is damaged."""
 
 
 class StoredTensor(NamedTuple):
@@ -68,80 +71,55 @@ class StoredTensor(NamedTuple):
         return f"{self.name} ({self.dtype} {list(self.shape)} in {self.file.name})"
 
 
-def read_folder(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a checkpoint: one safetensors file, or several with an index (``*.safetensors.index.json``).
-
-    Raises:
-      CheckpointError: there is neither, a file is damaged, or index and files disagree.
-    """
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if len(indices) > 1:
-        raise CheckpointError(
-            f"{folder} has {len(indices)} indices ({', '.join(path.name for path in indices)}); keep one."
-        )
-    if indices:
-        return _read_index(indices[0])
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) != 1:
-        found = ", ".join(path.name for path in files) or "no safetensors file"
-        raise CheckpointError(f"{folder} has {found}; it needs one, or several and their model.safetensors.index.json.")
-    return read_file(files[0])
-
-
-def _read_index(index: Path) -> dict[str, StoredTensor]:
-    content = _parse(index.read_bytes(), index)
-    places = content.get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise CheckpointError(f"{index} has no weight_map from names to files.")
-    files = sorted(set(places.values()))
-    for file in files:
-        if Path(file).name != file or not (index.parent / file).is_file():
-            raise CheckpointError(f"{index} names the file {file!r}, which is not beside it.")
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        for name, tensor in read_file(index.parent / file).items():
-            if places.get(name) != file:
-                raise CheckpointError(f"{tensor.file} holds {name!r}, which {index.name} does not place there.")
-            tensors[name] = tensor
-    for name, file in places.items():
-        if name not in tensors:
-            raise CheckpointError(f"{index} places {name!r} in {file}, which does not hold it.")
-    return tensors
-
-
 def read_file(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, by name.
 
     Raises:
-      CheckpointError: the file is damaged. Its tensors have to fill it, end to end.
+      TensorFileError: the file is damaged. Its tensors have to fill it, end to end.
     """
-    size = file.stat().st_size
+    content = np.memmap(file, np.uint8, mode="r") if file.stat().st_size else np.zeros(0, np.uint8)
+    return decode(content, file)[0]
+
+
+def decode(content: NDArray[np.uint8], file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a file's bytes, by name, and its metadata.
+
+    Args:
+      content: uint8 [bytes]; the tensors are views of it.
+      file: what errors call it.
+
+    Raises:
+      TensorFileError: the bytes are no safetensors file, or a damaged one.
+    """
+    size = content.size
     if size < 8:
-        raise CheckpointError(f"{file} is no safetensors file: it has {size} bytes, and its header's length takes 8.")
-    content = np.memmap(file, np.uint8, mode="r")
+        raise TensorFileError(f"{file} is no safetensors file: it has {size} bytes, and its header's length takes 8.")
     length = int.from_bytes(content[:8].tobytes(), "little")
     if length > min(size - 8, _LONGEST_HEADER):
-        raise CheckpointError(
+        raise TensorFileError(
             f"{file} is no safetensors file, or cut off: its header would have {length} bytes, the file has {size}."
         )
-    header = _parse(content[8 : 8 + length].tobytes(), file)
-    header.pop("__metadata__", None)
+    header = parse_object(content[8 : 8 + length].tobytes(), file)
+    metadata = header.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise TensorFileError(f"{file}: the header's {_METADATA} is {metadata!r}, expected an object of strings.")
     data = np.asarray(content[8 + length :])
     places = {name: _place(file, name, entry) for name, entry in header.items()}
     end = 0
     for name, place in sorted(places.items(), key=lambda item: (item[1].begin, item[1].end)):
         if place.begin != end:
-            raise CheckpointError(
+            raise TensorFileError(
                 f"{file}: {name!r} begins at byte {place.begin} of the data, where byte {end} is next; tensors lie end "
                 "to end."
             )
         end = place.end
     if end != len(data):
-        raise CheckpointError(f"{file}: its tensors take {end} bytes, and it has {len(data)}; it may be cut off.")
-    return {
+        raise TensorFileError(f"{file}: its tensors take {end} bytes, and it has {len(data)}; it may be cut off.")
+    tensors = {
         name: StoredTensor(name, file, dtype, data[begin:end].view(_DTYPES[dtype]).reshape(shape))
         for name, (dtype, shape, begin, end) in places.items()
     }
+    return tensors, metadata
 
 
 class _Place(NamedTuple):
@@ -154,20 +132,20 @@ class _Place(NamedTuple):
 def _place(file: Path, name: str, entry: Any) -> _Place:
     """What a header says about a tensor, checked but for its place among the others."""
     if not isinstance(entry, dict):
-        raise CheckpointError(f"{file}: the header's {name!r} is {entry!r}, expected dtype, shape and data_offsets.")
+        raise TensorFileError(f"{file}: the header's {name!r} is {entry!r}, expected dtype, shape and data_offsets.")
     dtype, shape, offsets = entry.get("dtype"), _counts(entry.get("shape")), _counts(entry.get("data_offsets"))
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise CheckpointError(f"{file}: {name!r} has dtype {dtype!r}; known are {', '.join(_DTYPES)}.")
+        raise TensorFileError(f"{file}: {name!r} has dtype {dtype!r}; known are {', '.join(_DTYPES)}.")
     if shape is None:
-        raise CheckpointError(f"{file}: {name!r} has shape {entry.get('shape')!r}, expected a list of sizes.")
+        raise TensorFileError(f"{file}: {name!r} has shape {entry.get('shape')!r}, expected a list of sizes.")
     if offsets is None or len(offsets) != 2:
-        raise CheckpointError(
+        raise TensorFileError(
             f"{file}: {name!r} has data_offsets {entry.get('data_offsets')!r}, expected where it begins and ends."
         )
     begin, end = offsets
     expected = math.prod(shape) * _DTYPES[dtype].itemsize
     if end - begin != expected:
-        raise CheckpointError(
+        raise TensorFileError(
             f"{file}: {name!r} lies from byte {begin} to {end}, but {dtype} {list(shape)} takes {expected} bytes."
         )
     return _Place(dtype, shape, begin, end)
@@ -180,8 +158,8 @@ def _counts(value: Any) -> tuple[int, ...] | None:
     return tuple(value)
 
 
-def _parse(text: bytes, file: Path) -> dict[str, Any]:
-    """A JSON object in which no name occurs twice."""
+def parse_object(text: bytes, file: Path) -> dict[str, Any]:
+    """A JSON object in which no name occurs twice. Raises TensorFileError."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = dict(pairs)
@@ -192,23 +170,33 @@ def _parse(text: bytes, file: Path) -> dict[str, Any]:
     try:
         content = json.loads(text.decode("utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: its JSON cannot be read: {error}.") from error
+        raise TensorFileError(f"{file}: its JSON cannot be read: {error}.") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: its JSON is a {type(content).__name__}, expected an object.")
+        raise TensorFileError(f"{file}: its JSON is a {type(content).__name__}, expected an object.")
     return content
 
 
 def write_file(file: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
     """Writes tensors as one safetensors file. Raises KeyError for a dtype that the format does not have."""
+    parts = encode(tensors)
+    with file.open("wb") as out:
+        for part in parts:
+            out.write(part)
+
+
+def encode(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> list[bytes | memoryview]:
+    """The bytes of a safetensors file, in parts that follow each other; the tensors' own are not copied.
+
+    Raises KeyError for a dtype that the format does not have.
+    """
     # Wide numbers first: each tensor then lies at a multiple of its own size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    header, end = {}, 0
+    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    end = 0
     for name, array in ordered:
         begin, end = end, end + array.nbytes
         header[name] = {"dtype": _NAMES[array.dtype], "shape": array.shape, "data_offsets": (begin, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for _, array in ordered:
-            out.write(np.ascontiguousarray(array).tobytes())
+    data = [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for _, array in ordered]
+    return [len(text).to_bytes(8, "little") + text, *data]
