@@ -25,6 +25,7 @@ from dsv4_jax.layout.schema import CacheSchema, SchemaError, compute_block_budge
 from dsv4_jax.layout.transfers import TransferList, Transfers
 from dsv4_jax.ops import OperandError
 from dsv4_jax.ops.operands import CompressorInputs, RawRows, Rows
+from dsv4_jax.parking.state import RequestState, StateError, load_state, preempt, resume, save_state, take_state
 from dsv4_jax.spec.config_json import model_spec
 from dsv4_jax.spec.kinds import LayerKind
 from dsv4_jax.spec.model import ConfigError, ModelSpec
@@ -47,9 +48,11 @@ __all__ = [
     "OperandError",
     "PlanLayout",
     "RawRows",
+    "RequestState",
     "Rotary",
     "Rows",
     "SchemaError",
+    "StateError",
     "Step",
     "StepError",
     "StepPlan",
@@ -66,10 +69,15 @@ __all__ = [
     "entries_view",
     "init_cache",
     "keys_view",
+    "load_state",
     "model_spec",
     "ops",
+    "preempt",
     "requests_that_fit",
+    "resume",
     "rotary",
+    "save_state",
+    "take_state",
     "tiny_spec",
     "token_rotary",
     "window_view",

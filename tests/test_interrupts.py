@@ -173,6 +173,8 @@ OPERATIONS = {
         dict.fromkeys(requests, 60), drafts={requests[2]: 2}
     ),
     "commit drafts": lambda manager, requests, plans: manager.commit(plans[2], lengths=[7]),
+    "preempt": lambda manager, requests, plans: manager.preempt(requests[0]),
+    "resume": lambda manager, requests, plans: manager.resume(manager.record(requests[4])[0], 200),
     "reset": lambda manager, requests, plans: manager.reset(),
 }
 
@@ -180,7 +182,7 @@ OPERATIONS = {
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_interrupted_at_any_line_an_operation_happened_or_did_not(name):
     operation, origin = OPERATIONS[name], prepared()
-    if name.startswith("prepare"):
+    if name.startswith(("prepare", "preempt", "resume")):
         origin[0].take_transfers()
     assert_all_or_nothing(origin, operation, aftermath)
 

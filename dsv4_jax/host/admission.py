@@ -141,8 +141,10 @@ class Admission(Books):
         Raises:
           UnknownRequest: the handle is not an admitted request's, or was released before.
         """
-        table, ledger = self._state()
-        slot = table.slot(request)
+        self._journal.write(self._release(self._state()[0].slot(request)))
+
+    def _release(self, slot: int) -> tuple[Write, ...]:
+        table, ledger = self._request_table, self._ledger
         # Idle blocks go with their tails first. So that none of them is known without those before it, the request's
         # own take the places of any that were taken for something else meanwhile.
         telling = Telling(self._prefix, self._ledger)
@@ -154,7 +156,7 @@ class Admission(Books):
         )
         known, _ = telling.finish(self._schema.slots)
         forgotten = *self._drafts.forget(slot), *self._prefix.forget(slot)
-        self._journal.write((*known, *given_back, *table.release(slot), *forgotten))
+        return *known, *given_back, *table.release(slot), *forgotten
 
     def reset(self) -> None:
         """Forgets all requests: every slot and block is free, plans made so far are stale, no transfers wait.

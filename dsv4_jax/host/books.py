@@ -37,6 +37,7 @@ class Books:
         self._drafts = DraftTable(schema)
         self._receipts = Receipts()
         self._transfers: Pending[Wish] = Pending()
+        self._preemptions = {"count": 0}
 
     def _state(self) -> tuple[RequestTable, BlockLedger]:
         """What the manager knows; an interrupted operation is finished first, so nothing else may read it."""
@@ -220,6 +221,7 @@ class Books:
 
         - ``kv_cache_usage_perc``: the part of all blocks that requests hold, from 0 to 1.
         - ``num_requests_running``: requests that are admitted.
+        - ``num_preemptions``: requests that were preempted.
         - ``prefix_cache_queries``, ``prefix_cache_hits``: tokens of prompts that were admitted with a match, and of
           these, tokens that need not be computed.
         - ``prefix_snapshots_missed``: lengths that were worth a snapshot and got none, since no step ended there, or it
@@ -230,6 +232,7 @@ class Books:
         return {
             "kv_cache_usage_perc": (ledger.total - ledger.free) / max(ledger.total, 1),
             "num_requests_running": self._schema.slots - table.free,
+            "num_preemptions": self._preemptions["count"],
             "prefix_cache_queries": counts["queries"],
             "prefix_cache_hits": counts["hits"],
             "prefix_snapshots_missed": counts["missed"],

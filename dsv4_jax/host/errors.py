@@ -79,6 +79,20 @@ class LengthUnknown(CacheError):
         )
 
 
+class NothingCached(CacheError):
+    """A prompt of which the cache has nothing that could be kept.
+
+    Attributes:
+      tokens: how many it has.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = int(tokens)
+        super().__init__(
+            f"nothing of these {self.tokens} tokens is cached up to a snapshot: compute them, and match_prefix again"
+        )
+
+
 class TransfersWait(CacheError):
     """A step is to be planned while transfers wait that must run before it.
 

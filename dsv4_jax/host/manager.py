@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dsv4_jax.host.admission import Admission
 from dsv4_jax.host.arguments import bucket_list, count, integer, step_arrays, step_count
 from dsv4_jax.host.batch import Batch, Standing
 from dsv4_jax.host.errors import StepTooLarge, TransfersWait
 from dsv4_jax.host.journal import Write
+from dsv4_jax.host.parking import Parking
 from dsv4_jax.host.settling import Outstanding, plan_of
 from dsv4_jax.host.telling import Telling, Tokens, told_tokens
 from dsv4_jax.host.truncation import check_truncation
@@ -25,7 +25,7 @@ from dsv4_jax.layout.schema import CacheSchema
 from dsv4_jax.spec.kinds import BLOCK_TOKENS
 
 
-class CacheManager(Admission):
+class CacheManager(Parking):
     """Admits requests, reserves their blocks step by step, and takes both back; forks them, lets them share prefixes.
 
     Every operation is all or nothing: one that raises has changed nothing. One that an exception from outside

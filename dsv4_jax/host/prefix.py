@@ -88,9 +88,7 @@ class PrefixCache:
 
     def find(self, links: Sequence[Link], tokens: int) -> Hit:
         """What a prompt of these full blocks, and so many tokens, finds; at least one token is left to compute."""
-        last, known = (max(tokens, 1) - 1) // BLOCK_TOKENS, 0
-        while known < len(links) and links[known].hash in self._block_of:
-            known += 1
+        last, known = (max(tokens, 1) - 1) // BLOCK_TOKENS, self._known_links(links)
         parts, hit, snapshot = min(known, last), min(known, last), None
         while hit and (snapshot := self.snapshots.find(links[hit - 1].hash)) is None:
             hit -= 1
@@ -98,6 +96,16 @@ class PrefixCache:
         # Where prompts part, and where the next one like this can go on from.
         worth = {BLOCK_TOKENS * blocks for blocks in (parts, last) if blocks > hit}
         return Hit(ids, snapshot, tuple(sorted(worth)))
+
+    def known_run(self, links: Sequence[Link]) -> NDArray[np.int32]:
+        """int32 [n]: the blocks that are known of a chain, from its first on."""
+        return np.array([self._block_of[link.hash] for link in links[: self._known_links(links)]], np.int32)
+
+    def _known_links(self, links: Sequence[Link]) -> int:
+        known = 0
+        while known < len(links) and links[known].hash in self._block_of:
+            known += 1
+        return known
 
     def next_worth(self, slot: int, length: int) -> int | None:
         """The first length after this one at which a snapshot of the slot's request is worth its place."""
@@ -126,6 +134,18 @@ class PrefixCache:
             (self.known, slot, tokens),
             (self.stored, slot, hit.length),
             (self.floors, slot, hit.length),
+            (self.follows, slot, True),
+        )
+
+    def resume(self, slot: int, known: Chain, rest: NDArray[np.int32], tokens: int, stored: int) -> tuple[Write, ...]:
+        """The slot's request is of this chain and ``rest``, of so many known tokens; ``stored`` are in the cache."""
+        if not self._enabled:
+            return ()
+        return (
+            (self.chains, slot, known),
+            (self.open, (slot, slice(rest.size)), rest),
+            (self.known, slot, tokens),
+            (self.stored, slot, stored),
             (self.follows, slot, True),
         )
 

@@ -151,6 +151,17 @@ class Telling:
         if slot in self._prefix.chains:
             self._register(slot, self._prefix.chains[slot], 0, int(self._prefix.stored[slot]) // BLOCK_TOKENS)
 
+    def restored(self, slot: int, length: int) -> None:
+        """All that a request of this length had is in the cache again."""
+        prefix = self._prefix
+        if slot not in prefix.chains:
+            return
+        self.again(slot)
+        if length and length % BLOCK_TOKENS == 0 and prefix.stored[slot] == length:
+            block = prefix.chains[slot].links[length // BLOCK_TOKENS - 1].hash
+            if prefix.snapshots.find(block) is None:
+                self._due[block] = slot
+
     @property
     def blocks(self) -> NDArray[np.int32]:
         """int32 [n]: those that get known."""

@@ -1,0 +1,1 @@
+"""Requests outside of the cache: in host memory, and in files."""
