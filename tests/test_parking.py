@@ -171,6 +171,27 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_has_changed(device, rn
     assert not any(array.is_deleted() for array in cache.arrays.values())
 
 
+def test_arrays_that_are_not_a_requests_are_refused(rng, small_state):
+    """As a file can hold them whose checksums are right."""
+    schema = CacheSchema(SPEC, PROFILES["default"], slots=2, blocks=8, max_context=1024)
+    record, slot, blocks = small_state.record, small_state.slot, small_state.blocks
+    last = {name: pages[:, :-1] for name, pages in blocks[-1].items()}
+    wrong = {
+        r"3 blocks for 500 tokens": {"record": dataclasses.replace(record, length=500, peak=500)},
+        r"has the arrays window_positions": {"slot": {"window_positions": slot["window_positions"]}},
+        r"window_positions is float32": {"slot": slot | {"window_positions": slot["window_positions"] * np.float32(1)}},
+        r"csa_tail is float32 \[1, 2, 12, 511\]": {"slot": slot | {"csa_tail": slot["csa_tail"][..., :-1]}},
+        r"has 0 chunks of blocks": {"blocks": ()},
+        r"has blocks of csa_keys": {"blocks": ({"csa_keys": blocks[0]["csa_keys"]},)},
+        r"blocks of \w+ are uint8": {"blocks": (last,)},
+    }
+    for message, change in wrong.items():
+        manager, cache = CacheManager(schema, token_buckets=[16]), init_cache(schema)
+        with pytest.raises(StateError, match=message):
+            resume(cache, manager, dataclasses.replace(small_state, **change))
+        assert (manager.free_slots, manager.free_blocks) == (2, 8)
+
+
 def test_what_is_under_way_is_waited_for(device, rng):
     driver = Driver(random_weights(rng), CacheFormats(), lookahead=2)
     request = driver.admit(random_tokens(rng, 300))
