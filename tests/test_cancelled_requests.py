@@ -103,4 +103,4 @@ def test_a_prompt_is_given_up_half_way_among_others(device, rng, hca_tail):
         driver.feed({new: 130, a: 1, b: 1})
         driver.feed({new: 1, a: 1, b: 1})
     for mine, other in zip((a, b, fresh[0]), (a, b, fresh[1]), strict=True):
-        assert_same_bytes(subject.stored(mine), twin.stored(other), f"request {mine}")
+        assert_same_bytes(subject.visible(mine), twin.visible(other), f"request {mine}")

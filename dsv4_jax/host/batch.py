@@ -47,6 +47,7 @@ class Batch:
       counts: int64 [n], tokens of each in a step.
       most: the largest of them, 0 without requests.
       frame: what the plans of such steps share.
+      wanted: the layout that the caller asked for, None if any would do.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class Batch:
         slots: NDArray[np.int64],
         most: int,
         layout: PlanLayout,
+        wanted: PlanLayout | None = None,
     ) -> None:
+        self.wanted = wanted
         self._handles, self._counts = handles.tobytes(), counts.tobytes()
         self.slots, self.counts, self.most = slots, counts.copy(), most  # the caller's array may change
         self.frame = PlanFrame(layout, slots, counts)
@@ -87,15 +90,22 @@ class Standing:
     change: int
 
     def allows(
-        self, handles: NDArray[np.int64], counts: NDArray[np.int64], steps: int, change: int, max_context: int
+        self,
+        handles: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        steps: int,
+        wanted: PlanLayout | None,
+        change: int,
+        max_context: int,
     ) -> bool:
-        """Whether so many steps of these requests and counts can follow, but for blocks, without looking further.
+        """Whether so many steps of these can follow, but for blocks, without looking further.
 
         They can if the batch is of these, nothing has changed since, and none can come to exceed ``max_context``: the
         requests are then still admitted and distinct, and where the batch left them.
         """
         return (
             self.change == change
+            and self.batch.wanted == wanted
             and self.batch.is_of(handles, counts)
             and self.longest + self.batch.most * steps <= max_context
         )

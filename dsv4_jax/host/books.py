@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -135,6 +136,11 @@ class Books:
         self._journal.finish()
         ids, root, links = chain(tokens, salt)
         return Match(self._prefix.find(links, ids.size).length, ids, salt, root, links)
+
+    def look_up(self, match: Match) -> Match:
+        """The same prompt, and what of it is in the cache by now."""
+        self._journal.finish()
+        return dataclasses.replace(match, length=self._hit(match).length)
 
     def chunk_limit(self, request: int) -> int:
         """How many tokens a request should bring at most so that a step ends where a snapshot is worth its place.

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dsv4_jax.host.arguments import bucket_list, count, integer, step_arrays, step_count
 from dsv4_jax.host.batch import Batch, Standing
-from dsv4_jax.host.errors import StepTooLarge, TransfersWait
+from dsv4_jax.host.errors import InvalidStep, StepTooLarge, TransfersWait
 from dsv4_jax.host.journal import Write
 from dsv4_jax.host.parking import Parking
 from dsv4_jax.host.settling import Outstanding, plan_of
@@ -144,6 +144,7 @@ class CacheManager(Parking):
         *,
         drafts: Mapping[int, int] | ArrayLike | None = None,
         steps: int | None = None,
+        layout: PlanLayout | None = None,
     ) -> StepPlan:
         """Reserves what a step needs and plans it: all of the requests given, or none.
 
@@ -165,6 +166,8 @@ class CacheManager(Parking):
           drafts: handle -> how many of a step's tokens are drafts, or integers [n] in the order of requests, or one for
             all: of a request's 1 + k tokens when decoding, k. At least one token is none.
           steps: how many steps of these counts; None for the plan of one step.
+          layout: the one of ``layouts`` that the plan is to have, where plans of several managers must have one; by
+            default the smallest that fits, ``layout_of``.
 
         Returns:
           The plan, on the host: packed [size], or [steps, size] if ``steps`` is given.
@@ -173,8 +176,8 @@ class CacheManager(Parking):
         then tells that it was: what it would have brought never runs, so release its requests or truncate them to 0.
 
         Raises:
-          InvalidStep: a request twice, a count or ``steps`` below 1, no integers of matching shape, or more drafts
-            than the schema's ``lookahead`` or the request's other tokens allow.
+          InvalidStep: a request twice, a count or ``steps`` below 1, no integers of matching shape, more drafts than
+            the schema's ``lookahead`` or the request's other tokens allow, or a ``layout`` that the step does not fit.
           UnknownRequest: a handle that is not admitted.
           ContextExceeded: a request would grow beyond ``schema.max_context``.
           StepTooLarge: more tokens than the largest bucket.
@@ -187,8 +190,10 @@ class CacheManager(Parking):
         if self._transfers:
             raise TransfersWait(len(self._transfers))
         at = self._standing
-        if at is None or not at.allows(handles, counts, repeats, self._journal.number, self._schema.max_context):
-            at = self._stand(handles, counts, repeats)
+        if at is None or not at.allows(
+            handles, counts, repeats, layout, self._journal.number, self._schema.max_context
+        ):
+            at = self._stand(handles, counts, repeats, layout)
         batch, changes = at.batch, None
         writes: tuple[Write, ...] = ()
         ends = at.lengths + (batch.counts if steps is None else batch.counts * repeats)
@@ -210,7 +215,21 @@ class CacheManager(Parking):
         self._standing = at.after(repeats, block_due, ends, self._journal.number)
         return plan
 
-    def _stand(self, handles: NDArray[np.int64], counts: NDArray[np.int64], steps: int) -> Standing:
+    def layout_of(self, counts: ArrayLike) -> PlanLayout:
+        """The smallest of ``layouts`` for a step of requests that bring so many tokens each; integers [n].
+
+        Raises:
+          StepTooLarge: more tokens than the largest bucket.
+        """
+        counts = np.asarray(counts)
+        total = int(counts.sum())
+        if total > self._buckets[-1]:
+            raise StepTooLarge(total, self._buckets[-1])
+        return self._layout(counts.size, total, int(counts.max(initial=0)))
+
+    def _stand(
+        self, handles: NDArray[np.int64], counts: NDArray[np.int64], steps: int, wanted: PlanLayout | None
+    ) -> Standing:
         """Looks up the requests of a step, and checks all but blocks; raises as ``prepare_forward``."""
         table = self._request_table
         slots = table.slots(handles)
@@ -219,7 +238,8 @@ class CacheManager(Parking):
         total, most, longest = table.check_growth(handles, slots, lengths, counts, steps, limit)
         if total > self._buckets[-1]:
             raise StepTooLarge(total, self._buckets[-1])
-        batch = Batch(handles, counts, slots, most, self._layout(counts.size, total, most))
+        layout = self._chosen(self._layout(counts.size, total, most), wanted)
+        batch = Batch(handles, counts, slots, most, layout, wanted)
         any_resets = resets if np.count_nonzero(resets) else None
         return Standing(batch, lengths, self._need.due(lengths), longest, any_resets, self._journal.number)
 
@@ -228,7 +248,18 @@ class CacheManager(Parking):
         displaces = total > requests and most > self._schema.lookahead + 1
         return self._layouts[bisect.bisect_left(self._buckets, total)][displaces]
 
-    def cancel(self, plan: StepPlan, requests: ArrayLike | None = None) -> StepPlan:
+    def _chosen(self, smallest: PlanLayout, wanted: PlanLayout | None) -> PlanLayout:
+        """The layout that is wanted, if the smallest one's steps fit it. Raises InvalidStep."""
+        if wanted is None:
+            return smallest
+        fits = wanted.tokens >= smallest.tokens and wanted.displaces >= smallest.displaces
+        if not fits or all(wanted not in of_bucket for of_bucket in self._layouts):
+            raise InvalidStep(f"a step that needs {smallest} cannot have {wanted}; give None, or one of layouts")
+        return wanted
+
+    def cancel(
+        self, plan: StepPlan, requests: ArrayLike | None = None, *, layout: PlanLayout | None = None
+    ) -> StepPlan:
         """Takes back a plan that has not run and will not, or some of its requests' part of it.
 
         Lengths, blocks and resets are as if the plan, or that part, had never been made. Possible while it is the
@@ -239,6 +270,7 @@ class CacheManager(Parking):
           plan: what ``prepare_forward`` returned (not a copy that came out of jit).
           requests: handles of the plan's requests, integers [n] or one, whose tokens will not be computed: their client
             is gone, say. All of them by default.
+          layout: of the plan that is returned, as in ``prepare_forward``.
 
         Returns:
           The plan of the requests that are left, in their order, to be run in place of the one given, which is stale
@@ -249,9 +281,17 @@ class CacheManager(Parking):
         Raises:
           StalePlan: a request that is taken out has a later plan, or any of the plan's was released or truncated since;
             or the plan was cancelled or committed before, or is not this manager's.
-          InvalidStep: the plan does not hold one of ``requests``.
+          InvalidStep: the plan does not hold one of ``requests``, or what is left does not fit the ``layout``.
           UnknownRequest: one of ``requests`` is not admitted.
         """
+        left, writes = self._cancel(plan, requests, layout)
+        self._journal.write(writes)
+        return left
+
+    def _cancel(
+        self, plan: StepPlan, requests: ArrayLike | None, wanted: PlanLayout | None
+    ) -> tuple[StepPlan, tuple[Write, ...]]:
+        """What is left, and the writes; nothing has changed yet."""
         table, _ = self._state()
         whole = Outstanding.of_plan(plan, self._receipts, table, self._drafts)
         whole.unchanged(table, all_of_them=True)
@@ -260,12 +300,11 @@ class CacheManager(Parking):
         part.check_latest(table)
         drafts = whole.receipt.drafts and self._drafts.remember(rest.slots, rest.drafts, rest.made)
         receipt = self._receipts.issue(table.clock + 1, drafts, whole.receipt.serial)
-        layout = self._layout(rest.slots.size, int(rest.counts.sum()), int(rest.counts.max(initial=0)))
+        layout = self._chosen(self.layout_of(rest.counts), wanted)
         left = plan_of(rest, plan, layout, receipt)
         settled = self._receipts.settle(whole.receipt, "cancelled", table.oldest_plan())
         uncounted = self._drafts.made, part.slots, part.made - part.drafts * part.steps
-        self._journal.write((*self._keep(part, part.starts), uncounted, table.tick(), settled))
-        return left
+        return left, (*self._keep(part, part.starts), uncounted, table.tick(), settled)
 
     def commit(
         self,
@@ -305,6 +344,12 @@ class CacheManager(Parking):
           StalePlan: a request has a later plan that must not be; or none of the plan's is as it left them; or the plan
             was cancelled or committed before, or is not this manager's.
         """
+        self._journal.write(self._commit(plan, steps_run, lengths, tokens))
+
+    def _commit(
+        self, plan: StepPlan, steps_run: ArrayLike | None, lengths: ArrayLike | None, tokens: Tokens | None
+    ) -> tuple[Write, ...]:
+        """The writes of ``commit``; nothing has changed yet."""
         table, _ = self._state()
         whole = Outstanding.of_plan(plan, self._receipts, table, self._drafts)
         part, kept = whole.kept(steps_run, lengths, plan.layout.requests, table)
@@ -313,7 +358,7 @@ class CacheManager(Parking):
         stale = table.changed, part.slots, whole.receipt.serial
         settled = self._receipts.settle(whole.receipt, "committed", table.oldest_plan())
         learned = part.learn(kept, table, self._drafts, self._schema.lookahead)
-        self._journal.write((*self._keep(part, kept), *learned, stale, settled, *following))
+        return *self._keep(part, kept), *learned, stale, settled, *following
 
     def _told(
         self, whole: Outstanding, part: Outstanding, kept: NDArray[np.int64], tokens: Tokens | None
