@@ -13,11 +13,13 @@ from dsv4_jax.cache.errors import StepError
 from dsv4_jax.cache.layer import LayerCache
 from dsv4_jax.cache.pools import Cache, init_cache
 from dsv4_jax.cache.rotary import closing_rotary, token_rotary
+from dsv4_jax.cache.shards import change_shard, over_shards, shard_of
 from dsv4_jax.cache.step import Step, begin
 from dsv4_jax.cache.transfer import apply_transfers
 from dsv4_jax.cache.views import entries_view, keys_view, window_view
 from dsv4_jax.host.errors import CacheError, CacheFull
 from dsv4_jax.host.manager import CacheManager
+from dsv4_jax.host.shards import ShardedManager, ShardedPlan
 from dsv4_jax.layout.capacity import capacity_plan, requests_that_fit
 from dsv4_jax.layout.formats import PROFILES, CacheFormats
 from dsv4_jax.layout.plan import PlanLayout, StepPlan
@@ -52,6 +54,8 @@ __all__ = [
     "Rotary",
     "Rows",
     "SchemaError",
+    "ShardedManager",
+    "ShardedPlan",
     "StateError",
     "Step",
     "StepError",
@@ -62,6 +66,7 @@ __all__ = [
     "apply_transfers",
     "begin",
     "capacity_plan",
+    "change_shard",
     "closing_rotary",
     "compute_block_budget",
     "deepseek_v4_flash",
@@ -72,11 +77,13 @@ __all__ = [
     "load_state",
     "model_spec",
     "ops",
+    "over_shards",
     "preempt",
     "requests_that_fit",
     "resume",
     "rotary",
     "save_state",
+    "shard_of",
     "take_state",
     "tiny_spec",
     "token_rotary",

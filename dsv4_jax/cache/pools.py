@@ -106,15 +106,15 @@ def check_one_shard(cache: Cache) -> None:
       ValueError: an array has a shape or dtype other than the schema's.
     """
     mend = (
-        "Make it with init_cache(schema, mesh=mesh, axis='data') and run the step inside jax.shard_map, "
-        "with cache.partition_specs('data') for the cache in in_specs and out_specs"
+        "Make it with init_cache(schema, mesh=mesh, axis='data') and run the step by over_shards(step, mesh), or inside "
+        "jax.shard_map with cache.partition_specs('data') for the cache in in_specs and out_specs"
     )
     expected, shards = cache.schema.arrays, cache.shards
     for name, array in cache.arrays.items():
         shape, want = tuple(array.shape), expected[name]
         if shape == want.shape and array.dtype == want.dtype:
             continue
-        axis = _slots_axis(name)
+        axis = slots_axis(name)
         if shards > 1 and shape == (*want.shape[:axis], shards * want.shape[axis], *want.shape[axis + 1 :]):
             raise ShardingError(f"A step works on one shard, this cache has {shards} side by side. {mend}.")
         raise ValueError(
@@ -185,7 +185,7 @@ def _create_shards(schema: CacheSchema, mesh: Mesh, axis: str | tuple[str, ...])
 _SHARED = ("block_table", "window", "window_positions")
 
 
-def _slots_axis(name: str) -> int:
+def slots_axis(name: str) -> int:
     """The axis of an array along which slots (or blocks) lie: layers come before it, but for the block table."""
     return 0 if name == "block_table" else 1
 
@@ -194,7 +194,7 @@ def _empty(schema: CacheSchema, shards: int = 1) -> Cache:
     values = {"block_table": -1, "window_positions": -1}
     arrays = {}
     for name, array in schema.arrays.items():
-        axis = _slots_axis(name)
+        axis = slots_axis(name)
         shape = (*array.shape[:axis], shards * array.shape[axis], *array.shape[axis + 1 :])
         if name in schema.tails:
             arrays[name] = jnp.broadcast_to(empty_tail(shape), shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -120,6 +121,19 @@ class TransferList:
         blocks = np.full(_padded(self._installed), -1, np.int32)
         blocks[: self._installed] = np.concatenate([*self._blocks, blocks[:0]])
         return Transfers(operations, blocks)
+
+
+def side_by_side(parts: Sequence[Transfers]) -> Transfers:
+    """The transfers of several shards, each padded to what the longest takes, on the first axis, for ``shard_map``."""
+    operations, blocks = (max(getattr(part, name).shape[0] for part in parts) for name in ("operations", "blocks"))
+    padded = [
+        Transfers(
+            np.pad(part.operations, ((0, operations - len(part.operations)), (0, 0))),
+            np.pad(part.blocks, (0, blocks - len(part.blocks)), constant_values=-1),
+        )
+        for part in parts
+    ]
+    return Transfers(*(np.concatenate([getattr(part, name) for part in padded]) for name in ("operations", "blocks")))
 
 
 def _padded(count: int) -> int:

@@ -8,10 +8,12 @@ from pathlib import Path
 from numpy.typing import NDArray
 
 from dsv4_jax.cache.pools import Cache
+from dsv4_jax.cache.shards import change_shard, shard_of
 from dsv4_jax.errors import Picklable
 from dsv4_jax.host.hashing import Match
 from dsv4_jax.host.manager import CacheManager
 from dsv4_jax.host.parking import RequestRecord, describe_requests, differences
+from dsv4_jax.host.shards import ShardedManager
 from dsv4_jax.parking import arrays, files
 from dsv4_jax.parking.arrays import Rows
 from dsv4_jax.tensor_files import TensorFileError
@@ -67,7 +69,7 @@ class RequestState:
         return _decode(data, Path("these bytes"))
 
 
-def take_state(cache: Cache, manager: CacheManager, what: int | Match) -> RequestState:
+def take_state(cache: Cache, manager: CacheManager | ShardedManager, what: int | Match) -> RequestState:
     """Copies what a request, or what is cached of a prompt, has in the cache; the request goes on.
 
     Args:
@@ -78,13 +80,16 @@ def take_state(cache: Cache, manager: CacheManager, what: int | Match) -> Reques
 
     Raises:
       UnknownRequest, LengthUnknown, NothingCached, TransfersWait: see ``CacheManager.record``.
-      ShardingError: the cache is one of several shards.
+      ShardingError: the cache is one of several shards, and the manager is not.
     """
+    if isinstance(manager, ShardedManager):
+        shard, local = manager.place(what) if isinstance(what, int) else (manager.best_shard(what), what)
+        return take_state(shard_of(cache, manager.first + shard), manager.managers[shard], local)
     record, places = manager.record(what)
     return RequestState(record, *arrays.read(cache, places))
 
 
-def preempt(cache: Cache, manager: CacheManager, request: int) -> RequestState:
+def preempt(cache: Cache, manager: CacheManager | ShardedManager, request: int) -> RequestState:
     """Takes a request's slot and blocks for others and keeps its state in host memory.
 
     ``CacheManager.preempt`` keeps only what the host knows. ``CacheManager.propose_victim`` says whom.
@@ -98,13 +103,21 @@ def preempt(cache: Cache, manager: CacheManager, request: int) -> RequestState:
     Raises:
       UnknownRequest, LengthUnknown, TransfersWait, ShardingError: as ``take_state``.
     """
+    if isinstance(manager, ShardedManager):
+        shard, local = manager.place(request)
+        return preempt(shard_of(cache, manager.first + shard), manager.managers[shard], local)
     state = take_state(cache, manager, request)
     manager.preempt(request)
     return state
 
 
 def resume(
-    cache: Cache, manager: CacheManager, state: RequestState, max_new_tokens: int | None = None
+    cache: Cache,
+    manager: CacheManager | ShardedManager,
+    state: RequestState,
+    max_new_tokens: int | None = None,
+    *,
+    shard: int | None = None,
 ) -> tuple[int, Cache]:
     """Puts a state into the cache, as a new request that goes on where the other one was, bit for bit.
 
@@ -117,6 +130,7 @@ def resume(
       manager: of the cache.
       state: of this cache or another one, of the same model, formats and lookahead.
       max_new_tokens: as in ``CacheManager.admit``, beyond the tokens that are known, or the length.
+      shard: in which of several; ``route`` chooses by default. So a request moves to another shard.
 
     Returns:
       The request's handle, and the cache.
@@ -125,6 +139,18 @@ def resume(
       StateError: the state is one of another model, of other formats, or of another lookahead; says which.
       CacheFull, PromptTooLong, TransfersWait: see ``CacheManager.resume``. The cache is as it was.
     """
+    if isinstance(manager, ShardedManager):
+        if shard is None:
+            shard = manager.route(manager.rooms(max(state.length, state.tokens.size), max_new_tokens))
+        of_shard, handles = manager.managers[shard], []
+
+        def change(part: Cache) -> Cache:
+            local, part = resume(part, of_shard, state, max_new_tokens)
+            handles.append(local)
+            return part
+
+        cache = change_shard(cache, manager.first + shard, change)
+        return manager.handle(shard, handles[0]), cache
     ours = describe_requests(manager.schema)
     if found := differences(ours, state.record.made_for):
         more = f", and {len(found) - 4} more" if len(found) > 4 else ""
