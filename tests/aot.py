@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv4_jax.tools.bench.step import thunk_sequence
 
@@ -66,22 +66,32 @@ class GpuProgram:
         return [line for line in text.splitlines() if re.search(rf"[(, ]%?{re.escape(name)}[,)]", line)]
 
 
-def compile_for_h200(fn, *args: Any, dump: Path, donate_argnums: int | Sequence[int] = ()) -> GpuProgram:
-    """Compile `fn(*args)` for one H200; `args` are pytrees of arrays or jax.ShapeDtypeStruct, `dump` an empty folder.
-
-    Skips the test where the CUDA plugin, or the CUDA part of the native module, is missing.
-    """
+def h200_mesh(devices: int, axis: str) -> Mesh:
+    """That many H200s of one host. Skips the test where the CUDA plugin or the native module's CUDA part is missing."""
     from dsv4_jax.native.registration import REGISTERED
 
     pytest.importorskip("jax_plugins", reason="no CUDA plugin installed")
     if "CUDA" not in REGISTERED:
         pytest.skip("the native module was built without CUDA")
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
-    mesh = topologies.make_mesh(topology, (1,), ("x",))
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x{devices}x1")
+    return topologies.make_mesh(topology, (devices,), (axis,))
+
+
+def compile_for_h200(fn, *args: Any, dump: Path, donate_argnums: int | Sequence[int] = ()) -> GpuProgram:
+    """Compile `fn(*args)` for one H200; `args` are pytrees of arrays or jax.ShapeDtypeStruct, `dump` an empty folder.
+
+    Skips the test as `h200_mesh`.
+    """
+    mesh = h200_mesh(1, "x")
     here = NamedSharding(mesh, PartitionSpec())
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a), sharding=here), args)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Pallas asks it for the device
         traced = jax.jit(fn, donate_argnums=donate_argnums).trace(*shapes)
+    return compile_traced(traced, dump)
+
+
+def compile_traced(traced: Any, dump: Path) -> GpuProgram:
+    """Compile a traced function whose arguments are on a `h200_mesh`."""
     lowered = traced.lower(lowering_platforms=("cuda",))
     compiled = lowered.compile(compiler_options=OPTIONS | {"xla_dump_to": str(dump)})
     return GpuProgram(compiled, _read_thunks(dump))

@@ -134,9 +134,9 @@ class Shards:
             alone.manager.release(again)
 
 
-def main(seed, data, tensor, check_vma):
+def main(seed, data, tensor, check_vma, axis_type):
     rng = np.random.default_rng(seed)
-    mesh = jax.make_mesh((data, tensor), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((data, tensor), ("data", "tensor"), axis_types=(AxisType[axis_type],) * 2)
     shards = Shards(rng, mesh, check_vma)
     one, two, three = (shards.admit(shard=index % data) for index in range(3))
     shards.feed({one: 200, three: 31, two: 130})
@@ -171,4 +171,4 @@ def main(seed, data, tensor, check_vma):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True")
+    main(*map(int, sys.argv[1:4]), sys.argv[4] == "True", sys.argv[5])

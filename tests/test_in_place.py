@@ -3,12 +3,16 @@
 What XLA compiled is inspected for the CPU and, without one, for an H200 (see ``aot.py``).
 """
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot import assert_in_place, compile_for_h200
+from aot import assert_in_place, compile_for_h200, compile_traced, h200_mesh
 from harness import SPEC, columns, inputs_of, random_weights, update, update_append_first, update_op_by_op
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv4_jax import (
     PROFILES,
@@ -23,6 +27,7 @@ from dsv4_jax import (
     begin,
     deepseek_v4_flash,
     init_cache,
+    over_shards,
     tiny_spec,
 )
 from dsv4_jax.tools.bench.attended_step import attended_inputs, attended_step
@@ -215,6 +220,34 @@ def test_a_decode_step_in_long_contexts_is_in_place_and_one_cuda_graph(tmp_path)
     assert_in_place(gpu.compiled, cache, temporary_bytes=64 << 20)
     assert_one_graph(gpu)
     assert native_calls(gpu.compiled) == 1 + 2 * len(spec.layers) + spec.count(LayerKind.CSA)
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_a_step_of_shards_is_in_place_without_communication_and_one_cuda_graph_a_device(devices, tmp_path):
+    mesh = h200_mesh(devices, "data")
+    schema, everywhere = schema_of(tiny_spec()), NamedSharding(mesh, PartitionSpec())
+
+    def side_by_side(array, axis=0):
+        shape = (*array.shape[:axis], devices * array.shape[axis], *array.shape[axis + 1 :])
+        spec = PartitionSpec(*[None] * axis, "data")
+        return jax.ShapeDtypeStruct(shape, array.dtype, sharding=NamedSharding(mesh, spec))
+
+    def step_of_a_shard(cache, plan, weights, brought):
+        cache, seen = every_layer(cache, plan, weights, brought)
+        return cache, seen[None]
+
+    one, plan, weights, brought = shapes_of(schema, LAYOUTS["decode"])
+    arrays = {name: side_by_side(array, int(name != "block_table")) for name, array in one.arrays.items()}
+    cache = dataclasses.replace(one, shards=devices, partitioned=True).with_arrays(arrays)
+    weights = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), weights)
+    specs = {"in_specs": (PartitionSpec(), PartitionSpec("data")), "out_specs": (PartitionSpec("data"),)}
+    step = over_shards(step_of_a_shard, mesh, **specs)
+    traced = step.trace(cache, *jax.tree.map(side_by_side, (plan,)), weights, jax.tree.map(side_by_side, brought))
+    gpu = compile_traced(traced, tmp_path)
+    assert_in_place(gpu.compiled, dict(schema.arrays), temporary_bytes=budget(one))
+    assert_one_graph(gpu)
+    communication = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    assert not re.search(communication, gpu.compiled.as_text())
 
 
 def _not_donated(cache, plan, weights, brought):

@@ -12,10 +12,17 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize(
-    ("data", "tensor", "check_vma"), [(1, 2, True), (2, 2, False), (2, 2, True), (4, 2, True), (8, 1, True)]
+    ("data", "tensor", "check_vma", "axis_type"),
+    [
+        (1, 2, True, "Auto"),
+        (2, 2, False, "Auto"),
+        (2, 2, True, "Explicit"),
+        (4, 2, True, "Auto"),
+        (8, 1, True, "Explicit"),
+    ],
 )
-def test_requests_live_in_shards_as_in_a_cache_of_their_own(seed, data, tensor, check_vma):
-    program = [sys.executable, HERE / "sharded_life.py", *map(str, (seed, data, tensor, check_vma))]
+def test_requests_live_in_shards_as_in_a_cache_of_their_own(seed, data, tensor, check_vma, axis_type):
+    program = [sys.executable, HERE / "sharded_life.py", *map(str, (seed, data, tensor, check_vma, axis_type))]
     result = subprocess.run(program, env=environment_of(data * tensor), capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout == "equal\n"

@@ -106,8 +106,8 @@ def check_one_shard(cache: Cache) -> None:
       ValueError: an array has a shape or dtype other than the schema's.
     """
     mend = (
-        "Make it with init_cache(schema, mesh=mesh, axis='data') and run the step by over_shards(step, mesh), or inside "
-        "jax.shard_map with cache.partition_specs('data') for the cache in in_specs and out_specs"
+        "Make it with init_cache(schema, mesh=mesh, axis='data') and run the step by over_shards(step, mesh), or "
+        "inside jax.shard_map with cache.partition_specs('data') for the cache in in_specs and out_specs"
     )
     expected, shards = cache.schema.arrays, cache.shards
     for name, array in cache.arrays.items():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from dsv4_jax.cache.pools import Cache, ShardingError, slots_axis
 from dsv4_jax.layout.plan import StepPlan
@@ -41,11 +41,21 @@ def over_shards(
     Returns:
       The function on the whole cache, of the same arguments.
     """
+    explicit = AxisType.Explicit in mesh.axis_types
 
     def whole(cache: Cache, work: Any, *arguments: Any) -> Any:
         specs = cache.partition_specs(axis)
         last = isinstance(work, StepPlan)
         of_work = jax.tree.map(lambda leaf: PartitionSpec(*[None] * (leaf.ndim - 1) * last, axis), work)
+        if explicit:  # with such axes only what lies as its spec says is taken; NumPy's arrays lie nowhere yet
+            placed = jax.tree.map(
+                lambda spec: NamedSharding(mesh, spec),
+                (of_work, *in_specs),
+                is_leaf=lambda spec: isinstance(spec, PartitionSpec),
+            )
+            given = zip((work, *arguments), placed, strict=True)
+            work, *rest = (jax.sharding.reshard(one, where) for one, where in given)
+            arguments = tuple(rest)
         mapped = jax.shard_map(
             function,
             mesh=mesh,
@@ -70,7 +80,9 @@ def shard_of(cache: Cache, shard: int) -> Cache:
     arrays = {name: [part.data for part in _parts(name, array, cache, shard)] for name, array in cache.arrays.items()}
     if not all(arrays.values()):
         raise ShardingError(f"shard {shard} is on no device of this process")
-    one = {name: parts[0] for name, parts in arrays.items()}
+    # The only piece of an array is that array, mesh and all; by itself it lies on a device. No byte is copied.
+    alone = SingleDeviceSharding(next(iter(arrays["window"][0].devices())))
+    one = {name: jax.device_put(parts[0], alone) for name, parts in arrays.items()}
     return dataclasses.replace(cache, shards=1, partitioned=False).with_arrays(one)
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from numpy.typing import NDArray
 
 from dsv4_jax.cache.pools import Cache, check_one_shard
@@ -37,7 +38,7 @@ def read(cache: Cache, places: Places) -> tuple[Rows, tuple[Rows, ...]]:
     The copies are on their way when it returns: in the order of dispatch, so before whatever is done to the cache next.
     """
     check_one_shard(cache)
-    host = cache.window.sharding.with_memory_kind("pinned_host")
+    host = _whole(cache).with_memory_kind("pinned_host")
     arrays = {name: cache.arrays[name] for name in slot_arrays(cache.schema, places.slot)}
     pools = {name: cache.arrays[name] for name in cache.schema.block_pools}
     slot = jax.device_put(_read_slot(arrays, np.int32(places.slot)), host)
@@ -51,7 +52,7 @@ def write(cache: Cache, places: Places, slot: Rows, blocks: Sequence[Rows]) -> C
     Blocks that are shared there are left as they are.
     """
     check_one_shard(cache)
-    device = cache.window.sharding
+    device = _whole(cache)
     # Named by the schema: what the rows lack, which a prefix has no use for, stays as it is.
     arrays = {name: cache.arrays[name] for name in slot}
     row = np.full(cache.schema.max_blocks, -1, np.int32)
@@ -63,6 +64,12 @@ def write(cache: Cache, places: Places, slot: Rows, blocks: Sequence[Rows]) -> C
         if (ids < cache.schema.blocks).any():
             pools = _write_blocks(pools, _padded(ids, cache.schema.blocks), jax.device_put(chunk, device))
     return cache.with_arrays({"block_table": table, **arrays, **pools})
+
+
+def _whole(cache: Cache) -> Sharding:
+    """Where the cache lies, for an array of any rank."""
+    sharding = cache.window.sharding
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
 
 
 def _chunks(ids: NDArray[np.int32]) -> Iterator[NDArray[np.int32]]:
