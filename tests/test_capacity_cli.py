@@ -63,6 +63,21 @@ def test_requests_that_fit_at_each_context(run):
         assert plan.memory_bytes <= 141e9 < plan.memory_bytes + per_request
 
 
+def test_a_mesh_has_that_many_shards(run):
+    one = json.loads(run("--context", "65536", "--memory", "40GB", "--json", "-").output)
+    four = json.loads(run("--context", "65536", "--memory", "40GB", "--json", "-", "--mesh", "tensor=2,data=4").output)
+    assert (four["mesh"], four["memory"]) == ({"data": 4, "tensor": 2}, one["memory"])
+    assert (four["requests"], four["slots"]) == (4 * one["requests"], one["requests"])
+    fits = [[each["requests_that_fit"] for each in found["by_context"]] for found in (one, four)]
+    assert fits[1] == [4 * fit for fit in fits[0]]
+    asked = run("--context", "4096", "--requests", "10", "--mesh", "data=4")
+    assert "slots: 3, blocks: 96; on each of 4 devices, 4 shards: 12 slots in all" in " ".join(asked.output.split())
+    for wrong in ("4", "data=0", "data=2,data=2", "model=2", "data=2,"):
+        refused = run("--context", "4096", "--mesh", wrong)
+        assert refused.exit_code == 2
+        assert "is no mesh" in refused.output
+
+
 def test_a_config_file_is_read(run, tmp_path):
     config = {
         "num_hidden_layers": 2,

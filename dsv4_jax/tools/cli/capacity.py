@@ -20,6 +20,7 @@ from dsv4_jax.spec.config_json import model_spec
 from dsv4_jax.spec.kinds import BLOCK_TOKENS
 from dsv4_jax.spec.model import ConfigError, ModelSpec
 from dsv4_jax.spec.presets import deepseek_v4_flash, deepseek_v4_pro, tiny_spec
+from dsv4_jax.tools.cli._mesh import MeshSize, parse_mesh
 from dsv4_jax.tools.cli._output import print_table, writable_file, writable_picture
 from dsv4_jax.tools.cli.decode import EntryFormat, HcaTail, KeyFormat, WindowFormat
 
@@ -27,6 +28,7 @@ MODELS = {"deepseek-v4-flash": deepseek_v4_flash, "deepseek-v4-pro": deepseek_v4
 _UNITS = {"": 1} | {f"{prefix}B": 1000**power for power, prefix in enumerate(["", "k", "M", "G", "T"])}
 _UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate(["K", "M", "G", "T"], start=1)}
 _SHORTEST = 1024
+_ONE_DEVICE = MeshSize()
 
 
 def capacity(
@@ -41,9 +43,17 @@ def capacity(
     window: Annotated[WindowFormat | None, typer.Option(help="How window rows are stored.")] = None,
     keys: Annotated[KeyFormat | None, typer.Option(help="How indexer keys are stored.")] = None,
     hca_tail: Annotated[HcaTail | None, typer.Option(help="How an open HCA window is kept.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Memory for the cache, as 141GB, 80GiB or bytes.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory for the cache on a device, as 141GB, 80GiB or bytes.")
+    ] = None,
     requests: Annotated[int | None, typer.Option(min=1, help="Requests at the same time.")] = None,
     lookahead: Annotated[int, typer.Option(min=0, help="Tokens that can be taken back: rings are so much deeper.")] = 0,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            help="Several devices, as data=4,tensor=2: shards with requests of their own, times devices each."
+        ),
+    ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the numbers here instead; - for standard output.")
     ] = None,
@@ -54,7 +64,8 @@ def capacity(
     """Bytes per token, block and request, and how many requests fit at which context.
 
     Exactly what init_cache allocates. With --memory alone: the requests of --context tokens that fit. With --requests
-    alone: the memory they need. With both: a slot for each request, and as many blocks as the rest holds.
+    alone: the memory they need. With both: a slot for each request, and as many blocks as the rest holds. With --mesh
+    the bytes are those of one device, and the requests those of all.
     """
     console = Console()
     spec = _model(model)
@@ -63,30 +74,31 @@ def capacity(
     chosen = {"entries": entries, "window": window, "keys": keys, "hca_tail": hca_tail}
     changes: dict[str, Any] = {component: str(name) for component, name in chosen.items() if name is not None}
     cache_formats = dataclasses.replace(PROFILES[formats], **changes)
-    memory_bytes = None if memory is None else parse_bytes(memory)
+    memory_bytes, shards = None if memory is None else parse_bytes(memory), parse_mesh(mesh)
     picture = None if plot is None else writable_picture(plot, "capacity")
     to_file = json_path is not None and str(json_path) != "-"
     if json_path is not None and to_file:
         writable_file(json_path, "--json")
+    of_shard = None if requests is None else -(-requests // shards.data)
     try:
         planned = capacity_plan(
-            spec, cache_formats, context=context, memory_bytes=memory_bytes, requests=requests, lookahead=lookahead
+            spec, cache_formats, context=context, memory_bytes=memory_bytes, requests=of_shard, lookahead=lookahead
         )
     except SchemaError as error:
         raise typer.BadParameter(str(error)) from error
-    ladder = context_ladder(planned, memory_bytes)
+    ladder = context_ladder(planned, memory_bytes, shards.data)
     if picture is not None:
         draw(planned, ladder, picture)
     if json_path is not None:
-        text = json.dumps(as_json(planned, ladder, memory_bytes), indent=1) + "\n"
+        text = json.dumps(as_json(planned, ladder, memory_bytes, shards), indent=1) + "\n"
         if not to_file:
             typer.echo(text, nl=False)
             return
         json_path.write_text(text)
         console.print(f"Written to {json_path}.", markup=False, highlight=False, soft_wrap=True)
     else:
-        print_table(console, _bytes_table(planned))
-        print_table(console, _requests_table(planned, ladder, memory_bytes))
+        print_table(console, _bytes_table(planned, shards))
+        print_table(console, _requests_table(ladder, memory_bytes, shards))
     if picture is not None:
         console.print(f"Drawn in {picture}.", markup=False, highlight=False, soft_wrap=True)
 
@@ -107,8 +119,10 @@ def parse_bytes(text: str) -> int:
     return int(Fraction(match[1]) * units[match[2].lower()])
 
 
-def context_ladder(planned: CapacityPlan, memory_bytes: int | None) -> list[tuple[CapacityPlan, int | None]]:
-    """One request of 1024, 4096, ... tokens and of the longest context, and how many of each fit in the memory.
+def context_ladder(
+    planned: CapacityPlan, memory_bytes: int | None, shards: int = 1
+) -> list[tuple[CapacityPlan, int | None]]:
+    """One request of 1024, 4096, ... tokens and of the longest context, and how many of each fit in all shards.
 
     Below a longest context of 1024 it begins at the largest of 256, 64, 16, 4 and 1 that is shorter.
     """
@@ -121,21 +135,26 @@ def context_ladder(planned: CapacityPlan, memory_bytes: int | None) -> list[tupl
         given = {"context": context, "lookahead": schema.lookahead}
         fit = None
         if memory_bytes is not None:
-            fit = requests_that_fit(schema.spec, schema.formats, memory_bytes=memory_bytes, **given)
+            fit = shards * requests_that_fit(schema.spec, schema.formats, memory_bytes=memory_bytes, **given)
         ladder.append((capacity_plan(schema.spec, schema.formats, **given), fit))
     return ladder
 
 
 def as_json(
-    planned: CapacityPlan, ladder: list[tuple[CapacityPlan, int | None]], memory_bytes: int | None
+    planned: CapacityPlan,
+    ladder: list[tuple[CapacityPlan, int | None]],
+    memory_bytes: int | None,
+    mesh: MeshSize = _ONE_DEVICE,
 ) -> dict[str, Any]:
-    """The tables as plain data; all sizes in bytes."""
+    """The tables as plain data; all sizes in bytes, of one device."""
     schema = planned.schema
     return {
         "model": schema.spec.name,
         "formats": dataclasses.asdict(schema.formats),
         "context": planned.context,
-        "requests": planned.requests,
+        "mesh": mesh._asdict(),
+        "requests": mesh.data * planned.requests,
+        "slots": planned.requests,
         "blocks": schema.blocks,
         "common_context": planned.common_context,
         "memory_given": memory_bytes,
@@ -189,7 +208,7 @@ def _model(name: str) -> ModelSpec:
         raise typer.BadParameter(str(error), param_hint="--model") from error
 
 
-def _bytes_table(planned: CapacityPlan) -> Table:
+def _bytes_table(planned: CapacityPlan, mesh: MeshSize) -> Table:
     formats, block_bytes = planned.schema.formats, planned.block_bytes
     table = Table("component", "per token", "per block", "per request", "the cache")
     table.title = (
@@ -214,15 +233,18 @@ def _bytes_table(planned: CapacityPlan) -> Table:
     table.caption = f"slots: {planned.requests:,}, blocks: {planned.schema.blocks:,}"
     if planned.common_context < planned.context:
         table.caption += f", enough for {planned.common_context:,} tokens each"
+    if mesh.devices > 1:
+        table.caption += (
+            f"; on each of {mesh.devices} devices, {mesh.data} shards: {mesh.data * planned.requests:,} slots in all"
+        )
     return _numbers_right(table)
 
 
-def _requests_table(
-    planned: CapacityPlan, ladder: list[tuple[CapacityPlan, int | None]], memory_bytes: int | None
-) -> Table:
+def _requests_table(ladder: list[tuple[CapacityPlan, int | None]], memory_bytes: int | None, mesh: MeshSize) -> Table:
     table = Table("context", "bytes per request", title="A request by its context")
     if memory_bytes is not None:
-        table.title = f"Requests that fit in {memory_bytes:,} bytes"
+        each = f" on each of {mesh.devices} devices" * (mesh.devices > 1)
+        table.title = f"Requests that fit in {memory_bytes:,} bytes{each}"
         table.add_column("requests")
     for one, fit in ladder:
         row = [f"{one.context:,}", f"{one.bytes_per_request:,}"]
