@@ -1,0 +1,301 @@
+"""Whatever requests do, in whatever order, each reads what it alone would have stored; in random histories.
+
+How many: LIFECYCLE_EXAMPLES=5000 in the environment, for a night or a GPU. Hypothesis prints how a failure is repeated
+(its steps, and a line for @reproduce_failure); a run is repeated by its --hypothesis-seed.
+"""
+
+import collections
+import os
+
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from lifecycle import BUCKETS, CONTEXT, SLOTS, Device, Made, Part, Request, setting, text_of
+from test_blocks import assert_balanced
+
+from dsv4_jax import CacheFull, CacheManager
+from dsv4_jax.host.errors import CannotTruncate, LengthUnknown, StalePlan
+
+EXAMPLES = int(os.environ.get("LIFECYCLE_EXAMPLES", "60"))
+
+
+class Lifecycle(RuleBasedStateMachine):
+    """Random operations on a manager and its cache. Every step is followed by every read of every request.
+
+    An operation changes the manager, and what it should have meant in ``requests``. Plans and transfers then wait, as
+    they may, to be run in the order in which they were made.
+    """
+
+    @initialize(of=st.sampled_from((("rows", 140), ("rows", 0), ("running", 6))), every=st.sampled_from((None, 1, 2)))
+    def start(self, of, every):
+        self.schema, alone = setting(*of)
+        self.manager = CacheManager(self.schema, token_buckets=BUCKETS, snapshot_every=every)
+        self.device = Device(self.schema)
+        self.requests: dict[int, Request] = {}
+        self.waiting: list[Made] = []  # plans that were not dispatched, in the order in which they were made
+        self.dispatched: list[Made] = []  # and those of which the host has not heard
+        self.fixed: dict[tuple, bytes] = {}  # what blocks hold that nobody may write
+        first = text_of(bytes(4 * CONTEXT), b"", alone)
+        same = text_of(bytes(4 * CONTEXT), b"other", alone)
+        self.prompts = [first, first.branch(128, 0), first.branch(300, 0), first.branch(0, 0), same]
+
+    def one(self, data):
+        return data.draw(st.sampled_from(list(self.requests.values())))
+
+    # What happens on the device
+
+    def dispatch(self, plans):
+        """The device runs the first of the plans that wait."""
+        for made in self.waiting[:plans]:
+            rows, lengths = [], []
+            for request, part in made.parts.items():
+                part.start = request.length
+                mine = request.text.rows[:, part.start : part.start + part.tokens].copy()
+                mine[:, part.kept :] += 1  # not what the text goes on with
+                rows.append(mine % 512)
+                lengths.append(part.start)
+                request.length += part.kept
+            self.device.run(made.plan, lengths, np.concatenate(rows, axis=1))
+        self.dispatched += self.waiting[:plans]
+        del self.waiting[:plans]
+
+    def transfer(self):
+        """What waits for the device is done there, plans first."""
+        self.dispatch(len(self.waiting))
+        if self.manager.transfers_wait:
+            self.device.apply(self.manager.take_transfers())
+        for request in self.requests.values():
+            request.restoring = False
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def run_some(self, data):
+        self.dispatch(data.draw(st.integers(1, len(self.waiting))))
+
+    @rule()
+    def run_all(self):
+        self.transfer()
+
+    # Operations
+
+    @precondition(lambda self: len(self.requests) < SLOTS)
+    @rule(
+        data=st.data(),
+        prompt=st.integers(0, 4),
+        size=st.one_of(st.integers(1, 500), st.sampled_from((128, 129, 257, 300, 400))),
+        matched=st.sampled_from((True, True, True, False)),
+        new=st.one_of(st.none(), st.integers(0, 120)),
+    )
+    def admit(self, data, prompt, size, matched, new):
+        text = self.prompts[prompt].branch(size, data.draw(st.integers(0, 1)))
+        given = self.manager.match_prefix(text.ids[:size], salt=text.salt) if matched else size
+        fits = self.manager.can_admit(given, new)
+        try:
+            handle = self.manager.admit(given, new)
+        except CacheFull:
+            assert not fits
+            return
+        assert fits or new is None
+        request = Request(handle, self.manager.slot(handle), text)
+        if matched:
+            request.length, request.bound, request.restoring = given.length, size, given.length > 0
+        request.limit = 0 if new is None else size + new + self.schema.lookahead
+        self.requests[handle] = request
+
+    @precondition(lambda self: any(request.most < CONTEXT for request in self.requests.values()))
+    @rule(
+        data=st.data(),
+        chunks=st.lists(
+            st.one_of(st.just(1), st.integers(1, 9), st.just(128), st.just(BUCKETS[-1]), st.integers(1, 250)),
+            min_size=SLOTS,
+            max_size=SLOTS,
+        ),
+        whole=st.booleans(),
+    )
+    def prepare(self, data, chunks, whole):
+        """Chunks of prompts and decoding in one step, some with drafts; if ``whole``, to where a snapshot is due."""
+        self.transfer()
+        parts, room = {}, BUCKETS[-1]
+        some = [request for request in self.requests.values() if request.most < CONTEXT]
+        some = data.draw(st.lists(st.sampled_from(some), min_size=1, max_size=SLOTS, unique=True))
+        for request, chunk in zip(some, chunks, strict=False):
+            most = min(chunk, CONTEXT - request.most, room)
+            most = min(most, self.manager.chunk_limit(request.handle)) if whole else most
+            if most:
+                drafts = min(data.draw(st.sampled_from((0, 0, 3, 100))), most - 1, self.schema.lookahead)
+                parts[request] = Part(most, drafts, data.draw(st.integers(0, drafts)))
+                room -= most
+        drafts = {request.handle: part.drafts for request, part in parts.items()}
+        counts = {request.handle: part.tokens for request, part in parts.items()}
+        try:
+            plan = self.manager.prepare_forward(counts, drafts=drafts if any(drafts.values()) else None)
+        except CacheFull:
+            assert any(request.most + part.tokens > request.limit for request, part in parts.items())
+            return
+        made = Made(plan, parts)
+        self.waiting.append(made)
+        for request in parts:
+            request.plans.append(made)
+
+    @precondition(lambda self: self.dispatched)
+    @rule(data=st.data(), told=st.sampled_from((True, True, True, False)))
+    def commit(self, data, told):
+        """The host hears what became of a plan, and so of those before it."""
+        made = data.draw(st.sampled_from(self.dispatched))
+        self.dispatched.remove(made)
+        live = made.live
+        ends = [part.start + part.kept for part in made.parts.values()]
+        tokens = {
+            request.handle: request.text.ids[part.start : part.start + part.kept]
+            for request, part in made.parts.items()
+            if request in live
+        }
+        try:
+            self.manager.commit(made.plan, lengths=ends, tokens=tokens if told else None)
+        except StalePlan:
+            assert not live
+        else:
+            assert live
+        for request in live:
+            del request.plans[: request.plans.index(made) + 1]
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def cancel(self, data):
+        """A plan that waits, or some requests' part of it."""
+        made = data.draw(st.sampled_from(self.waiting))
+        latest = [request for request in made.parts if request.plans[-1:] == [made]]
+        if made.live != list(made.parts) or not latest:
+            return
+        out = data.draw(st.lists(st.sampled_from(latest), min_size=1, unique=True))
+        made.plan = self.manager.cancel(made.plan, [request.handle for request in out])
+        for request in out:
+            del made.parts[request]
+            request.plans.remove(made)
+        if not made.parts:
+            self.waiting.remove(made)
+
+    @precondition(lambda self: self.requests)
+    @rule(
+        data=st.data(),
+        back=st.one_of(st.integers(1, 9), st.integers(1, 150), st.just(CONTEXT)),
+        seed=st.integers(0, 2),
+    )
+    def truncate(self, data, back, seed):
+        request = self.one(data)
+        self.dispatch(len(self.waiting))
+        length = max(request.most - back, 0)
+        try:
+            self.manager.truncate(request.handle, length)
+        except CannotTruncate:
+            assert length < request.most
+            return
+        except CacheFull:
+            return
+        if length < request.most:
+            request.plans.clear()
+            request.length = length
+            if length == 0:
+                request.restoring = False
+            request.bound = min(request.bound, length)
+            request.text = request.text.branch(length, seed)
+
+    @precondition(lambda self: 0 < len(self.requests) < SLOTS)
+    @rule(data=st.data(), seed=st.integers(0, 1), new=st.one_of(st.none(), st.integers(0, 60)))
+    def fork(self, data, seed, new):
+        source = self.one(data)
+        self.dispatch(len(self.waiting))
+        if source.most + (new or 0) > CONTEXT:
+            return
+        try:
+            handle = self.manager.fork(source.handle, new)
+        except LengthUnknown:
+            assert source.is_open
+            return
+        except CacheFull:
+            return
+        text = source.text.branch(max(source.length, source.bound), seed)
+        limit = 0 if new is None else source.length + new + self.schema.lookahead
+        twin = Request(handle, self.manager.slot(handle), text, source.bound, limit, source.length)
+        twin.restoring = source.length > 0
+        source.plans.clear() if source.length else None
+        self.requests[handle] = twin
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def release(self, data):
+        request = self.one(data)
+        self.manager.release(request.handle)
+        request.plans.clear()
+        del self.requests[request.handle]
+
+    @rule(sure=st.integers(0, 3))
+    def reset_prefix_cache(self, sure):
+        if sure == 3:
+            self.manager.reset_prefix_cache()
+            for request in self.requests.values():
+                request.bound = 0
+
+    # What must hold
+
+    @invariant()
+    def holds(self):
+        if not hasattr(self, "manager"):
+            return
+        assert_balanced(self.manager._ledger)
+        for handle, request in self.requests.items():
+            assert self.manager.length(handle) == request.most
+        if not self.manager.transfers_wait:
+            self.poison_what_is_free()
+        self.check_fixed_blocks()
+        self.check_reads([one for one in self.requests.values() if one.length and not one.restoring])
+
+    def held(self):
+        """Block -> how many requests have it."""
+        return collections.Counter(block for one in self.requests for block in self.manager.blocks(one).tolist())
+
+    def poison_what_is_free(self):
+        free = np.ones(self.schema.slots + self.schema.snapshots, bool)
+        free[[request.slot for request in self.requests.values()]] = False
+        free[self.schema.slots :] = self.manager._prefix.snapshots.used == 0
+        unused = np.ones(self.schema.blocks, bool)
+        unused[[*self.held(), *self.manager._prefix._hash_of]] = False
+        self.device.poison(free, unused)
+
+    def check_fixed_blocks(self):
+        """Blocks that requests share, or could, hold what they held."""
+        fixed = {(block,) for block, times in self.held().items() if times > 1}
+        fixed |= set(self.manager._prefix._hash_of.items())
+        now = {key: self.device.block_bytes(key[0]) for key in fixed}
+        for key in now.keys() & self.fixed.keys():
+            assert now[key] == self.fixed[key], f"block {key[0]} was written while others could read it"
+        self.fixed = now
+
+    def check_reads(self, requests):
+        if not requests:
+            return
+        layers = self.device.read([one.slot for one in requests], [one.length for one in requests])
+        for layer, (found, attended) in enumerate(layers):
+            assert np.isfinite(attended.output[: len(requests)]).all()
+            for row, request in enumerate(requests):
+                first = max(request.length - 128, 0)
+                expected = {"window": request.text.window[layer][first : request.length]}
+                for name, values in request.text.pools[layer].items():
+                    expected[name] = values[: request.length * len(values) // CONTEXT]
+                for name, values in expected.items():
+                    read = found[name]
+                    assert read.valid[row].sum() == len(values), (name, layer, request.length)
+                    same = read.values[row][read.valid[row]].view(np.int32) == values.view(np.int32)
+                    assert same.all(), f"{name} of layer {layer} differ in rows {np.unique((~same).nonzero()[0])}"
+                    assert not read.values[row][~read.valid[row]].any()
+
+
+Lifecycle.TestCase.settings = settings(
+    deadline=None,
+    max_examples=EXAMPLES,
+    stateful_step_count=50,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+TestLifecycle = Lifecycle.TestCase
