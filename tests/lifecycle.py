@@ -206,11 +206,11 @@ class Request:
 
     handle: int
     slot: int
-    text: Text
+    text: Text = dataclasses.field(repr=False)
     bound: int = 0
     limit: int = 0
     length: int = 0
-    plans: list = dataclasses.field(default_factory=list)
+    plans: list = dataclasses.field(default_factory=list, repr=False)
     restoring: bool = False
 
     @property
@@ -242,7 +242,7 @@ class Part:
 class Made:
     """A plan that was made, and its parts by request."""
 
-    plan: object
+    plan: object = dataclasses.field(repr=False)
     parts: dict
 
     def unknown(self, request):

@@ -257,7 +257,9 @@ class Lifecycle(RuleBasedStateMachine):
 
     def poison_what_is_free(self):
         free = np.ones(self.schema.slots + self.schema.snapshots, bool)
-        free[[request.slot for request in self.requests.values()]] = False
+        free[[one.slot for one in [*self.requests.values(), *(one for made in self.waiting for one in made.parts)]]] = (
+            False
+        )
         free[self.schema.slots :] = self.manager._prefix.snapshots.used == 0
         unused = np.ones(self.schema.blocks, bool)
         unused[[*self.held(), *self.manager._prefix._hash_of]] = False

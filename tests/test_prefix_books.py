@@ -294,6 +294,23 @@ def test_an_idle_chain_is_revived_and_not_taken_for_the_same_request(rng):
     assert manager.free_blocks == 0
 
 
+@pytest.mark.parametrize("as_array", [True, False])
+def test_tokens_whose_places_are_not_known_are_passed_over(rng, as_array):
+    """Those of a plan that is committed before another one whose drafts it hangs on."""
+    manager = make(lookahead=4, every=1)
+    one, two = (manager.admit(manager.match_prefix(rng.integers(0, 99, 120))) for _ in range(2))
+    manager.commit(manager.prepare_forward({one: 120, two: 120}), 1)
+    manager.prepare_forward({one: 5}, drafts=4)  # keeps 2 in the end
+    later = manager.prepare_forward({one: 1, two: 1})
+    tokens = [7, 8]
+    manager.commit(
+        later, lengths=[123, 121], tokens=np.array(tokens, np.int32) if as_array else [[token] for token in tokens]
+    )
+    assert (manager.length(one), manager.length(two)) == (123, 121)
+    assert manager._prefix.known[[manager.slot(one), manager.slot(two)]].tolist() == [120, 121]
+    assert manager._prefix.open[manager.slot(two), 120] == 8
+
+
 def test_blocks_that_others_computed_meanwhile_are_not_known_twice(rng):
     manager = make(blocks=12, snapshots=2)
     text = rng.integers(0, 99, 300)

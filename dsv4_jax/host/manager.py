@@ -367,16 +367,14 @@ class CacheManager(Parking):
         table, prefix = self._request_table, self._prefix
         if tokens is None and not np.count_nonzero(prefix.follows[part.slots]):
             return ()
+        certain = part.earlier == 0  # where the part's first token is
+        if not certain.all():
+            part, kept = part.of(certain), kept[certain]
         told = None
         if tokens is not None:
             chosen = np.isin(whole.slots, part.slots)
             told = told_tokens(tokens, table.handles[whole.slots], chosen, kept - part.starts)
         telling = Telling(prefix, self._ledger)
-        certain = part.earlier == 0  # where the part's first token is
-        if not certain.all():
-            chosen = certain.nonzero()[0]
-            told = told[certain] if isinstance(told, np.ndarray) else told and [told[index] for index in chosen]
-            part, kept = part.of(certain), kept[certain]
         telling.stored(part.slots, part.starts, kept, table.lengths[part.slots] == part.ends, told)
         writes, wishes = telling.finish(self._schema.slots)
         return *writes, *self._transfers.add(*wishes)
