@@ -22,7 +22,7 @@ CONTEXT = 640
 """Tokens of a text, all of which a request has room for."""
 
 SLOTS = 4
-SIZES = {"slots": SLOTS, "blocks": 11, "max_context": CONTEXT, "snapshots": 3}
+SIZES = {"slots": SLOTS, "blocks": 11, "max_context": CONTEXT, "snapshots": 5}
 BUCKETS = (SLOTS, 300)
 BANK = 512
 ROTATE = 0x9E3779B97F4A7C15

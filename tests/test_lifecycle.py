@@ -20,6 +20,14 @@ from dsv4_jax.host.errors import CannotTruncate, LengthUnknown, StalePlan
 EXAMPLES = int(os.environ.get("LIFECYCLE_EXAMPLES", "60"))
 
 
+CHUNKS = st.lists(
+    st.one_of(st.just(1), st.integers(1, 9), st.just(128), st.just(BUCKETS[-1]), st.integers(1, 250)),
+    min_size=SLOTS,
+    max_size=SLOTS,
+)
+TOLD = st.sampled_from((True, True, True, False))
+
+
 class Lifecycle(RuleBasedStateMachine):
     """Random operations on a manager and its cache. Every step is followed by every read of every request.
 
@@ -27,8 +35,12 @@ class Lifecycle(RuleBasedStateMachine):
     they may, to be run in the order in which they were made.
     """
 
-    @initialize(of=st.sampled_from((("rows", 140), ("rows", 0), ("running", 6))), every=st.sampled_from((None, 1, 2)))
-    def start(self, of, every):
+    @initialize(
+        of=st.sampled_from((("rows", 140), ("rows", 0), ("running", 6))),
+        every=st.sampled_from((1, 2, None)),
+        computed=st.integers(1, 3),
+    )
+    def start(self, of, every, computed):
         self.schema, alone = setting(*of)
         self.manager = CacheManager(self.schema, token_buckets=BUCKETS, snapshot_every=every)
         self.device = Device(self.schema)
@@ -39,6 +51,9 @@ class Lifecycle(RuleBasedStateMachine):
         first = text_of(bytes(4 * CONTEXT), b"", alone)
         same = text_of(bytes(4 * CONTEXT), b"other", alone)
         self.prompts = [first, first.branch(128, 0), first.branch(300, 0), first.branch(0, 0), same]
+        for prompt in range(computed):  # so that there is something to meet from the beginning
+            self.admit_one(prompt, 330, 0)
+            self.finish(list(self.requests.values())[-1], 300)
 
     def one(self, data):
         return data.draw(st.sampled_from(list(self.requests.values())))
@@ -83,12 +98,16 @@ class Lifecycle(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         prompt=st.integers(0, 4),
-        size=st.one_of(st.integers(1, 500), st.sampled_from((128, 129, 257, 300, 400))),
+        size=st.one_of(st.integers(200, 500), st.integers(1, 500), st.sampled_from((128, 129, 257, 400))),
         matched=st.sampled_from((True, True, True, False)),
         new=st.one_of(st.none(), st.integers(0, 120)),
     )
     def admit(self, data, prompt, size, matched, new):
-        text = self.prompts[prompt].branch(size, data.draw(st.integers(0, 1)))
+        self.admit_one(prompt, size, data.draw(st.integers(0, 1)), matched, new)
+
+    def admit_one(self, prompt, size, seed, matched=True, new=None):
+        """A request whose prompt is the beginning of one of the texts."""
+        text = self.prompts[prompt].branch(size, seed)
         given = self.manager.match_prefix(text.ids[:size], salt=text.salt) if matched else size
         fits = self.manager.can_admit(given, new)
         try:
@@ -103,22 +122,47 @@ class Lifecycle(RuleBasedStateMachine):
         request.limit = 0 if new is None else size + new + self.schema.lookahead
         self.requests[handle] = request
 
-    @precondition(lambda self: any(request.most < CONTEXT for request in self.requests.values()))
-    @rule(
-        data=st.data(),
-        chunks=st.lists(
-            st.one_of(st.just(1), st.integers(1, 9), st.just(128), st.just(BUCKETS[-1]), st.integers(1, 250)),
-            min_size=SLOTS,
-            max_size=SLOTS,
-        ),
-        whole=st.booleans(),
-    )
+    @precondition(lambda self: self.growing)
+    @rule(data=st.data(), chunks=CHUNKS, whole=st.booleans())
     def prepare(self, data, chunks, whole):
         """Chunks of prompts and decoding in one step, some with drafts; if ``whole``, to where a snapshot is due."""
-        self.transfer()
+        self.plan(data, chunks, whole)
+
+    @precondition(lambda self: self.growing)
+    @rule(data=st.data(), chunks=CHUNKS, whole=st.booleans(), told=TOLD)
+    def serve(self, data, chunks, whole, told):
+        """A step and what a server does about it, all at once."""
+        made = self.plan(data, chunks, whole)
+        if made is not None:
+            self.dispatch(len(self.waiting))
+            self.hear(made, told)
+
+    @precondition(lambda self: self.growing)
+    @rule(data=st.data(), cut=st.sampled_from((300, 300, 128, 97)))
+    def prefill(self, data, cut):
+        """A prompt, to its end."""
+        self.finish(data.draw(st.sampled_from(self.growing)), cut)
+
+    def finish(self, request, cut):
+        """Brings what is left of a request's prompt, in steps of so many tokens at most."""
+        while request.most < request.bound:
+            most = min(cut, request.bound - request.most, self.manager.chunk_limit(request.handle))
+            made = self.make({request: Part(most, 0, 0)})
+            if made is None:
+                return
+            self.dispatch(len(self.waiting))
+            self.hear(made, True)
+            self.holds()
+
+    @property
+    def growing(self):
+        """The requests that have room for more tokens."""
+        return [request for request in self.requests.values() if request.most < CONTEXT]
+
+    def plan(self, data, chunks, whole):
+        """A step of some requests, None if there is no room for it."""
         parts, room = {}, BUCKETS[-1]
-        some = [request for request in self.requests.values() if request.most < CONTEXT]
-        some = data.draw(st.lists(st.sampled_from(some), min_size=1, max_size=SLOTS, unique=True))
+        some = data.draw(st.lists(st.sampled_from(self.growing), min_size=1, max_size=SLOTS, unique=True))
         for request, chunk in zip(some, chunks, strict=False):
             most = min(chunk, CONTEXT - request.most, room)
             most = min(most, self.manager.chunk_limit(request.handle)) if whole else most
@@ -126,23 +170,32 @@ class Lifecycle(RuleBasedStateMachine):
                 drafts = min(data.draw(st.sampled_from((0, 0, 3, 100))), most - 1, self.schema.lookahead)
                 parts[request] = Part(most, drafts, data.draw(st.integers(0, drafts)))
                 room -= most
+        return self.make(parts)
+
+    def make(self, parts):
+        """A plan of these parts, by request, None if there is no room for it."""
+        self.transfer()
         drafts = {request.handle: part.drafts for request, part in parts.items()}
         counts = {request.handle: part.tokens for request, part in parts.items()}
         try:
             plan = self.manager.prepare_forward(counts, drafts=drafts if any(drafts.values()) else None)
         except CacheFull:
             assert any(request.most + part.tokens > request.limit for request, part in parts.items())
-            return
+            return None
         made = Made(plan, parts)
         self.waiting.append(made)
         for request in parts:
             request.plans.append(made)
+        return made
 
     @precondition(lambda self: self.dispatched)
-    @rule(data=st.data(), told=st.sampled_from((True, True, True, False)))
+    @rule(data=st.data(), told=TOLD)
     def commit(self, data, told):
         """The host hears what became of a plan, and so of those before it."""
-        made = data.draw(st.sampled_from(self.dispatched))
+        self.hear(data.draw(st.sampled_from(self.dispatched)), told)
+
+    def hear(self, made, told):
+        """Commits a plan."""
         self.dispatched.remove(made)
         live = made.live
         ends = [part.start + part.kept for part in made.parts.values()]
@@ -223,16 +276,18 @@ class Lifecycle(RuleBasedStateMachine):
         self.requests[handle] = twin
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def release(self, data):
+    @rule(data=st.data(), sure=st.integers(0, 4))
+    def release(self, data, sure):
+        if len(self.requests) < SLOTS and sure < 4:
+            return  # there would be too little to meet
         request = self.one(data)
         self.manager.release(request.handle)
         request.plans.clear()
         del self.requests[request.handle]
 
-    @rule(sure=st.integers(0, 3))
+    @rule(sure=st.integers(0, 4))
     def reset_prefix_cache(self, sure):
-        if sure == 3:
+        if sure == 4:
             self.manager.reset_prefix_cache()
             for request in self.requests.values():
                 request.bound = 0
