@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from dsv4_jax.spec.kinds import BLOCK_TOKENS
 
-_TOKEN = np.dtype("<i4")
+BLOCK_TOKEN = np.dtype("<i4")
+"""A token as it is hashed, whatever the machine's byte order."""
 
 
 class Link(NamedTuple):
@@ -66,8 +67,8 @@ def chain(tokens: ArrayLike, salt: Any) -> tuple[NDArray[np.int32], bytes, tuple
     if not isinstance(salt, bytes):
         raise TypeError(f"salt must be bytes, got {salt!r}")
     ids = token_array("tokens", tokens)
-    data, parent = ids.astype(_TOKEN).tobytes(), root_of(salt)
-    root, size, links = parent, BLOCK_TOKENS * _TOKEN.itemsize, []
+    data, parent = ids.astype(BLOCK_TOKEN).tobytes(), root_of(salt)
+    root, size, links = parent, BLOCK_TOKENS * BLOCK_TOKEN.itemsize, []
     for start in range(0, len(data) // size * size, size):
         links.append(link_after(parent, data[start : start + size]))
         parent = links[-1].hash
@@ -86,4 +87,4 @@ def token_array(name: str, tokens: ArrayLike) -> NDArray[np.int32]:
 
 def tokens_of(link: Link) -> NDArray[np.int32]:
     """int32 [128]: the tokens of a block."""
-    return np.frombuffer(link.tokens, _TOKEN).astype(np.int32)
+    return np.frombuffer(link.tokens, BLOCK_TOKEN).astype(np.int32)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 Write = tuple[Any, Any, Any]
-"""One change, ``container[key] = value``: an array and an index, or a dict and a key."""
+"""One change, ``container[key] = value``: an array and an index, or a dict and a key; or a dict, EACH and a dict."""
 
 GONE: Any = object()
 """The value that a dict's key is to have no longer."""
+
+EACH: Any = object()
+"""The key that stands for all keys of the value, itself a dict: one change where there are many."""
 
 
 class Journal:
@@ -38,6 +41,8 @@ class Journal:
             for container, key, value in self._noted:
                 if value is GONE:
                     container.pop(key, None)
+                elif key is EACH:
+                    container.update(value)
                 else:
                     container[key] = value
             self._noted = ()

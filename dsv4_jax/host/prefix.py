@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dsv4_jax.host.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from dsv4_jax.host.hashing import Link, Match, tokens_of
-from dsv4_jax.host.journal import GONE, Write
+from dsv4_jax.host.journal import EACH, GONE, Write
 from dsv4_jax.host.pending import Pending
 from dsv4_jax.host.snapshots import SnapshotTable
 from dsv4_jax.layout.schema import CacheSchema
@@ -69,10 +69,11 @@ class PrefixCache:
       floors: int64 [slots], below which length (but for 0) a request has no state: it began there from a snapshot.
       open: int32 [slots, 128], the known tokens of the block that is not full of them.
       follows: bool [slots], whether the request is one whose tokens are told.
+      tells: whether events are wanted.
     """
 
     def __init__(self, schema: CacheSchema, *, every: int | None, events: bool) -> None:
-        slots, self._every, self._tell = schema.slots, every, events
+        slots, self._every, self.tells = schema.slots, every, events
         self._enabled = schema.snapshots > 0 and bool(schema.block_pools)
         self.known = np.zeros(slots, np.int64)
         self.stored = np.zeros(slots, np.int64)
@@ -218,11 +219,10 @@ class PrefixCache:
 
     def remember(self, blocks: dict[bytes, int], stored: Sequence[BlockStored]) -> tuple[Write, ...]:
         """Blocks are known by these hashes from now on."""
-        return (
-            *((self._block_of, block, index) for block, index in blocks.items()),
-            *((self._hash_of, index, block) for block, index in blocks.items()),
-            *self._told(*stored),
-        )
+        if not blocks:
+            return ()
+        hashes = {index: block for block, index in blocks.items()}
+        return (self._block_of, EACH, blocks), (self._hash_of, EACH, hashes), *self._told(*stored)
 
     def _told(self, *events: Event) -> tuple[Write, ...]:
-        return self.events.add(*events) if self._tell else ()
+        return self.events.add(*events) if self.tells else ()

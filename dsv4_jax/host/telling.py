@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 from dsv4_jax.host.blocks import BlockLedger
 from dsv4_jax.host.errors import InvalidStep
 from dsv4_jax.host.events import BlockStored
-from dsv4_jax.host.hashing import Link, link_after, token_array
-from dsv4_jax.host.journal import Write
+from dsv4_jax.host.hashing import BLOCK_TOKEN, Link, link_after, token_array
+from dsv4_jax.host.journal import EACH, Write
 from dsv4_jax.host.prefix import Chain, PrefixCache
 from dsv4_jax.host.transfers import Wish
 from dsv4_jax.spec.kinds import BLOCK_TOKENS
@@ -65,6 +65,7 @@ class Telling:
         self._new: dict[bytes, int] = {}  # blocks that get known
         self._events: list[BlockStored] = []
         self._due: dict[bytes, int] = {}  # the slots whose state is worth a snapshot, by their latest block
+        self._reached: dict[int, int] = {}  # how many of a slot's tokens are stored
         self._missed = 0
 
     def stored(
@@ -89,7 +90,9 @@ class Telling:
         prefix, known = self._prefix, self._prefix.known[slots]
         left = prefix.follows[slots]
         if isinstance(told, np.ndarray):  # decoding: only a block's last token is more than a number to be noted
-            noted = left & (starts == known) & ((known + 1) % BLOCK_TOKENS != 0)
+            follows = left & (starts == known)
+            fills = follows & ((known + 1) % BLOCK_TOKENS == 0)
+            noted = follows & ~fills
             where, at = slots[noted], known[noted]
             self._writes += [
                 (prefix.open, (where, at % BLOCK_TOKENS), told[noted]),
@@ -99,10 +102,29 @@ class Telling:
             self._writes.append((prefix.stored, where[~behind], at[~behind] + 1))
             for slot in where[behind].tolist():
                 self._reach(slot, prefix.chains[slot], int(prefix.known[slot]) + 1, False)
-            left &= ~noted
+            if np.count_nonzero(fills):
+                self._fill(slots[fills], known[fills] + 1, latest[fills], told[fills])
+            left &= ~follows
         for index in left.nonzero()[0].tolist():
             tokens = _NOTHING if told is None else np.atleast_1d(told[index])
             self._stored(int(slots[index]), int(starts[index]), int(kept[index]), bool(latest[index]), tokens)
+
+    def _fill(
+        self, slots: NDArray[np.int64], ends: NDArray[np.int64], latest: NDArray[np.bool_], last: NDArray[np.int32]
+    ) -> None:
+        """Requests got the ``last`` token of a block, which are their known tokens ``ends`` by then, [n] each."""
+        prefix, size = self._prefix, BLOCK_TOKENS * BLOCK_TOKEN.itemsize
+        blocks = prefix.open[slots]
+        blocks[:, -1] = last
+        data = blocks.astype(BLOCK_TOKEN).tobytes()  # all at once: it is many requests that fill a block in one step
+        chains: dict[int, Chain] = {}
+        for index, (slot, end, only) in enumerate(zip(slots.tolist(), ends.tolist(), latest.tolist(), strict=True)):
+            root, salt, links, worth = prefix.chains[slot]
+            parent = links[-1].hash if links else root
+            links = *links, link_after(parent, data[size * index : size * (index + 1)])
+            chains[slot] = Chain(root, salt, links, worth)
+            self._reach(slot, chains[slot], end, only)
+        self._writes += [(prefix.known, slots, ends), (prefix.chains, EACH, chains)]
 
     def _stored(self, slot: int, start: int, kept: int, latest: bool, tokens: NDArray[np.int32]) -> None:
         prefix, known = self._prefix, int(self._prefix.known[slot])
@@ -114,7 +136,7 @@ class Telling:
             links = list(chain.links)
             for first in range(0, flat.size // BLOCK_TOKENS * BLOCK_TOKENS, BLOCK_TOKENS):
                 parent = links[-1].hash if links else chain.root
-                links.append(link_after(parent, flat[first : first + BLOCK_TOKENS].astype("<i4").tobytes()))
+                links.append(link_after(parent, flat[first : first + BLOCK_TOKENS].astype(BLOCK_TOKEN).tobytes()))
             rest, known = flat[flat.size // BLOCK_TOKENS * BLOCK_TOKENS :], kept
             chain = chain._replace(links=tuple(links))
             self._writes += [
@@ -129,7 +151,7 @@ class Telling:
         prefix, before = self._prefix, int(self._prefix.stored[slot])
         if stored <= before:
             return
-        self._writes.append((prefix.stored, slot, stored))
+        self._reached[slot] = stored
         first, end = before // BLOCK_TOKENS, stored // BLOCK_TOKENS
         if first == end:
             return
@@ -183,10 +205,10 @@ class Telling:
 
     def _note(self, chain: Chain, end: int, run: list[Link]) -> None:
         """The blocks of a run, which ends before place ``end``, are an event."""
-        if not run:
+        if not run or not self._prefix.tells:
             return
         first, salt = end - len(run), (chain.salt,) if chain.salt else None
-        tokens = np.frombuffer(b"".join(link.tokens for link in run), "<i4")
+        tokens = np.frombuffer(b"".join(link.tokens for link in run), BLOCK_TOKEN)
         self._events.append(
             BlockStored(
                 block_hashes=tuple(link.hash for link in run),
@@ -206,8 +228,10 @@ class Telling:
             ("copy", (self._due[block], behind_slots + one)) for block, one in zip(due, taken, strict=False)
         ]
         missed = self._missed + len(due) - len(taken)
+        slots, lengths = (np.fromiter(numbers, np.int64) for numbers in (self._reached, self._reached.values()))
         return (
             *self._writes,
+            (prefix.stored, slots, lengths),
             *prefix.remember(self._new, self._events),
             *self._ledger.keep(self.blocks),
             *snapshots,
