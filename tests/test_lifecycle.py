@@ -154,6 +154,26 @@ class Lifecycle(RuleBasedStateMachine):
             self.hear(made, True)
             self.holds()
 
+    @precondition(lambda self: self.growing and self.schema.lookahead)
+    @rule(data=st.data(), drafts=st.integers(1, 6), told=TOLD)
+    def speculate(self, data, drafts, told):
+        """Decoding with drafts, always a step ahead of what the host has heard."""
+        ahead = []
+        for _ in range(4):
+            parts = {
+                one: Part(1 + drafts, drafts, data.draw(st.integers(0, drafts)))
+                for one in self.growing
+                if one.most + drafts < CONTEXT
+            }
+            made = self.make(parts) if parts else None
+            if made is None:
+                return
+            ahead.append(made)
+            if len(ahead) > 1:
+                self.dispatch(len(self.waiting))
+                self.hear(ahead.pop(0), told)
+                self.holds()
+
     @property
     def growing(self):
         """The requests that have room for more tokens."""
