@@ -9,7 +9,8 @@ errors), ``dsv4_jax.layout``, ``dsv4_jax.spec``, ``dsv4_jax.cache``; ``ops`` are
 """
 
 from dsv4_jax import ops
-from dsv4_jax.cache.errors import StepError
+from dsv4_jax.cache.checker import CacheChecker
+from dsv4_jax.cache.errors import CacheDamaged, StepError
 from dsv4_jax.cache.layer import LayerCache
 from dsv4_jax.cache.pools import Cache, init_cache
 from dsv4_jax.cache.rotary import closing_rotary, token_rotary
@@ -37,6 +38,8 @@ from dsv4_jax.spec.rotary import Rotary, apply_rotary, rotary
 __all__ = [
     "PROFILES",
     "Cache",
+    "CacheChecker",
+    "CacheDamaged",
     "CacheError",
     "CacheFormats",
     "CacheFull",

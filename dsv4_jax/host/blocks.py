@@ -39,6 +39,7 @@ class BlockLedger:
       table: int32 [slots, max_blocks], the same from the other side: the block of a slot's place, -1 = none.
       kept: bool [blocks], whether what the block contains may be wanted again.
       promised: int64 [slots], how many blocks a slot can have whatever others take.
+      reopened: int64 [blocks], when it was last decided that a full block is written again, counted as in ``opened``.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class BlockLedger:
         self._stack = np.arange(blocks, dtype=np.int32)[::-1].copy()
         # When each block was taken, counted in blocks: given back in reverse, they are handed out as before.
         self._taken = np.zeros(blocks, np.int64)
+        self.reopened = np.zeros(blocks, np.int64)
         self.promised = np.zeros(slots, np.int64)
         self.kept = np.zeros(blocks, np.bool_)
         self._idle = IdleQueue(blocks)
@@ -254,6 +256,16 @@ class BlockLedger:
     def revived(self, shared: NDArray[np.int32]) -> NDArray[np.int32]:
         """Those of some blocks that nobody has, and that would no longer be available if somebody had them."""
         return shared[self.references[shared] == 0]
+
+    @property
+    def opened(self) -> NDArray[np.int64]:
+        """int64 [blocks]: when each block was last taken or reopened, a number that no two such times share."""
+        return np.maximum(self._taken, self.reopened)
+
+    def reopen(self, ids: NDArray[np.int32]) -> tuple[Write, ...]:
+        """The one slot that has these blocks, or that one block, may write them again from now on."""
+        taken = self._counts["taken"]
+        return (self.reopened, ids, taken), (self._counts, "taken", taken + 1)
 
     def keep(self, ids: NDArray[np.int32]) -> tuple[Write, ...]:
         """From now on these blocks, which slots have, are kept."""

@@ -15,6 +15,7 @@ from dsv4_jax.host.arguments import count
 from dsv4_jax.host.batch import BlockNeed
 from dsv4_jax.host.blocks import BlockLedger
 from dsv4_jax.host.drafts import DraftTable
+from dsv4_jax.host.errors import LengthUnknown, TransfersWait
 from dsv4_jax.host.hashing import Match, chain
 from dsv4_jax.host.journal import Journal
 from dsv4_jax.host.pending import Pending
@@ -22,7 +23,9 @@ from dsv4_jax.host.prefix import Hit, PrefixCache
 from dsv4_jax.host.receipts import Receipts
 from dsv4_jax.host.requests import RequestTable
 from dsv4_jax.host.transfers import Wish
+from dsv4_jax.layout.contents import Contents
 from dsv4_jax.layout.schema import CacheSchema
+from dsv4_jax.spec.kinds import BLOCK_TOKENS
 
 
 class Books:
@@ -116,6 +119,38 @@ class Books:
           int64 of that shape.
         """
         return self._need.blocks(length)
+
+    def contents(self) -> Contents:
+        """What the cache holds once every plan made so far has run: what ``CacheChecker`` compares a cache with.
+
+        Raises:
+          TransfersWait: ``take_transfers`` first, and apply them.
+          LengthUnknown: a request has drafts of which nothing is known; commit their plans first.
+        """
+        table, ledger = self._state()
+        if self._transfers:
+            raise TransfersWait(len(self._transfers))
+        slots = (table.handles >= 0).nonzero()[0]
+        for slot in slots.tolist():
+            if self._drafts.is_open(slot):
+                raise LengthUnknown(int(table.handles[slot]), "checked")
+        readable = np.where(ledger.kept & (ledger.references == 0), BLOCK_TOKENS, 0)
+        held, places = (ledger.table[slots] >= 0).nonzero()
+        tokens = (table.lengths[slots[held]] - BLOCK_TOKENS * places).clip(0, BLOCK_TOKENS)
+        np.maximum.at(readable, ledger.table[slots[held], places], tokens)
+        lengths = np.concatenate([table.lengths, np.zeros(self._schema.snapshots, np.int64)])
+        snapshots, blocks = self._prefix.blocks_before_snapshots()
+        lengths[np.array(snapshots, np.intp) + self._schema.slots] = BLOCK_TOKENS * (ledger.place[blocks] + 1)
+        return Contents(
+            requests=table.handles.copy(),
+            lengths=lengths,
+            table=ledger.table.copy(),
+            references=ledger.references.copy(),
+            places=ledger.place.copy(),
+            readable=readable,
+            opened=ledger.opened,
+            taken=self._prefix.snapshots.taken.copy(),
+        )
 
     def match_prefix(self, tokens: ArrayLike, *, salt: bytes = b"") -> Match:
         """Looks up what of a prompt is in the cache.

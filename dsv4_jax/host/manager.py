@@ -399,6 +399,7 @@ class CacheManager(Parking):
         opened = ledger.table[slot, last : last + 1]
         if ledger.references[opened[0]] == 1:
             known = opened[ledger.kept[opened]].copy()  # as what it is no longer going to be
-            return *ledger.give_back(*given_back), *self._prefix.evict(known), *ledger.keep_no_longer(known)
+            forgotten = *self._prefix.evict(known), *ledger.keep_no_longer(known)
+            return *ledger.give_back(*given_back), *forgotten, *ledger.reopen(opened.copy())
         old, new, writes = ledger.exchange(slot, last, int(places[1]))
         return *writes, *self._transfers.add(("install", (slot, [new], last)), ("copy_block", (old, new)))

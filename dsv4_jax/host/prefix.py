@@ -213,6 +213,11 @@ class PrefixCache:
         links = self.chains[slot].links[: int(self.stored[slot]) // BLOCK_TOKENS]
         return np.array([self._block_of[link.hash] for link in links if link.hash in self._block_of], np.int32)
 
+    def blocks_before_snapshots(self) -> tuple[list[int], list[int]]:
+        """The snapshots in use, and the block that each follows."""
+        held = self.snapshots.held()
+        return [snapshot for snapshot, _ in held], [self._block_of[block] for _, block in held]
+
     def is_known(self, block: bytes) -> bool:
         """Whether some block is known by this hash."""
         return block in self._block_of

@@ -14,10 +14,12 @@ class SnapshotTable:
 
     Attributes:
       used: int64 [snapshots], when each was last taken or restored; 0 for a free one.
+      taken: int64 [snapshots], when each was last taken.
     """
 
     def __init__(self, snapshots: int) -> None:
         self.used = np.zeros(snapshots, np.int64)
+        self.taken = np.zeros(snapshots, np.int64)
         self._of_hash: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._counts = {"uses": 0}
@@ -28,6 +30,10 @@ class SnapshotTable:
     def find(self, block: bytes) -> int | None:
         """The snapshot at the end of this block."""
         return self._of_hash.get(block)
+
+    def held(self) -> tuple[tuple[int, bytes], ...]:
+        """The snapshots in use, and the block that each follows."""
+        return tuple(self._hash_of.items())
 
     def touch(self, snapshot: int) -> tuple[Write, ...]:
         """A snapshot was used."""
@@ -48,6 +54,7 @@ class SnapshotTable:
                 (self._of_hash, block, snapshot),
                 (self._hash_of, snapshot, block),
                 (self.used, snapshot, uses),
+                (self.taken, snapshot, uses),
             ]
         return chosen, (*writes, (self._counts, "uses", uses))
 

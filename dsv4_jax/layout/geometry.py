@@ -95,9 +95,15 @@ class TailGeometry:
         """Whether a token's current half is still needed when its request continues at position ``following``."""
         return position // self.compression.ratio >= self.earliest_window(following)
 
-    def rows_in_use(self, following: jax.Array) -> jax.Array:
-        """Which rows hold something still needed when a request continues at ``following``: [R] -> bool [R, rows]."""
-        following = following[:, None]
+    def rows_in_use(self, following: jax.Array, *, back: bool = True) -> jax.Array:
+        """Which rows hold something still needed when a request continues at ``following``: [R] -> bool [R, rows].
+
+        Args:
+          following: [R], the next position of each request.
+          back: whether it may go back by ``depth`` tokens before; without, these are what the next entries pool.
+        """
+        ratio, following = self.compression.ratio, following[:, None]
+        earliest = self.earliest_window(following) if back else following // ratio
 
         def latest(ring: int) -> jax.Array:
             """The latest position before ``following`` in every row of a ring, below 0 for none."""
@@ -105,5 +111,5 @@ class TailGeometry:
             return last - (last - jnp.arange(ring, dtype=following.dtype)[None, :]) % max(ring, 1)
 
         overlap, current = latest(self.overlap_ring), latest(self.current_ring)
-        overlap = (overlap >= 0) & self.overlap_survives(overlap, following)
-        return jnp.concatenate([overlap, (current >= 0) & self.current_survives(current, following)], axis=1)
+        overlap = (overlap >= 0) & (overlap // ratio >= earliest - 1)
+        return jnp.concatenate([overlap, (current >= 0) & (current // ratio >= earliest)], axis=1)
