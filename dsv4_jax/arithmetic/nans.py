@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,16 @@ from jax import lax
 from dsv4_jax.arithmetic.scalars import numbers_in
 from dsv4_jax.layout.formats import Numbers, VectorFormat
 
-_ABOVE = {jnp.dtype(jnp.float32): np.uint32(0xFF00_0000), jnp.dtype(jnp.bfloat16): np.uint16(0xFF00)}
+_INFINITY: dict[Any, Any] = {
+    jnp.dtype(jnp.float32): np.uint32(0xFF00_0000),
+    jnp.dtype(jnp.bfloat16): np.uint16(0xFF00),
+}
 """The bits of a float's infinity, the sign shifted out: what is larger is a NaN."""
 
 
 def is_nan(x: jax.Array) -> jax.Array:
     """Which fp32 or bf16 numbers are NaN, whatever arithmetic makes of those; bool of x's shape."""
-    infinity = _ABOVE[x.dtype]
+    infinity = _INFINITY[x.dtype]
     return lax.bitcast_convert_type(x, infinity.dtype) << 1 > infinity
 
 

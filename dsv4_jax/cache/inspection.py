@@ -1,7 +1,7 @@
 """``inspect``: one pass over a cache on the device, which looks for what cannot be, and sums up every page.
 
 Pools are read where they lie, some pages at a time and as the integers that they are stored as, so that the largest
-needs little beside it.
+needs little beside it. (On a CPU, bf16 pools are copied.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dsv4_jax.spec.kinds import BLOCK_TOKENS, LayerKind
 NOTHING = -1
 """No row, ring row or place is wrong."""
 
-_SLAB_BYTES = 1 << 25
+_SLAB_BYTES = 1 << 22
 """What is read of a pool at a time."""
 
 
@@ -77,8 +77,8 @@ def expected_of(contents: Contents, closed_before: Contents | None) -> Expected:
         same_blocks = same_blocks & closed_blocks(closed_before) & (contents.opened == closed_before.opened)
         held_before = closed_before.lengths[contents.requests.size :] > 0
         same_snapshots = same_snapshots & held_before & (contents.taken == closed_before.taken)
-    narrow = (array.astype(np.int32) for array in (contents.lengths, contents.table, contents.readable))
-    return Expected(*narrow, same_blocks, same_snapshots)
+    lengths, readable = contents.lengths.astype(np.int32), contents.readable.astype(np.int32)
+    return Expected(lengths, contents.table, readable, same_blocks, same_snapshots)
 
 
 def closed_blocks(contents: Contents) -> np.ndarray:
@@ -97,12 +97,13 @@ def inspect(cache: Cache, expected: Expected, sums: dict[str, jax.Array] | None)
     """
     schema, arrays = cache.schema, cache.arrays
     readable, rows_found = _readable_rows(schema, expected), _rows_with_nan(schema)
-    same = dict.fromkeys(schema.block_pools, expected.same_blocks)
+    same: dict[str, Any] = dict.fromkeys(schema.block_pools, expected.same_blocks)
     of_slots = jnp.concatenate([jnp.zeros(schema.slots, bool), expected.same_snapshots])
     for name in ("window", "window_positions", *schema.tails):
         if schema.snapshots and arrays[name].shape[1] == of_slots.size:
             same[name] = of_slots
-    nans, totals = {}, {}
+    nans: dict[str, jax.Array] = {}
+    totals: dict[str, jax.Array] = {}
     for name in (*rows_found, "window_positions"):
         looks: dict[str, Callable] = {"sums": lambda pages, _: _sum(pages)} if name in same else {}
         if name in rows_found:
@@ -111,7 +112,7 @@ def inspect(cache: Cache, expected: Expected, sums: dict[str, jax.Array] | None)
             seen = _of_pages(arrays[name], readable.get(name), looks)
             nans |= {name: seen["nans"]} if "nans" in seen else {}
             totals |= {name: seen["sums"]} if "sums" in seen else {}
-    before = totals if sums is None else sums
+    before: dict[str, jax.Array] = totals if sums is None else sums
     changed = {name: same[name][None] & (total != before[name]) for name, total in totals.items()}
     return Found(
         _wrong_places(cache.block_table, expected),
@@ -128,12 +129,13 @@ def _of_pages(pool: jax.Array, readable: jax.Array | None, looks: dict[str, Call
     size = min(max(_SLAB_BYTES // (math.prod(pool.shape[2:]) * pool.dtype.itemsize), 1), pages)
     if not layers:
         return {name: jnp.zeros((layers, pages), jnp.int32) for name in looks}
-    slabs = -(-pages // size)
+    # To slice bf16, XLA's CPU makes all of it fp32; as integers it is at worst copied, on a GPU neither.
+    slabs, bits = -(-pages // size), _bits(pool) if pool.dtype == jnp.bfloat16 else pool
 
     def one(seen: dict[str, jax.Array], index: jax.Array) -> tuple[dict[str, jax.Array], None]:
         layer, first = index // slabs, jnp.minimum(index % slabs * size, pages - size)
-        at = (layer, first, *[0] * (pool.ndim - 2))
-        slab = lax.dynamic_slice(pool, at, (1, size, *pool.shape[2:]))[0]
+        at: list[Any] = [layer, first, *[0] * (pool.ndim - 2)]
+        slab = lax.bitcast_convert_type(lax.dynamic_slice(bits, at, (1, size, *pool.shape[2:]))[0], pool.dtype)
         rows = None if readable is None else lax.dynamic_slice_in_dim(readable, first, size)
         return {
             name: lax.dynamic_update_slice(seen[name], look(slab, rows)[None], (layer, first))
@@ -145,12 +147,16 @@ def _of_pages(pool: jax.Array, readable: jax.Array | None, looks: dict[str, Call
     return lax.scan(one, nothing, jnp.arange(layers * slabs, dtype=jnp.int32))[0]
 
 
+def _bits(x: jax.Array) -> jax.Array:
+    """The same bytes as integers."""
+    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
 def _sum(pages: jax.Array) -> jax.Array:
     """Uint32 [n]: the sum of each page's integers, each times an odd number of its place, so that no single one's
     change is missed.
     """
-    bits = jnp.dtype(f"uint{8 * pages.dtype.itemsize}")
-    words = lax.bitcast_convert_type(pages, bits).reshape(len(pages), -1).astype(jnp.uint32)
+    words = _bits(pages).reshape(len(pages), -1).astype(jnp.uint32)
     weights = (2 * jnp.arange(words.shape[1], dtype=jnp.uint32) + 1) * np.uint32(0x9E37_79B1)
     return (words * weights).sum(axis=1, dtype=jnp.uint32)
 
