@@ -1,11 +1,14 @@
 """Requests whose tokens have ids, on a cache that shares prefixes and on one where each is computed from nothing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from harness import Driver, assert_same_bytes, random_tokens, random_weights
 
-from dsv4_jax import CacheFormats, apply_transfers
+from dsv4_jax import CacheFormats, CacheFull, apply_transfers
+from dsv4_jax.host.errors import CannotTruncate
 
 BANK = 512
 """Token ids."""
@@ -16,9 +19,9 @@ SIZES = {"slots": 4, "blocks": 24, "max_context": 1280, "snapshots": 4, "lookahe
 class Prompts:
     """Equal ids bring equal rows. What every request stored can be compared with its own tokens computed alone."""
 
-    def __init__(self, rng, hca_tail="rows", poison=False, **sizes):
+    def __init__(self, rng, hca_tail="rows", poison=False, formats=None, **sizes):
         self.rng, self.bank = rng, random_tokens(rng, BANK)
-        weights, formats = random_weights(rng), CacheFormats(hca_tail=hca_tail)
+        weights, formats = random_weights(rng), dataclasses.replace(formats or CacheFormats(), hca_tail=hca_tail)
         sizes = SIZES | sizes
         self.driver = Driver(weights, formats, **sizes)
         same = {name: sizes[name] for name in ("max_context", "lookahead")}
@@ -88,6 +91,59 @@ class Prompts:
     def release(self, request):
         self.manager.release(request)
         del self.ids[request]
+
+    def texts(self):
+        """Three texts of 700 tokens, the second and third of which begin as the first does."""
+        texts = [self.tokens(700) for _ in range(3)]
+        for text in texts[1:]:
+            same = int(self.rng.integers(1, 400))
+            text[:same] = texts[0][:same]
+        return texts
+
+    def act(self, texts, seen):
+        """Something that may happen: a prompt out of ``texts``, a fork, a step; ``seen`` gets to know what."""
+        rng, manager, requests = self.rng, self.manager, list(self.ids)
+        request = int(rng.choice(requests)) if requests else -1
+        what = str(rng.choice(["admit", "admit", "fork", "truncate", "release", "cancel", *["step"] * 7]))
+        try:
+            match what:
+                case "admit":
+                    text = texts[int(rng.integers(3))][: int(rng.integers(100, 500))]
+                    ids = np.concatenate([text, self.tokens(int(rng.integers(0, 200)))])
+                    new = int(rng.integers(0, 100)) if rng.random() < 0.5 else None
+                    match = manager.match_prefix(ids, salt=b"x" * (rng.random() < 0.1))
+                    if manager.can_admit(match, new):
+                        request = manager.admit(match, new)
+                        self.ids[request] = ids
+                        seen.add("hit" if manager.length(request) else "new")
+                case "fork" if requests:
+                    twin = manager.fork(request)
+                    self.ids[twin] = self.ids[request].copy()
+                case "truncate" if requests and manager.length(request):
+                    length = max(manager.length(request) - int(rng.integers(1, 140)), 0)
+                    manager.truncate(request, length)
+                    self.ids[request] = self.ids[request][:length]
+                case "release" if requests:
+                    self.release(request)
+                case "cancel" if requests:
+                    self.transfer()
+                    manager.cancel(manager.prepare_forward({request: 1}))
+                case "step":
+                    self.transfer()
+                    some = [one for one in requests if rng.random() < 0.8 and manager.length(one) < 900]
+                    counts = {one: int(rng.choice([1, rng.integers(1, 300), 300])) for one in some}
+                    for one in counts:
+                        if rng.random() < 0.8:
+                            counts[one] = min(counts[one], manager.chunk_limit(one))
+                    if counts:
+                        self.step(counts, told=bool(rng.random() < 0.9), commit=bool(rng.random() < 0.9))
+        except CacheFull:
+            seen.add("full")
+            if self.ids:
+                self.release(max(self.ids, key=manager.length))
+        except CannotTruncate:
+            pass
+        seen.add(what)
 
     def check(self, request):
         """What a request stored is what it stores if it is computed from nothing."""

@@ -6,7 +6,6 @@ from histories import steps_until
 from prompts import Prompts
 from test_blocks import assert_balanced
 
-from dsv4_jax import CacheFull
 from dsv4_jax.host.errors import CannotTruncate
 from dsv4_jax.layout.formats import HCA_TAILS
 
@@ -179,54 +178,10 @@ def test_random_traffic(device, rng, hca_tail):
     """Prompts of few beginnings, cut anyhow; forks, tokens taken back, plans cancelled, little room."""
     prompts = Prompts(rng, hca_tail, poison=True, lookahead=140, blocks=15, snapshots=4, snapshot_every=1)
     manager, seen = prompts.manager, set()
-    texts = [prompts.tokens(700) for _ in range(3)]
-    for text in texts[1:]:
-        same = int(rng.integers(1, 400))
-        text[:same] = texts[0][:same]
+    texts = prompts.texts()
     wanted = {"hit", "new", "full", "fork", "truncate", "release"}
     for step in steps_until(240, seen, wanted):
-        requests = list(prompts.ids)
-        request = int(rng.choice(requests)) if requests else -1
-        what = str(rng.choice(["admit", "admit", "fork", "truncate", "release", "cancel", *["step"] * 7]))
-        try:
-            match what:
-                case "admit":
-                    text = texts[int(rng.integers(3))][: int(rng.integers(100, 500))]
-                    ids = np.concatenate([text, prompts.tokens(int(rng.integers(0, 200)))])
-                    new = int(rng.integers(0, 100)) if rng.random() < 0.5 else None
-                    match = manager.match_prefix(ids, salt=b"x" * (rng.random() < 0.1))
-                    if manager.can_admit(match, new):
-                        request = manager.admit(match, new)
-                        prompts.ids[request] = ids
-                        seen.add("hit" if manager.length(request) else "new")
-                case "fork" if requests:
-                    twin = manager.fork(request)
-                    prompts.ids[twin] = prompts.ids[request].copy()
-                case "truncate" if requests and manager.length(request):
-                    length = max(manager.length(request) - int(rng.integers(1, 140)), 0)
-                    manager.truncate(request, length)
-                    prompts.ids[request] = prompts.ids[request][:length]
-                case "release" if requests:
-                    prompts.release(request)
-                case "cancel" if requests:
-                    prompts.transfer()
-                    manager.cancel(manager.prepare_forward({request: 1}))
-                case "step":
-                    prompts.transfer()
-                    some = [one for one in requests if rng.random() < 0.8 and manager.length(one) < 900]
-                    counts = {one: int(rng.choice([1, rng.integers(1, 300), 300])) for one in some}
-                    for one in counts:
-                        if rng.random() < 0.8:
-                            counts[one] = min(counts[one], manager.chunk_limit(one))
-                    if counts:
-                        prompts.step(counts, told=bool(rng.random() < 0.9), commit=bool(rng.random() < 0.9))
-        except CacheFull:
-            seen.add("full")
-            if prompts.ids:
-                prompts.release(max(prompts.ids, key=manager.length))
-        except CannotTruncate:
-            pass
-        seen.add(what)
+        prompts.act(texts, seen)
         assert_balanced(manager._ledger)
         if step % 12 == 11 and prompts.ids:
             prompts.check(int(rng.choice(list(prompts.ids))))
