@@ -202,6 +202,7 @@ class Request:
       length: tokens on the device, once all that was dispatched has run.
       plans: those that the host can still hear of, oldest first.
       restoring: its state waits for a transfer.
+      shortened: tokens were taken back. The next one sees 127 before it, so the oldest that the last saw may be gone.
     """
 
     handle: int
@@ -212,6 +213,7 @@ class Request:
     length: int = 0
     plans: list = dataclasses.field(default_factory=list, repr=False)
     restoring: bool = False
+    shortened: bool = False
 
     @property
     def most(self):

@@ -71,6 +71,7 @@ class Lifecycle(RuleBasedStateMachine):
                 rows.append(mine % 512)
                 lengths.append(part.start)
                 request.length += part.kept
+                request.shortened = False
             self.device.run(made.plan, lengths, np.concatenate(rows, axis=1))
         self.dispatched += self.waiting[:plans]
         del self.waiting[:plans]
@@ -268,7 +269,7 @@ class Lifecycle(RuleBasedStateMachine):
             return
         if length < request.most:
             request.plans.clear()
-            request.length = length
+            request.length, request.shortened = length, True
             if length == 0:
                 request.restoring = False
             request.bound = min(request.bound, length)
@@ -291,7 +292,7 @@ class Lifecycle(RuleBasedStateMachine):
         text = source.text.branch(max(source.length, source.bound), seed)
         limit = 0 if new is None else source.length + new + self.schema.lookahead
         twin = Request(handle, self.manager.slot(handle), text, source.bound, limit, source.length)
-        twin.restoring = source.length > 0
+        twin.restoring, twin.shortened = source.length > 0, source.shortened
         source.plans.clear() if source.length else None
         self.requests[handle] = twin
 
@@ -356,14 +357,15 @@ class Lifecycle(RuleBasedStateMachine):
         for layer, (found, attended) in enumerate(layers):
             assert np.isfinite(attended.output[: len(requests)]).all()
             for row, request in enumerate(requests):
-                first = max(request.length - 128, 0)
+                first = max(request.length - 128 + request.shortened, 0)
                 expected = {"window": request.text.window[layer][first : request.length]}
                 for name, values in request.text.pools[layer].items():
                     expected[name] = values[: request.length * len(values) // CONTEXT]
                 for name, values in expected.items():
                     read = found[name]
-                    assert read.valid[row].sum() == len(values), (name, layer, request.length)
-                    same = read.values[row][read.valid[row]].view(np.int32) == values.view(np.int32)
+                    valid = read.valid[row] & (read.positions[row] >= (first if name == "window" else 0))
+                    assert valid.sum() == len(values), (name, layer, request.length)
+                    same = read.values[row][valid].view(np.int32) == values.view(np.int32)
                     assert same.all(), f"{name} of layer {layer} differ in rows {np.unique((~same).nonzero()[0])}"
                     assert not read.values[row][~read.valid[row]].any()
 
