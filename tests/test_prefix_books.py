@@ -254,7 +254,7 @@ def fed(manager, text, new=None):
     request = manager.admit(manager.match_prefix(text), new)
     while manager.length(request) < len(text):
         manager.take_transfers()
-        count = min(len(text) - manager.length(request), manager.chunk_limit(request))
+        count = min(len(text) - manager.length(request), manager.chunk_limit(request), 1024)
         plan = manager.prepare_forward({request: count})
         manager.commit(plan, 1)
     manager.take_transfers()
