@@ -84,7 +84,7 @@ class Text:
         return text_of(ids.tobytes(), self.salt, self._alone)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=32)
 def text_of(ids, salt, alone):
     """The text of these ids, int32 as bytes."""
     return Text(np.frombuffer(ids, np.int32).copy(), salt, alone)

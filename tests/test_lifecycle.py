@@ -52,8 +52,7 @@ class Lifecycle(RuleBasedStateMachine):
         same = text_of(bytes(4 * CONTEXT), b"other", alone)
         self.prompts = [first, first.branch(128, 0), first.branch(300, 0), first.branch(0, 0), same]
         for prompt in range(computed):  # so that there is something to meet from the beginning
-            self.admit_one(prompt, 330, 0)
-            self.finish(list(self.requests.values())[-1], 300)
+            self.come(prompt, 330, 300)
 
     def one(self, data):
         return data.draw(st.sampled_from(list(self.requests.values())))
@@ -115,13 +114,22 @@ class Lifecycle(RuleBasedStateMachine):
             handle = self.manager.admit(given, new)
         except CacheFull:
             assert not fits
-            return
+            return None
         assert fits or new is None
         request = Request(handle, self.manager.slot(handle), text)
         if matched:
             request.length, request.bound, request.restoring = given.length, size, given.length > 0
         request.limit = 0 if new is None else size + new + self.schema.lookahead
         self.requests[handle] = request
+        return request
+
+    @rule(prompt=st.integers(0, 4), size=st.integers(257, 400), cut=st.sampled_from((300, 128, 97)))
+    def come(self, prompt, size, cut):
+        """A request, in the place of the oldest if there is no other, that brings its prompt at once."""
+        if len(self.requests) == SLOTS:
+            self.leave(next(iter(self.requests.values())))
+        if request := self.admit_one(prompt, size, 0):
+            self.finish(request, cut)
 
     @precondition(lambda self: self.growing)
     @rule(data=st.data(), chunks=CHUNKS, whole=st.booleans())
@@ -301,7 +309,10 @@ class Lifecycle(RuleBasedStateMachine):
     def release(self, data, sure):
         if len(self.requests) < SLOTS and sure < 4:
             return  # there would be too little to meet
-        request = self.one(data)
+        self.leave(self.one(data))
+
+    def leave(self, request):
+        """Releases a request."""
         self.manager.release(request.handle)
         request.plans.clear()
         del self.requests[request.handle]
