@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsv4_jax.cache.errors import CacheDamaged, Fault
-from dsv4_jax.cache.inspection import NOTHING, Found, expected_of, inspect
+from dsv4_jax.cache.inspection import NOTHING, Found, expected_of, inspect, no_sums
 from dsv4_jax.cache.pools import Cache, check_one_shard
 from dsv4_jax.layout.contents import Contents
 from dsv4_jax.layout.schema import CacheSchema
@@ -51,7 +51,7 @@ class CacheChecker:
         """
         check_one_shard(cache)
         _check_sizes(cache.schema, contents)
-        before, sums = self._before or (None, None)
+        before, sums = self._before or (None, no_sums(cache))
         found: Found = inspect(cache, expected_of(contents, before), sums)
         seen = jax.device_get(found._replace(sums={}))
         words = _Words(cache, contents)

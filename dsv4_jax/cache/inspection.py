@@ -86,34 +86,39 @@ def closed_blocks(contents: Contents) -> np.ndarray:
     return contents.readable == BLOCK_TOKENS
 
 
+def no_sums(cache: Cache) -> dict[str, jax.Array]:
+    """What ``inspect`` takes for sums where there are none yet."""
+    arrays = cache.arrays
+    return {name: jnp.zeros(arrays[name].shape[:2], jnp.uint32) for name in _summed_up(cache.schema)}
+
+
 @jax.jit
-def inspect(cache: Cache, expected: Expected, sums: dict[str, jax.Array] | None) -> Found:
+def inspect(cache: Cache, expected: Expected, sums: dict[str, jax.Array]) -> Found:
     """Looks at all of a cache.
 
     Args:
       cache: of one shard.
       expected: what it is compared with.
-      sums: those found before; None if there are none, and then nothing may be ``same``.
+      sums: those found before, of what is to be the ``same``.
     """
-    schema, arrays = cache.schema, cache.arrays
+    schema = cache.schema
     readable, rows_found = _readable_rows(schema, expected), _rows_with_nan(schema)
-    same: dict[str, Any] = dict.fromkeys(schema.block_pools, expected.same_blocks)
-    of_slots = jnp.concatenate([jnp.zeros(schema.slots, bool), expected.same_snapshots])
-    for name in ("window", "window_positions", *schema.tails):
-        if schema.snapshots and arrays[name].shape[1] == of_slots.size:
-            same[name] = of_slots
+    summed_up = _summed_up(schema)
     nans: dict[str, jax.Array] = {}
     totals: dict[str, jax.Array] = {}
     for name in (*rows_found, "window_positions"):
-        looks: dict[str, Callable] = {"sums": lambda pages, _: _sum(pages)} if name in same else {}
+        looks: dict[str, Callable] = {"sums": lambda pages, _: _sum(pages)} if name in summed_up else {}
         if name in rows_found:
             looks["nans"] = functools.partial(_first_nan, rows_found[name])
         if looks:
-            seen = _of_pages(arrays[name], readable.get(name), looks)
+            seen = _of_pages(cache.arrays[name], readable.get(name), looks)
             nans |= {name: seen["nans"]} if "nans" in seen else {}
             totals |= {name: seen["sums"]} if "sums" in seen else {}
-    before: dict[str, jax.Array] = totals if sums is None else sums
-    changed = {name: same[name][None] & (total != before[name]) for name, total in totals.items()}
+    same_slots = jnp.concatenate([jnp.zeros(schema.slots, bool), expected.same_snapshots])
+    changed = {
+        name: (expected.same_blocks if name in schema.block_pools else same_slots) & (total != sums[name])
+        for name, total in totals.items()
+    }
     return Found(
         _wrong_places(cache.block_table, expected),
         _wrong_positions(cache.window_positions, expected.lengths, schema),
@@ -121,6 +126,13 @@ def inspect(cache: Cache, expected: Expected, sums: dict[str, jax.Array] | None)
         changed,
         totals,
     )
+
+
+def _summed_up(schema: CacheSchema) -> tuple[str, ...]:
+    """The arrays that have pages of blocks, or of snapshots."""
+    pages = schema.slots + schema.snapshots
+    of_slots = ("window", "window_positions", *schema.tails) if schema.snapshots else ()
+    return *schema.block_pools, *(name for name in of_slots if schema.arrays[name].shape[1] == pages)
 
 
 def _of_pages(pool: jax.Array, readable: jax.Array | None, looks: dict[str, Callable]) -> dict[str, jax.Array]:
