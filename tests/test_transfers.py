@@ -49,6 +49,31 @@ def by_loop(array: np.ndarray, transfers: Transfers, role: SlotArray) -> np.ndar
     return array
 
 
+@pytest.mark.parametrize("hca_tail", HCA_TAILS)
+def test_copies_are_counted_in_bytes(hca_tail, rng):
+    """Of slots, of snapshots and of blocks: as much as each has in the arrays, but for the table."""
+    formats = dataclasses.replace(CacheFormats(), hca_tail=hca_tail)
+    schema = CacheSchema(SPEC, formats, slots=3, blocks=8, max_context=512, lookahead=2, snapshots=2)
+    sizes = {name: array.size * array.dtype.itemsize // array.shape[1] for name, array in schema.arrays.items()}
+    sizes.pop("block_table")
+    of_block = sum(size for name, size in sizes.items() if schema.arrays[name].shape[1] == schema.blocks)
+    of_slot = sum(sizes.values()) - of_block
+    twins, taken, given, blocks = rng.integers(0, 4, 4).tolist()
+    made = TransferList()
+    for _ in range(twins):
+        made.copy(0, 2)
+    for _ in range(taken):
+        made.copy(1, 3)
+    for _ in range(given):
+        made.reset(2)
+        made.copy(4, 2)
+        made.install(2, [5, 6])
+    for _ in range(blocks):
+        made.copy_block(7, 1)
+    expected = twins * of_slot + (taken + given) * (of_slot - sizes["hca_tail"]) + blocks * of_block
+    assert made.pack().copies(schema) == (twins + taken + given + blocks, expected)
+
+
 def random_list(rng: np.random.Generator, slots: int, max_blocks: int, operations: int) -> TransferList:
     """Operations that follow each other on few slots, so that their order matters."""
     made = TransferList()

@@ -10,11 +10,14 @@ import dataclasses
 import enum
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from dsv4_jax.layout.schema import CacheSchema
 
 FIELDS = ("kind", "slot", "source", "offset", "count")
 """The numbers of an operation, in order. ``source`` is a copy's source, or the first place of installed blocks;
@@ -62,6 +65,20 @@ class Transfers:
 
     operations: Any
     blocks: Any
+
+    def copies(self, schema: CacheSchema) -> tuple[int, int]:
+        """How many copies of slots, snapshots and blocks these are in a cache of this schema, and their bytes.
+
+        On the host. Resets and installed blocks copy nothing.
+        """
+        kinds, slots, sources = (
+            np.asarray(self.operations)[:, FIELDS.index(name)] for name in ("kind", "slot", "source")
+        )
+        states, blocks = kinds == TransferKind.COPY, int((kinds == TransferKind.COPY_BLOCK).sum())
+        snapshots = int((states & (np.maximum(slots, sources) >= schema.slots)).sum())
+        twins, table_row = int(states.sum()) - snapshots, 4 * schema.max_blocks
+        moved = twins * (schema.bytes_per_slot - table_row) + snapshots * (schema.bytes_per_snapshot - table_row)
+        return twins + snapshots + blocks, moved + blocks * schema.bytes_per_block
 
 
 class TransferList:
