@@ -36,6 +36,7 @@ def step(
     implementation: Implementation = "native",
     attention: Attention = "attend",
     dtype: Any = jnp.bfloat16,
+    last: int = 1,
 ) -> tuple[Cache, jax.Array, Choices]:
     """Run the tokens of one plan through the model. Jit it with the cache donated.
 
@@ -48,9 +49,10 @@ def step(
       implementation: which implementation of the cache operations runs (static).
       attention: how rows are attended to (static).
       dtype: of activations, bfloat16 or float32; weights are rounded to it (static).
+      last: after how many of each request's last tokens there are to be logits (static).
 
     Returns:
-      The cache; fp32 logits [R, vocabulary] after each request's last token; what was chosen on the way.
+      The cache; fp32 logits [R * last, vocabulary] after ``last_tokens``; what was chosen on the way.
 
     Raises:
       ConfigError: the cache is of another model.
@@ -58,7 +60,18 @@ def step(
     cache, streams, choices = run_layers(
         weights, cache, plan, tokens, config=config, implementation=implementation, attention=attention, dtype=dtype
     )
-    return cache, logits(weights, config, streams[plan.last_token]), choices
+    return cache, logits(weights, config, streams[last_tokens(plan, last)]), choices
+
+
+def last_tokens(plan: StepPlan, count: int) -> jax.Array:
+    """int32 [R * count]: flat indices of each request's last tokens, one request's behind the other's, in order.
+
+    A request that brought fewer has its first one repeated. Those of padding are any tokens.
+    """
+    if count == 1:
+        return jnp.asarray(plan.last_token)
+    columns = plan.last_token[:, None] + jnp.arange(1 - count, 1)
+    return jnp.clip(columns, plan.query_start[:-1, None], plan.layout.tokens - 1).reshape(-1)
 
 
 def run_layers(
