@@ -2,15 +2,18 @@
 
 import functools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsv4_jax import PROFILES, CacheFormats
 from dsv4_jax.deepseek_v4.checkpoint import load_checkpoint
 from dsv4_jax.deepseek_v4.config import DeepseekV4Config
+from dsv4_jax.deepseek_v4.model import last_tokens
 from dsv4_jax.deepseek_v4.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
 from dsv4_jax.deepseek_v4.serve import Request, Served, Server
 from dsv4_jax.deepseek_v4.text import load_text, text_requests
@@ -31,6 +34,7 @@ TINY_CONFIG = dict(SMALL_CONFIG) | {
     "hc_sinkhorn_iters": 5,
 }
 EXACT = PROFILES["exact"]
+VOCABULARY = 250  # of the tokens that tests make up, and that a cheap step can choose
 
 
 @functools.cache
@@ -44,6 +48,17 @@ def model(seed: int) -> tuple[DeepseekV4Config, ModelWeights]:
 def make_server(formats: CacheFormats, seed: int, **options: Any) -> Server:
     options = {"slots": 2, "max_context": 384, "chunk": 96, "dtype": jnp.float32, "record": True} | options
     return Server(*model(seed), formats, **options)
+
+
+def cheap_step(seed: int) -> Callable[..., Any]:
+    """In place of ``serve.step``: logits that depend on a token and its position, and nothing else is written."""
+    scores = jnp.asarray(np.random.default_rng(seed).standard_normal((VOCABULARY + 1, VOCABULARY)), jnp.float32)
+
+    def step(weights, cache, plan, tokens, *, last, **_):
+        columns = last_tokens(plan, last)
+        return cache, jax.vmap(jnp.roll)(scores[tokens[columns]], plan.token_position[columns]), None
+
+    return step
 
 
 def make_requests(seed: int, *, count: int = 3, forced: bool = True) -> list[Request]:

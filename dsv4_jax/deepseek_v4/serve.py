@@ -1,7 +1,8 @@
 """Serve several requests with one cache: admission, chunked prefill, decode, release, until all are done.
 
-A step carries one token of every request that decodes, and fills up with prompt tokens in order of admission. Its
-shapes are those of the plan's layout, and each layout that comes is compiled once: one token per slot, and a chunk.
+A step carries one token of every request that decodes, with guesses of those that follow if there are any, and fills up
+with prompt tokens in order of admission. Its shapes are those of the plan's layout, and each layout that comes is
+compiled once: the tokens that all slots together decode, and a chunk.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,13 @@ from numpy.typing import NDArray
 from dsv4_jax import CacheFormats, CacheManager, CacheSchema, ModelSpec, PlanLayout, StepPlan, init_cache
 from dsv4_jax.deepseek_v4.attention import Attention
 from dsv4_jax.deepseek_v4.config import DeepseekV4Config
-from dsv4_jax.deepseek_v4.model import Choices, Implementation, step
+from dsv4_jax.deepseek_v4.drafters import Drafter, PromptLookup
+from dsv4_jax.deepseek_v4.model import Choices, Implementation, last_tokens, step
+from dsv4_jax.deepseek_v4.phases import Phase, PhaseClock, PhaseStatistics
 from dsv4_jax.deepseek_v4.sampling import Sampling, next_tokens
+from dsv4_jax.deepseek_v4.sharing import PrefixSharing, shared_steps
+from dsv4_jax.deepseek_v4.speculation import NO_DRAFTS, Speculation
 from dsv4_jax.deepseek_v4.weights import ModelWeights
-
-Phase = Literal["prefill", "decode"]
 
 STEPS_IN_FLIGHT = 2
 """Steps sent to the device and not waited for: one runs, one is ready behind it, and an interrupt loses no more."""
@@ -51,11 +54,12 @@ class StepRecord(NamedTuple):
     """What a step returned for one request: parts of the step's arrays, still on the device."""
 
     first: int  # position of the request's first token of the step
-    tokens: int  # how many it brought
-    logits: jax.Array  # fp32 [R, vocabulary], the request's in row ``row``
+    tokens: int  # how many it brought, and kept
+    logits: jax.Array  # fp32 [N, vocabulary], those after the last of these tokens in row ``row``
     row: int
     choices: Choices  # of all tokens [.., T, ..], the request's from column ``column``
     column: int
+    judged: int = 1  # so many of the tokens, the last ones, have logits, in as many rows up to ``row``
 
 
 @dataclasses.dataclass
@@ -80,8 +84,8 @@ class Served:
 class _Made(NamedTuple):
     """What a step returns beside the cache."""
 
-    chosen: jax.Array  # int32 [R]
-    logits: jax.Array  # fp32 [R, vocabulary]
+    chosen: jax.Array  # int32 [N], as the logits' rows
+    logits: jax.Array  # fp32 [N, vocabulary], N = R (1 + drafts of a request at most): see ``last_tokens``
     choices: Choices
 
 
@@ -89,7 +93,11 @@ class Listener(Protocol):
     """Is told what happens while requests are served."""
 
     def ran(self, phase: Phase, tokens: int) -> None:
-        """A step of so many tokens was sent to the device."""
+        """A step of so many tokens was sent to the device; drafts count that were kept."""
+        ...
+
+    def found(self, number: int, tokens: int) -> None:
+        """So many tokens of a request's prompt were in the cache and need not run."""
         ...
 
     def chose(self, number: int, token: int) -> None:
@@ -101,25 +109,29 @@ class Listener(Protocol):
         ...
 
 
-@dataclasses.dataclass
-class PhaseStatistics:
-    """Steps, tokens and wall time of one phase, compile time apart."""
-
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """0 before anything ran."""
-        return self.tokens / self.seconds if self.seconds else 0.0
+SNAPSHOTS_PER_SLOT = 2
+"""Of a server that shares prefixes: where its prompt ends, and where it stopped being like those before it."""
 
 
-def server_schema(spec: ModelSpec, formats: CacheFormats, *, slots: int, max_context: int) -> CacheSchema:
+def server_schema(
+    spec: ModelSpec,
+    formats: CacheFormats,
+    *,
+    slots: int,
+    max_context: int,
+    share_prefix: bool = False,
+    speculate: int = 0,
+) -> CacheSchema:
     """The cache of a server: blocks for every slot's whole context, which is rounded up to whole blocks of 128."""
     blocks_per_slot = -(-max_context // 128)
     return CacheSchema(
-        spec=spec, formats=formats, slots=slots, blocks=slots * blocks_per_slot, max_context=128 * blocks_per_slot
+        spec=spec,
+        formats=formats,
+        slots=slots,
+        blocks=slots * blocks_per_slot,
+        max_context=128 * blocks_per_slot,
+        lookahead=speculate,
+        snapshots=SNAPSHOTS_PER_SLOT * slots * share_prefix,
     )
 
 
@@ -132,12 +144,21 @@ class Server:
       formats: how the cache stores.
       slots: requests served at once.
       max_context: the most tokens of a request, rounded up to whole blocks of 128.
-      chunk: the most tokens of a step.
+      chunk: the most tokens of a step; at least those that all slots together decode.
       sampling: how the model's own tokens are chosen.
       implementation: of the cache operations.
       attention: how rows are attended to.
       dtype: of activations.
-      record: keep every step's logits and choices in ``Served``.
+      record: keep every step's logits and choices in ``Served``. Nothing is then shared with an earlier ``serve``.
+      share_prefix: whether requests go on from what the cache has of their prompts.
+      speculate: drafts that a request brings in a step at most, beside the token it goes on with; 0 for none. A draft
+        is kept where it is the token that would have come without, drawn or not, so texts are the same; but for
+        rounding, since steps of another shape add in another order.
+      drafter: who guesses them.
+
+    Attributes:
+      prefixes: what was shared, None if nothing is.
+      speculation: what came of the drafts.
     """
 
     def __init__(
@@ -154,11 +175,17 @@ class Server:
         attention: Attention = "attend",
         dtype: Any = jnp.bfloat16,
         record: bool = False,
+        share_prefix: bool = False,
+        speculate: int = 0,
+        drafter: Drafter = PromptLookup(),  # noqa: B008 - frozen
     ) -> None:
         self.config, self.weights, self.dtype = config, weights, dtype
-        self.schema = server_schema(config.spec, formats, slots=slots, max_context=max_context)
-        self.chunk = max(chunk, slots)
-        self.manager = CacheManager(self.schema, token_buckets=(slots, self.chunk))
+        self.speculation, together = Speculation(drafter, speculate), 1 + speculate
+        shapes = {"slots": slots, "max_context": max_context}
+        self.schema = server_schema(config.spec, formats, **shapes, share_prefix=share_prefix, speculate=speculate)
+        self.chunk = max(chunk, slots * together)
+        self.manager = CacheManager(self.schema, token_buckets=(slots * together, self.chunk))
+        self.prefixes = PrefixSharing(self.manager, implementation) if share_prefix else None
         self.cache = init_cache(self.schema)
         self.record = record
         self.statistics: dict[Phase, PhaseStatistics] = {"prefill": PhaseStatistics(), "decode": PhaseStatistics()}
@@ -167,10 +194,10 @@ class Server:
 
         def run(weights, cache, plan, tokens, seeds):
             self.compiles[plan.layout] += 1  # runs while tracing, so once for each compilation
-            options = {"implementation": implementation, "attention": attention, "dtype": dtype}
+            options = {"implementation": implementation, "attention": attention, "dtype": dtype, "last": together}
             cache, logits, choices = step(weights, cache, plan, tokens, config=config, **options)
-            positions = jnp.asarray(plan.token_position)[plan.last_token]
-            return cache, next_tokens(logits, seeds, positions, sampling), logits, choices
+            positions = jnp.asarray(plan.token_position)[last_tokens(plan, together)]
+            return cache, next_tokens(logits, jnp.repeat(seeds, together), positions, sampling), logits, choices
 
         self._step = jax.jit(run, donate_argnums=1)
 
@@ -184,108 +211,160 @@ class Server:
         Returns:
           One ``Served`` for each request, in order.
         """
+        if self.record and self.prefixes:
+            self.manager.reset_prefix_cache()
         waiting = collections.deque(enumerate(requests))
         running: dict[int, Served] = {}  # by handle
         served: list[Served] = []
-        clock = _PhaseClock(self.statistics)
+        clock = PhaseClock(self.statistics)
         in_flight: collections.deque[jax.Array] = collections.deque()
         while waiting or running:
             while waiting and self.manager.free_slots:
-                served.append(self._admit(*waiting.popleft()))
-                running[served[-1].handle] = served[-1]
-            counts = self._share(running)
+                if self.prefixes and self.prefixes.waits(waiting[0][1].prompt, running.values()):
+                    break
+                one = self._admit(*waiting.popleft(), served)
+                served.append(one)
+                running[one.handle] = one
+                if listener and one.done:
+                    listener.found(one.number, one.done)
             phase: Phase = "decode" if all(one.decoding for one in running.values()) else "prefill"
             clock.enter(phase, self.cache)
-            plan, made = self._run(running, counts, clock)
+            drafts = self._drafts(running)
+            counts = self._share(running, drafts)
+            plan, made = self._run(running, counts, drafts, clock)
             in_flight.append(made.chosen)
             if len(in_flight) > STEPS_IN_FLIGHT:
                 in_flight.popleft().block_until_ready()
-            clock.count(sum(counts.values()))
+            starts = {handle: running[handle].done for handle in counts}
+            for row, (handle, count) in enumerate(counts.items()):
+                column = int(plan.query_start[row])
+                self._take(running[handle], count, drafts.get(handle, NO_DRAFTS), row, column, made, listener)
+            kept = sum(running[handle].done - start for handle, start in starts.items())
+            clock.count(kept)
             if listener:
-                listener.ran(phase, sum(counts.values()))
-            for row, handle in enumerate(counts):
-                one = running[handle]
-                self._take(one, counts[handle], row, int(plan.query_start[row]), made, listener)
-                if one.done == one.total:
+                listener.ran(phase, kept)
+            if self.prefixes or drafts:
+                self._settle(plan, running, starts)
+            for handle in counts:
+                if (one := running[handle]).done == one.total:
                     self.manager.release(handle)
+                    self.speculation.forget(handle)
                     del running[handle]
                     if listener:
                         listener.ended(one.number)
         clock.leave(self.cache)
         return served
 
-    def _admit(self, number: int, request: Request) -> Served:
-        handle = self.manager.admit()
-        total = len(request.prompt) + request.new_tokens
-        return Served(number, request, handle, self.manager.slot(handle), total, request.prompt.tolist())
+    def _admit(self, number: int, request: Request, served: Sequence[Served]) -> Served:
+        handle = self.prefixes.admit(request.prompt) if self.prefixes else self.manager.admit()
+        total, done = len(request.prompt) + request.new_tokens, self.manager.length(handle)
+        one = Served(number, request, handle, self.manager.slot(handle), total, request.prompt.tolist(), done)
+        if self.record and done:
+            one.steps += shared_steps(served, request.prompt[:done])
+        return one
 
-    def _share(self, running: Mapping[int, Served]) -> dict[int, int]:
-        """Tokens of the next step by handle: 1 for each request that decodes, the rest to prompts, oldest first."""
-        counts = {handle: 1 for handle, one in running.items() if one.decoding}
-        left = self.chunk - len(counts)
+    def _drafts(self, running: Mapping[int, Served]) -> dict[int, NDArray[np.int32]]:
+        """By handle, int32 [n]: guesses of what follows, where there are any."""
+        if not self.speculation.most:
+            return {}
+        guessed = {
+            handle: self.speculation.drafts(handle, one.tokens, one.total)
+            for handle, one in running.items()
+            if one.decoding
+        }
+        return {handle: drafts for handle, drafts in guessed.items() if drafts.size}
+
+    def _share(self, running: Mapping[int, Served], drafts: Mapping[int, NDArray[np.int32]]) -> dict[int, int]:
+        """Tokens of the next step by handle: 1 and its drafts for each that decodes, the rest to prompts, oldest first.
+
+        Where prefixes are shared, a prompt's part ends where a snapshot is worth its place.
+        """
+        counts = {handle: 1 + drafts.get(handle, NO_DRAFTS).size for handle, one in running.items() if one.decoding}
+        left = self.chunk - sum(counts.values())
         for handle, one in running.items():
             if not one.decoding and left:
-                counts[handle] = min(left, len(one.request.prompt) - one.done)
+                wanted = len(one.request.prompt) - one.done
+                if self.prefixes:
+                    wanted = min(wanted, self.manager.chunk_limit(handle))
+                counts[handle] = min(left, wanted)
                 left -= counts[handle]
         return counts
 
-    def _run(self, running: Mapping[int, Served], counts: dict[int, int], clock: _PhaseClock) -> tuple[StepPlan, _Made]:
+    def _run(
+        self,
+        running: Mapping[int, Served],
+        counts: Mapping[int, int],
+        drafts: Mapping[int, NDArray[np.int32]],
+        clock: PhaseClock,
+    ) -> tuple[StepPlan, _Made]:
         """Send one step to the device; the requests' rows are in the order of ``counts``."""
-        plan = self.manager.prepare_forward(counts)
+        compiled, start = self._compiled(), time.perf_counter()
+        if self.prefixes:
+            self.cache = self.prefixes.transfer(self.cache)
+        guessed = {handle: some.size for handle, some in drafts.items()}
+        plan = self.manager.prepare_forward(counts, drafts=guessed or None)
         parts, seeds = [], np.zeros(plan.layout.requests, np.uint32)
         for row, (handle, count) in enumerate(counts.items()):
             one = running[handle]
-            parts.append(np.asarray(one.tokens[one.done : one.done + count], np.int32))
+            certain = np.asarray(one.tokens[one.done : one.done + count], np.int32)
+            parts.append(np.concatenate([certain, drafts.get(handle, NO_DRAFTS)]))
             seeds[row] = one.request.seed
-        compiled, start = self.compiles.total(), time.perf_counter()
         self.cache, *made = self._step(self.weights, self.cache, plan, plan.pack_tokens(parts), seeds)
-        if self.compiles.total() > compiled:
+        if self._compiled() > compiled:
             elapsed = time.perf_counter() - start
             self.compile_seconds += elapsed
             clock.exclude(elapsed)
         return plan, _Made(*made)
 
-    def _take(self, one: Served, count: int, row: int, column: int, made: _Made, listener: Listener | None) -> None:
-        """Give a request what the step brought it: the record, and the next token, which may end the text."""
+    def _compiled(self) -> int:
+        return self.compiles.total() + (self.prefixes.compiles if self.prefixes else 0)
+
+    def _take(
+        self,
+        one: Served,
+        count: int,
+        drafts: NDArray[np.int32],
+        row: int,
+        column: int,
+        made: _Made,
+        listener: Listener | None,
+    ) -> None:
+        """Give a request what the step brought it: the record, its next token, and one for each draft that is kept.
+
+        A draft is kept if it is the token that came next, and so is what the model then said after it.
+        """
+        first, kept = one.done, 0
+        place = (row + 1) * (1 + self.speculation.most) - 1 - drafts.size  # of what follows the last token but drafts
+        one.done += count - drafts.size
+        while self._next(one, place + kept, made, listener) and kept < drafts.size and one.tokens[-1] == drafts[kept]:
+            kept += 1
+            one.done += 1
+        self.speculation.count(drafts.size, kept)
         if self.record:
-            one.steps.append(StepRecord(one.done, count, made.logits, row, made.choices, column))
-        one.done += count
+            record = one.done - first, made.logits, place + kept, made.choices, column, 1 + kept
+            one.steps.append(StepRecord(first, *record))
+
+    def _next(self, one: Served, place: int, made: _Made, listener: Listener | None) -> bool:
+        """Adds the token that follows those done, if one is to be fed, and tells whether."""
         if not one.decoding or one.done == one.total:
-            return
+            return False
         if one.request.continuation is not None:
             one.tokens.append(int(one.request.continuation[one.done - len(one.request.prompt)]))
-            return
-        token = int(np.asarray(made.chosen)[row])
+            return True
+        token = int(np.asarray(made.chosen)[place])
         one.tokens.append(token)
         if token in self.config.end_tokens:
             one.total = one.done
-        elif listener:
+            return False
+        if listener:
             listener.chose(one.number, token)
+        return True
 
-
-class _PhaseClock:
-    """Adds wall time to the phase it was spent in; waits for the device only where the phase changes."""
-
-    def __init__(self, statistics: dict[Phase, PhaseStatistics]) -> None:
-        self._statistics = statistics
-        self._phase: Phase | None = None
-        self._since = 0.0
-
-    def enter(self, phase: Phase, cache: object) -> None:
-        if phase != self._phase:
-            self.leave(cache)
-            self._phase, self._since = phase, time.perf_counter()
-
-    def leave(self, cache: object) -> None:
-        if self._phase is not None:
-            jax.block_until_ready(cache)
-            self._statistics[self._phase].seconds += time.perf_counter() - self._since
-            self._phase = None
-
-    def exclude(self, seconds: float) -> None:
-        self._since += seconds
-
-    def count(self, tokens: int) -> None:
-        if self._phase is not None:
-            self._statistics[self._phase].steps += 1
-            self._statistics[self._phase].tokens += tokens
+    def _settle(self, plan: StepPlan, running: Mapping[int, Served], starts: Mapping[int, int]) -> None:
+        """Tell the manager how far each request of a step came, and with which tokens if others are to share them."""
+        ends = [running[handle].done for handle in starts]
+        tokens = None
+        if self.prefixes:
+            kept = zip(starts.items(), ends, strict=True)
+            tokens = [np.asarray(running[handle].tokens[start:end], np.int32) for (handle, start), end in kept]
+        self.manager.commit(plan, lengths=np.asarray(ends), tokens=tokens)

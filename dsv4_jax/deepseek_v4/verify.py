@@ -144,7 +144,9 @@ def _measured(table: Mapping[str, float], name: str) -> float:
 def verify(
     server: Server, served: Sequence[Served], *, weights: Any = None, progress: Callable[[], None] | None = None
 ) -> Verification:
-    """Recompute every served request without a cache and compare the logits after each of its steps.
+    """Recompute every served request without a cache and compare all logits that a token was chosen by.
+
+    Those are the logits after each of a request's steps, and after each of its drafts that were kept.
 
     Args:
       server: one that recorded.
@@ -155,19 +157,23 @@ def verify(
     schema, weights = server.schema, server.weights if weights is None else weights
     result = tolerances(schema.formats, server.dtype)
     # Padded to the same lengths, so that one compilation serves all.
-    most = max((len(one.steps) for one in served), default=0)
+    most = max((sum(record.judged for record in one.steps) for one in served), default=0)
     for one in served:
         tokens, wanted = np.zeros(schema.max_context, np.int32), np.zeros(most, np.int32)
         tokens[: one.done] = one.tokens[: one.done]
-        wanted[: len(one.steps)] = [record.first + record.tokens - 1 for record in one.steps]
+        ends = [record.first + record.tokens for record in one.steps]
+        places = [np.arange(end - record.judged, end) for end, record in zip(ends, one.steps, strict=True)]
+        compared = sum(record.judged for record in one.steps)
+        wanted[:compared] = np.concatenate(places)
         options: dict[str, Any] = {"config": server.config, "formats": schema.formats, "dtype": server.dtype}
         recorded = _recorded(one, schema.max_context)
         logits, checks = _full_context(weights, tokens, np.int32(one.done), wanted, recorded, **options)
-        cached = np.stack([np.asarray(record.logits)[record.row] for record in one.steps])
-        expected = np.asarray(logits)[: len(one.steps)]
+        rows = [slice(record.row + 1 - record.judged, record.row + 1) for record in one.steps]
+        cached = np.concatenate([np.asarray(record.logits)[row] for record, row in zip(one.steps, rows, strict=True)])
+        expected = np.asarray(logits)[:compared]
         result.difference = float(np.maximum(result.difference, np.abs(cached - expected).max()))
         result.scale = max(result.scale, float(np.abs(expected).max()))
-        result.positions += len(one.steps)
+        result.positions += compared
         result.entries.add(checks.entries)
         result.experts.add(checks.experts)
         if progress:
