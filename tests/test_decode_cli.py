@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 import typer
 from rich.console import Console
-from served import TINY_CONFIG
+from served import TINY_CONFIG, cheap_step
 from typer.testing import CliRunner
 
 from dsv4_jax import CacheFormats
@@ -84,6 +84,37 @@ def test_goes_on_from_prompts_and_says_what_it_draws(run, checkpoint, monkeypatc
     assert texts[0] != texts[1]
 
 
+def test_shares_and_guesses_and_says_what_that_saved(run, checkpoint, seed):
+    """Texts that begin alike, taken from one that repeats itself; verified."""
+    text = checkpoint / "text.txt"
+    text.write_text("To be, or not to be. " * 40)
+    arguments = ["--checkpoint", str(checkpoint), "--text", str(text), "--requests", "4", "--slots", "2"]
+    arguments += ["--prompt-tokens", "310", "--new-tokens", "20", "--chunk", "96", "--seed", str(seed)]
+    result = run(*arguments, "--share-prefix", "--speculate", "3", "--verify")
+    assert result.exit_code == 0, result.output
+    rows = rows_of(result.output)
+    hits, requests = rows["prefix hits, tokens of prompts"], rows["requests that had one"]
+    # All begin with 132 tokens that are the same, and a snapshot is left after 128 of them by the second at the latest.
+    assert number(hits.split()[0]) >= 2 * 128
+    assert number(hits.split()[0]) % 128 == 0
+    assert 2 <= number(requests) <= 3
+    assert number(rows["accepted drafts"].split()[0]) >= 40
+    assert number(rows["bytes moved"]) > 0
+    assert number(rows["logit vectors compared"]) >= 4 * 20
+
+
+def test_says_nothing_of_savings_that_were_not_asked_for(run, checkpoint, seed, monkeypatch):
+    monkeypatch.setattr(serve, "step", cheap_step(seed))
+    arguments = ["--checkpoint", str(checkpoint), "--prompt", "ab" * 20, "--new-tokens", "4", "--slots", "1"]
+    plain, guessed = run(*arguments), run(*arguments, "--speculate", "3")
+    assert plain.exit_code == guessed.exit_code == 0
+    assert not {"accepted drafts", "bytes moved"} & rows_of(plain.output).keys()
+    assert {"accepted drafts", "bytes moved"} <= rows_of(guessed.output).keys()
+    assert "prefix hits, tokens of prompts" not in rows_of(guessed.output)
+    # What the one prompt says, above the table.
+    assert plain.output.split("requests on")[0][:-2] == guessed.output.split("requests on")[0][:-2]
+
+
 def texts_of(output: str) -> list[str]:
     """What stands below each request's title, before the tables."""
     spoken = output[: output.index("2 requests on")]
@@ -113,6 +144,10 @@ def test_fails_when_the_logits_differ(monkeypatch):
         (["--prompt", "a", "--tokens-from", "text"], "tokens-from"),
         (["--temperature", "1", "--tokens-from", "text"], "temperature"),
         (["--prompt", "a", "--new-tokens", "1048576"], "1,048,577"),
+        (["--speculate", "0"], "speculate"),
+        (["--speculate", "-3"], "speculate"),
+        (["--speculate", "65", "--new-tokens", "100"], "speculate"),
+        (["--speculate", "40"], "--new-tokens"),
     ],
 )
 def test_bad_options_are_refused(run, arguments, named):

@@ -40,6 +40,7 @@ REFUSED = {
         "--implementation": ["other"],
         "--attention": ["other"],
         "--dtype": ["float16"],
+        "--speculate": ["0", "40", "65", "some", *BELOW, *HUGE],
         "--temperature": ["-1", "nan", "inf", "1e9", "hot"],
         "--top-p": ["-1", "0", "1.1", "nan", "all"],
     },

@@ -20,6 +20,17 @@ def test_each_request_reads_on_from_its_own_place(forced, seed):
     assert len({request.seed for request in requests}) == 4
 
 
+def test_requests_that_begin_alike(seed):
+    """With the text's first tokens; each goes on from a place of its own, and is as long as otherwise."""
+    options = {"longest_prompt": 70, "new_tokens": 50, "seed": seed}
+    apart, alike = (text_requests(range(100), 4, **options, alike=alike) for alike in (False, True))
+    for index, (one, other) in enumerate(zip(alike, apart, strict=True)):
+        assert len(one.prompt) == len(other.prompt)
+        tokens = np.append(one.prompt, one.continuation)
+        np.testing.assert_array_equal(tokens[:30], range(30))
+        np.testing.assert_array_equal(tokens[30:], (30 + 25 * index + np.arange(len(tokens) - 30)) % 100)
+
+
 def test_a_request_for_each_prompt():
     one, other = prompt_requests([[1, 2, 3], [4]], new_tokens=7, seed=2**32 - 1)
     np.testing.assert_array_equal(one.prompt, [1, 2, 3])

@@ -28,7 +28,14 @@ def load_text(path: Path | None = None) -> str:
 
 
 def text_requests(
-    tokens: Sequence[int], count: int, *, longest_prompt: int, new_tokens: int, seed: int, forced: bool = True
+    tokens: Sequence[int],
+    count: int,
+    *,
+    longest_prompt: int,
+    new_tokens: int,
+    seed: int,
+    forced: bool = True,
+    alike: bool = False,
 ) -> list[Request]:
     """``count`` requests over evenly spaced places in a text, with prompts of staggered lengths.
 
@@ -39,14 +46,17 @@ def text_requests(
       new_tokens: tokens after the prompt.
       seed: of the lengths; the requests' own seeds count on from it.
       forced: whether new tokens are the text's own; otherwise the model chooses them.
+      alike: whether all prompts begin with the text's first tokens, 3/7 of ``longest_prompt``, and each goes on from a
+        place of its own after these. They are as long as otherwise.
     """
     rng = np.random.default_rng(seed)
     shortest = max(1, longest_prompt * 3 // 7)
-    requests = []
+    common, requests = shortest * alike, []
     for index in range(count):
         prompt = int(rng.integers(shortest, longest_prompt, endpoint=True))
-        place = index * len(tokens) // count
-        read = np.take(np.asarray(tokens), np.arange(place, place + prompt + new_tokens), mode="wrap").astype(np.int32)
+        place = common + index * len(tokens) // count
+        places = np.append(np.arange(common), np.arange(place, place + prompt + new_tokens - common))
+        read = np.take(np.asarray(tokens), places, mode="wrap").astype(np.int32)
         continuation = read[prompt:] if forced else None
         requests.append(Request(read[:prompt], new_tokens, continuation, (seed + index) % 2**32))
     return requests

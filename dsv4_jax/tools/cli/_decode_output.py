@@ -39,6 +39,9 @@ class StreamedText:
     def ran(self, phase: Phase, tokens: int) -> None:
         """Prints nothing."""
 
+    def found(self, number: int, tokens: int) -> None:
+        """Prints nothing."""
+
     def chose(self, number: int, token: int) -> None:
         """Prints the text that the token completes, or holds it back until it is the request's turn."""
         self._say(number, self._streams[number].push(token))
@@ -86,6 +89,24 @@ def run_table(server: Server, requests: int) -> Table:
     table.add_section()
     table.add_row("compiles", str(server.compiles.total()), "", f"{server.compile_seconds:.2f}", "")
     table.caption = f"Compiles: {compiles}. A prefill step also carries the new tokens of requests that decode already."
+    return table
+
+
+def savings_table(server: Server) -> Table:
+    """What need not be computed, or came a step early, of how much there was."""
+    table = Table("", "found", "of", title="What sharing and guessing saved")
+    _numbers_right(table)
+    if server.prefixes:
+        metrics, shared = server.manager.metrics(), server.prefixes
+        hit, asked = metrics["prefix_cache_hits"], metrics["prefix_cache_queries"]
+        table.add_row("prefix hits, tokens of prompts", f"{hit:,} ({hit / max(asked, 1):.1%})", f"{asked:,}")
+        table.add_row("  requests that had one", f"{shared.hits:,}", f"{shared.requests:,}")
+    if server.speculation.most:
+        accepted, drafted = server.speculation.accepted, server.speculation.drafted
+        table.add_row("accepted drafts", f"{accepted:,} ({accepted / max(drafted, 1):.1%})", f"{drafted:,}")
+    copies, moved = (server.prefixes.copies, server.prefixes.bytes_moved) if server.prefixes else (0, 0)
+    table.add_row("bytes moved", f"{moved:,}", f"{copies:,} copies")
+    table.caption = "Moved: snapshots taken and restored between steps. Blocks are shared where they lie."
     return table
 
 

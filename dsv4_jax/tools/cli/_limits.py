@@ -11,6 +11,8 @@ LONGEST_CONTEXT = 2**20
 """Tokens of a request that any of the models takes."""
 MOST_REQUESTS = 2**16
 """Requests or slots that a command takes; more than any device holds."""
+MOST_DRAFTS = 64
+"""Guesses of a request in a step; few texts are guessed so far ahead, and every wrong guess is computed."""
 
 
 def device_memory() -> int | None:

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from dsv4_jax import CacheFormats, ConfigError
 from dsv4_jax.layout.formats import ENTRY_FORMATS, HCA_TAILS, KEY_FORMATS, WINDOW_FORMATS
 from dsv4_jax.layout.schema import SchemaError
-from dsv4_jax.tools.cli._decode_output import StreamedText, memory_table, run_table, verification_table
-from dsv4_jax.tools.cli._limits import LONGEST_CONTEXT, MOST_REQUESTS, require_memory
+from dsv4_jax.tools.cli._decode_output import StreamedText, memory_table, run_table, savings_table, verification_table
+from dsv4_jax.tools.cli._limits import LONGEST_CONTEXT, MOST_DRAFTS, MOST_REQUESTS, require_memory
 from dsv4_jax.tools.cli._output import print_table
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def decode(
         int, typer.Option(min=1, max=LONGEST_CONTEXT, help="The text's longest prompt; others have 3/7 of it or more.")
     ] = 700,
     new_tokens: Annotated[
-        int, typer.Option(min=1, max=LONGEST_CONTEXT, help="The most tokens after each prompt, one per step.")
+        int, typer.Option(min=1, max=LONGEST_CONTEXT, help="The most tokens after each prompt.")
     ] = 40,
     chunk: Annotated[
         int, typer.Option(min=1, max=LONGEST_CONTEXT, help="The most tokens of a step, prompts and new ones together.")
@@ -117,6 +117,23 @@ def decode(
     top_p: Annotated[
         float, typer.Option(help="Draw among the likeliest tokens that together have this probability, above 0 to 1.")
     ] = 1.0,
+    share_prefix: Annotated[
+        bool,
+        typer.Option(
+            "--share-prefix",
+            help="Requests go on from what the cache has of their prompts, in blocks of 128 tokens. Those over a text "
+            "then begin alike: with its first tokens, 3/7 of --prompt-tokens.",
+        ),
+    ] = False,
+    speculate: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_DRAFTS,
+            help="Guess so many tokens of each request a step, from what followed alike text before, and keep those "
+            "that are right. The text is the same.",
+        ),
+    ] = None,
     entries: Annotated[EntryFormat, typer.Option(help="How compressed entries are stored.")] = _ENTRIES,
     window: Annotated[WindowFormat, typer.Option(help="How window rows are stored.")] = _WINDOW,
     keys: Annotated[KeyFormat, typer.Option(help="How indexer keys are stored.")] = _KEYS,
@@ -143,19 +160,26 @@ def decode(
     """Serve several concurrent requests with a DeepSeek-V4 checkpoint.
 
     Requests are admitted as slots become free, their prompts are prefilled in chunks, each then decodes one token a
-    step, in a jitted step that owns the cache, and is released. Text is split by the checkpoint's tokenizer.json, and
-    into bytes where there is none. The random checkpoint has a release's form: quantized weights, hyper-connections,
-    experts, and the cache geometry of the real models. Runs on the GPU if JAX has one.
+    step, or more with --speculate, in a jitted step that owns the cache, and is released. Text is split by the
+    checkpoint's tokenizer.json, and into bytes where there is none. The random checkpoint has a release's form:
+    quantized weights, hyper-connections, experts, and the cache geometry of the real models. Runs on the GPU if JAX
+    has one.
     """
     console = Console()
     forced = _forced(prompt, text, tokens_from, temperature)
     if not 0 < top_p <= 1:
         raise typer.BadParameter(f"{top_p} is not above 0 and at most 1.", param_hint="--top-p")
+    if speculate and speculate >= new_tokens:
+        raise typer.BadParameter(
+            f"{speculate} drafts are more than can be kept of {new_tokens:,} --new-tokens, of which the first is none.",
+            param_hint="--speculate",
+        )
     config = _config(checkpoint)
     tokenizer = _tokenizer(checkpoint, config)
     prompts = [_encoded(tokenizer, one) for one in prompt or []]
     longest = max(map(len, prompts)) if prompts else prompt_tokens
     formats = CacheFormats(str(entries), str(window), str(keys), keys_hadamard=hadamard, hca_tail=str(hca_tail))
+    extras = {"share_prefix": share_prefix, "speculate": speculate or 0}
     _require_room(
         config,
         formats,
@@ -164,8 +188,9 @@ def decode(
         slots=slots,
         longest=longest + new_tokens,
         check=check,
+        extras=extras,
     )
-    work = _work(tokenizer, prompts, text, requests, longest, new_tokens, seed, forced)
+    work = _work(tokenizer, prompts, text, requests, longest, new_tokens, seed, forced, alike=share_prefix)
     weights = _load(console, checkpoint, seed)
     on_cpu = jax.devices()[0].platform == "cpu"
     chosen = dtype or (Dtype.FLOAT32 if on_cpu or check else Dtype.BFLOAT16)
@@ -185,6 +210,8 @@ def decode(
         attention=attention.value,
         dtype=jnp.dtype(chosen.value),
         record=check,
+        share_prefix=share_prefix,
+        speculate=speculate or 0,
     )
     try:
         if forced:
@@ -193,6 +220,8 @@ def decode(
             titles = _titles(prompt or [], len(work))
             served = server.serve(work, StreamedText(console, tokenizer, titles))
         print_table(console, run_table(server, len(work)))
+        if share_prefix or speculate:
+            print_table(console, savings_table(server))
         print_table(console, memory_table(server))
         if check:
             _check(console, server, served)
@@ -255,12 +284,13 @@ def _require_room(
     slots: int,
     longest: int,
     check: bool,
+    extras: dict[str, Any],
 ) -> None:
     """Refuses what the device, or the model, has no room for."""
     from dsv4_jax.deepseek_v4.serve import server_schema
 
     try:
-        schema = server_schema(config.spec, formats, slots=slots, max_context=longest)
+        schema = server_schema(config.spec, formats, slots=slots, max_context=longest, **extras)
     except SchemaError as error:
         raise typer.BadParameter(f"prompt and --new-tokens make {longest:,} tokens: {error}") from error
     fewer = "Fewer --slots, --prompt-tokens or --new-tokens take less."
@@ -284,6 +314,8 @@ def _work(
     new_tokens: int,
     seed: int,
     forced: bool,
+    *,
+    alike: bool,
 ) -> list[Request]:
     from dsv4_jax.deepseek_v4.text import load_text, prompt_requests, text_requests
 
@@ -294,7 +326,7 @@ def _work(
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--text") from error
     options: dict[str, Any] = {"longest_prompt": longest_prompt, "new_tokens": new_tokens, "seed": seed}
-    return text_requests(read, requests, forced=forced, **options)
+    return text_requests(read, requests, forced=forced, alike=alike, **options)
 
 
 def _load(console: Console, checkpoint: Path | None, seed: int) -> ModelWeights:
@@ -323,13 +355,16 @@ def _titles(prompts: list[str], requests: int) -> list[str]:
 
 
 class _Bar:
-    """Shows how many tokens have run: a ``Listener``."""
+    """Shows how many tokens are behind the server: a ``Listener``."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         self._progress, self._task = progress, progress.add_task("compile", total=total)
 
     def ran(self, phase: Phase, tokens: int) -> None:
         self._progress.update(self._task, description=phase, advance=tokens, refresh=True)
+
+    def found(self, number: int, tokens: int) -> None:
+        self._progress.update(self._task, advance=tokens)
 
     def chose(self, number: int, token: int) -> None:
         pass
