@@ -17,7 +17,7 @@ from test_blocks import assert_balanced
 from dsv4_jax import CacheFull, CacheManager
 from dsv4_jax.host.errors import CannotTruncate, LengthUnknown, StalePlan
 
-EXAMPLES = int(os.environ.get("LIFECYCLE_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("LIFECYCLE_EXAMPLES", "40"))
 
 
 CHUNKS = st.lists(
