@@ -5,6 +5,7 @@ How many: LIFECYCLE_EXAMPLES=5000 in the environment, for a night or a GPU. Hypo
 """
 
 import collections
+import dataclasses
 import os
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lifecycle import BUCKETS, CONTEXT, SLOTS, Device, Made, Part, Request, setting, text_of
 from test_blocks import assert_balanced
 
-from dsv4_jax import CacheFull, CacheManager
+from dsv4_jax import CacheFull, CacheManager, RequestState, preempt, resume
 from dsv4_jax.host.errors import CannotTruncate, LengthUnknown, StalePlan
 
 EXAMPLES = int(os.environ.get("LIFECYCLE_EXAMPLES", "40"))
@@ -47,6 +48,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.requests: dict[int, Request] = {}
         self.waiting: list[Made] = []  # plans that were not dispatched, in the order in which they were made
         self.dispatched: list[Made] = []  # and those of which the host has not heard
+        self.parked: list[tuple[RequestState, Request]] = []  # that were preempted
         self.fixed: dict[tuple, bytes] = {}  # what blocks hold that nobody may write
         first = text_of(bytes(4 * CONTEXT), b"", alone)
         same = text_of(bytes(4 * CONTEXT), b"other", alone)
@@ -316,6 +318,41 @@ class Lifecycle(RuleBasedStateMachine):
         self.manager.release(request.handle)
         request.plans.clear()
         del self.requests[request.handle]
+
+    @precondition(lambda self: self.requests and len(self.parked) < SLOTS)
+    @rule(data=st.data(), how=st.sampled_from(("state", "bytes", "tokens")))
+    def preempt(self, data, how):
+        """A request leaves; its state stays on the host, as it is or as bytes, or only what is known of its tokens."""
+        request = self.one(data)
+        self.transfer()
+        try:
+            if how == "tokens":
+                known = self.manager.preempt(request.handle).tokens
+                np.testing.assert_array_equal(known, request.text.ids[: known.size])
+            else:
+                state = preempt(self.device.cache, self.manager, request.handle)
+                self.parked.append((RequestState.from_bytes(state.to_bytes()) if how == "bytes" else state, request))
+        except LengthUnknown:
+            assert request.is_open
+            return
+        request.plans.clear()
+        del self.requests[request.handle]
+
+    @precondition(lambda self: self.parked and len(self.requests) < SLOTS)
+    @rule(data=st.data(), new=st.one_of(st.none(), st.integers(0, 60)))
+    def resume(self, data, new):
+        self.transfer()
+        state, request = self.parked.pop(data.draw(st.integers(0, len(self.parked) - 1)))
+        most = max(state.length, state.tokens.size)
+        if most + (new or 0) > CONTEXT:
+            return
+        try:
+            handle, self.device.cache = resume(self.device.cache, self.manager, state, new)
+        except CacheFull:
+            return
+        limit = 0 if new is None else most + new + self.schema.lookahead
+        slot = self.manager.slot(handle)
+        self.requests[handle] = dataclasses.replace(request, handle=handle, slot=slot, limit=limit, plans=[])
 
     @rule(sure=st.integers(0, 4))
     def reset_prefix_cache(self, sure):
