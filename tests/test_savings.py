@@ -96,6 +96,10 @@ def test_the_model_says_the_same_and_every_kept_token_is_verified(seed, rng):
     assert result.passed
     assert result.positions == sum(record.judged for one in found for record in one.steps)
 
+    # What an earlier call left is not shared with one that is to be verified.
+    server.serve(requests(seed)[2:3])
+    assert server.prefixes.hits == 2
+
     # Of the logits of several tokens of a step, every one is compared.
     one, place = next((one, place) for one in found for place, record in enumerate(one.steps) if record.judged > 1)
     record, steps = one.steps[place], [*one.steps]

@@ -31,6 +31,8 @@ from dsv4_jax.deepseek_v4.weights import ModelWeights
 
 STEPS_IN_FLIGHT = 2
 """Steps sent to the device and not waited for: one runs, one is ready behind it, and an interrupt loses no more."""
+SNAPSHOTS_PER_SLOT = 2
+"""Where prefixes are shared: at the end of a prompt, and where it stopped being like those before it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +109,6 @@ class Listener(Protocol):
     def ended(self, number: int) -> None:
         """A request is done."""
         ...
-
-
-SNAPSHOTS_PER_SLOT = 2
-"""Of a server that shares prefixes: where its prompt ends, and where it stopped being like those before it."""
 
 
 def server_schema(
