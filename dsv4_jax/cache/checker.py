@@ -47,7 +47,7 @@ class CacheChecker:
         Raises:
           CacheDamaged: says where, and whose that is.
           ValueError: the contents are those of another cache.
-          ShardingError: the cache is that of several shards; check one inside its process, or each by itself.
+          ShardingError: the cache is that of several shards; one alone can be checked.
         """
         check_one_shard(cache)
         _check_sizes(cache.schema, contents)
