@@ -111,6 +111,23 @@ def test_a_missed_snapshot_is_counted(device, rng):
     assert (metrics["prefix_cache_queries"], metrics["prefix_cache_hits"]) == (600, 0)
 
 
+def test_no_snapshot_is_taken_of_a_later_state(device, rng):
+    """The plan that ended where a snapshot was due is committed when the next one has run."""
+    prompts = Prompts(rng)
+    ids = prompts.tokens(300)
+    request = prompts.admit(ids)
+    plans = [prompts.step({request: count}, commit=False) for count in (256, 44)]
+    for plan, start, end in zip(plans, (0, 256), (256, 300), strict=True):
+        prompts.manager.commit(plan, lengths=[end], tokens=[ids[start:end]])
+    assert not prompts.manager.transfers_wait
+    assert prompts.manager.metrics()["prefix_snapshots_missed"] == 1
+    prompts.release(request)
+    assert prompts.manager.match_prefix(ids).length == 0
+    again = prompts.admit(ids)
+    prompts.prefill(again)
+    prompts.check(again)
+
+
 def test_going_back_below_a_hit(device, rng):
     prompts = Prompts(rng, lookahead=140)
     ids = prompts.tokens(300)
