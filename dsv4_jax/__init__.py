@@ -20,7 +20,8 @@ from dsv4_jax.cache.transfer import apply_transfers
 from dsv4_jax.cache.views import entries_view, keys_view, window_view
 from dsv4_jax.host.errors import CacheError, CacheFull
 from dsv4_jax.host.manager import CacheManager
-from dsv4_jax.host.shards import ShardedManager, ShardedPlan
+from dsv4_jax.host.sharded_plan import ShardedPlan
+from dsv4_jax.host.shards import ShardedManager
 from dsv4_jax.layout.capacity import capacity_plan, requests_that_fit
 from dsv4_jax.layout.formats import PROFILES, CacheFormats
 from dsv4_jax.layout.plan import PlanLayout, StepPlan

@@ -28,11 +28,12 @@ from dsv4_jax import (
     preempt,
     resume,
     shard_of,
+    take_state,
 )
 from dsv4_jax.cache.pools import ShardingError
 
 CONTEXT, HEADS = 700, 8
-SIZES = {"slots": 5, "blocks": 24, "max_context": 1024, "lookahead": 3}
+SIZES = {"slots": 5, "blocks": 24, "max_context": 1024, "lookahead": 3, "snapshots": 2}
 BUCKETS = (1, 3, 16, 64, 256, 1024)
 COLLECTIVES = r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 
@@ -107,7 +108,7 @@ class Shards:
         joined = [{name: np.concatenate(parts) for name, parts in arrays.items()} for arrays in brought]
         given = plan.step_plan, self.weights, joined, np.concatenate(queries)
         self.given = given
-        self.cache, outputs = self.step(self.cache, *given)
+        self.plan, (self.cache, outputs) = plan, self.step(self.cache, *given)
         last = np.concatenate([np.asarray(part.last_token) + tokens * s for s, part in enumerate(plan.parts)])
         self.seen = dict(zip(counts, np.asarray(outputs)[:, last[plan.rows]].swapaxes(0, 1), strict=True))
 
@@ -132,6 +133,29 @@ class Shards:
             if request in self.seen:
                 np.testing.assert_array_equal(self.seen[request], np.asarray(outputs)[:, length - 1])
             alone.manager.release(again)
+
+
+def share_a_prefix(shards, data, done):
+    """A prompt goes where it is cached; what is cached of it can be taken to another shard."""
+    manager, ids = shards.manager, np.arange(300)
+    for request in done:
+        manager.release(request)
+    first = shards.admit(prompt=manager.match_prefix(ids), shard=data - 1)
+    for count in (256, 44):
+        shards.feed({first: count})
+        manager.commit(shards.plan, lengths=[manager.length(first)])
+    hit = manager.admit(manager.match_prefix(ids))
+    assert (manager.place(hit)[0], manager.length(hit)) == (data - 1, 256)
+    for book in (shards.sequences, shards.queries):
+        book[hit] = book[first]
+    shards.feed({hit: 44})
+    state = take_state(shards.cache, manager, manager.match_prefix(ids))
+    manager.release(hit)
+    moved, shards.cache = resume(shards.cache, manager, state, shard=0)
+    for book in (shards.sequences, shards.queries):
+        book[moved] = book[first]
+    shards.feed({moved: 44, first: 1})
+    shards.check([moved, first])
 
 
 def main(seed, data, tensor, check_vma, axis_type):
@@ -164,6 +188,7 @@ def main(seed, data, tensor, check_vma, axis_type):
     shards.feed({moved: 1, one: 1, new: 1})
     shards.check([one, moved, twin, new])
     assert shards.step._cache_size() - traced <= 2, "as many layouts as are new"
+    share_a_prefix(shards, data, [twin, new])
     if data > 1:
         with pytest.raises(ShardingError, match="side by side"):
             jax.jit(step_of_a_shard)(shards.cache, *shards.given)

@@ -23,7 +23,7 @@ from dsv4_jax import (
     resume,
     shard_of,
 )
-from dsv4_jax.host.shards import largest
+from dsv4_jax.host.sharded_plan import largest
 
 
 def main(seed, number, port):

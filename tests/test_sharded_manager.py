@@ -8,7 +8,7 @@ from managers import make_manager, state
 
 from dsv4_jax import CacheFull, ShardedManager
 from dsv4_jax.host.errors import CannotTruncate, ContextExceeded, InvalidStep, StalePlan, UnknownRequest
-from dsv4_jax.host.shards import largest
+from dsv4_jax.host.sharded_plan import largest
 
 BUCKETS = (8, 64, 512)
 
@@ -164,6 +164,18 @@ def test_handles_are_those_of_all_shards_in_errors_too():
     assert manager.requests.size == 2
     with pytest.raises(ValueError, match="at least 1 shard"):
         make_sharded(0)
+
+
+def test_victims_are_those_of_all_shards():
+    manager = make_sharded(2, slots=3)
+    requests = [manager.admit(shard=shard) for shard in (0, 1, 1)]
+    manager.prepare_forward(dict(zip(requests, (30, 20, 40), strict=True)))
+    assert [manager.lost_tokens(request) for request in requests] == [30, 20, 40]
+    assert (manager.free_slots, manager.free_blocks) == (3, 77)
+    assert manager.propose_victim() == requests[1]
+    assert manager.propose_victim([r for r in requests if manager.place(r)[0] == 0]) == requests[0]
+    assert manager.preempt(requests[1]).length == 20
+    assert (manager.free_slots, manager.metrics()["num_preemptions"]) == (4, 1)
 
 
 def test_the_layout_of_all_is_one_that_each_has():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,8 @@ from dsv4_jax.host.events import Event
 from dsv4_jax.host.hashing import Match
 from dsv4_jax.host.journal import Write
 from dsv4_jax.host.manager import CacheManager
+from dsv4_jax.host.parking import RequestRecord
+from dsv4_jax.host.sharded_plan import ShardedPlan, largest
 from dsv4_jax.layout.plan import PlanLayout, StepPlan
 from dsv4_jax.layout.schema import CacheSchema
 from dsv4_jax.layout.transfers import Transfers, side_by_side
@@ -50,53 +52,6 @@ Route = Callable[[Sequence[Room]], int]
 def most_cached_then_most_room(rooms: Sequence[Room]) -> int:
     """Where most of the prompt is cached; of several, where most blocks, then slots, are free; the first of these."""
     return max(rooms, key=lambda room: (room.admits, room.cached, room.free_blocks, room.free_slots, -room.shard)).shard
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ShardedPlan:
-    """A step of all shards, of the same layout in each.
-
-    Attributes:
-      parts: the plan of each shard, without requests where it has none in the step.
-      handles: int64 [n], the requests, in the order in which they were given.
-    """
-
-    parts: tuple[StepPlan, ...]
-    handles: NDArray[np.int64]
-
-    @property
-    def layout(self) -> PlanLayout:
-        """Of every part."""
-        return self.parts[0].layout
-
-    @property
-    def step_plan(self) -> StepPlan:
-        """What a step in ``jax.shard_map`` takes: the parts side by side on the last axis, [..., shards * size]."""
-        return StepPlan(np.concatenate([part.packed for part in self.parts], axis=-1), self.layout)
-
-    @property
-    def rows(self) -> NDArray[np.int64]:
-        """int64 [n]: where each request's results are in what comes out of all shards, [shards * R, ...]."""
-        rows = np.zeros(self.handles.size, np.int64)
-        for shard in range(len(self.parts)):
-            members = self.members(shard)
-            rows[members] = shard * self.layout.requests + np.arange(members.size)
-        return rows
-
-    def pack_tokens(self, tokens: Sequence[ArrayLike]) -> NDArray[np.int32]:
-        """Token ids for all shards, int32 [shards * T], of one sequence (or one integer) for each request, in order."""
-        if len(tokens) != self.handles.size:
-            raise ValueError(f"the plan holds {self.handles.size} requests, got tokens for {len(tokens)}")
-        return np.concatenate(
-            [
-                part.pack_tokens([np.atleast_1d(tokens[index]) for index in self.members(shard).tolist()])
-                for shard, part in enumerate(self.parts)
-            ]
-        )
-
-    def members(self, shard: int) -> NDArray[np.int64]:
-        """Which of the requests are in a shard, by their place among all, in the order of its plan."""
-        return (self.handles % len(self.parts) == shard).nonzero()[0]
 
 
 class ShardedManager:
@@ -172,6 +127,16 @@ class ShardedManager:
         shard, local = self.place(request)
         return self.managers[shard].length(local)
 
+    @property
+    def free_slots(self) -> int:
+        """How many more requests can be admitted."""
+        return sum(manager.free_slots for manager in self.managers)
+
+    @property
+    def free_blocks(self) -> int:
+        """How many blocks no request holds, in all shards."""
+        return sum(manager.free_blocks for manager in self.managers)
+
     # Admission.
 
     def match_prefix(self, tokens: ArrayLike, *, salt: bytes = b"") -> Match:
@@ -213,6 +178,22 @@ class ShardedManager:
         """As ``CacheManager.release``."""
         shard, local = self.place(request)
         self.managers[shard].release(local)
+
+    def preempt(self, request: int) -> RequestRecord:
+        """As ``CacheManager.preempt``."""
+        shard, local = self.place(request)
+        with self._named(shard):
+            return self.managers[shard].preempt(local)
+
+    def lost_tokens(self, request: int) -> int:
+        """As ``CacheManager.lost_tokens``."""
+        shard, local = self.place(request)
+        return self.managers[shard].lost_tokens(local)
+
+    def propose_victim(self, among: Iterable[int] | None = None) -> int | None:
+        """As ``CacheManager.propose_victim``; where one shard is short of room, give the requests of that one."""
+        handles = [int(handle) for handle in (self.requests if among is None else among)]
+        return min(handles, key=lambda handle: (self.lost_tokens(handle), -handle), default=None)
 
     def truncate(self, request: int, length: int) -> None:
         """As ``CacheManager.truncate``."""
@@ -397,12 +378,6 @@ class ShardedManager:
         together = {name: sum(metrics[name] for metrics in of_shards) for name in of_shards[0]}
         blocks = self.usage()["blocks"]
         return together | {"kv_cache_usage_perc": blocks.used / max(blocks.total, 1)}
-
-
-def largest(layouts: Sequence[PlanLayout]) -> PlanLayout:
-    """The smallest layout of those of one manager that takes what each of these takes."""
-    most = max(layouts, key=lambda layout: layout.tokens)
-    return dataclasses.replace(most, displaces=any(layout.displaces for layout in layouts))
 
 
 def _sum(usages: Sequence[PoolUsage]) -> PoolUsage:
