@@ -55,6 +55,7 @@ REFUSED = {
         "--memory": ["", "-1", "0", "many", "1e400GB"],
         "--requests": ["0", *BELOW, str(10**30)],
         "--lookahead": [*BELOW, *HUGE],
+        "--mesh": ["", "4", "data=0", "data=2,data=2", "model=2", "data=1e3", *HUGE],
         "--json": [".", NO_FOLDER],
         "--plot": [NO_FOLDER, "picture.nonsense"],
     },
@@ -74,7 +75,7 @@ REFUSED = {
 }
 NEEDED = {"capacity": ["--context", "1000"], "bench": ["--tiny"]}
 # Switches, and numbers of which every one that can be written is as good as another.
-HARMLESS = {"--help", "--hadamard", "--verify", "--quick", "--reference", "--tiny", "--list"}
+HARMLESS = {"--help", "--hadamard", "--verify", "--quick", "--reference", "--tiny", "--list", "--share-prefix"}
 
 
 def commands():
