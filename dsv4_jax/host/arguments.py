@@ -62,19 +62,24 @@ def step_arrays(
     return handles.astype(np.int64), counts.astype(np.int64)
 
 
-def draft_array(
-    drafts: Mapping[int, int] | ArrayLike, handles: NDArray[np.int64], counts: NDArray[np.int64], lookahead: int
-) -> NDArray[np.int64]:
-    """``prepare_forward``'s drafts as int64 [n], those of ``handles``, which bring ``counts``; raises InvalidStep."""
+def drafts_in_order(drafts: Mapping[int, int] | ArrayLike, handles: NDArray[np.int64]) -> NDArray[Any]:
+    """``prepare_forward``'s drafts as an array; of a mapping, those of ``handles`` in order. Raises InvalidStep."""
     if isinstance(drafts, Mapping):
         unknown = drafts.keys() - set(handles.tolist())
         if unknown:
             raise InvalidStep(f"request {min(unknown, key=str)} has drafts and no tokens; drafts are among its tokens")
         drafts = [drafts.get(handle, 0) for handle in handles.tolist()]
     try:
-        given = np.asarray(drafts)
+        return np.asarray(drafts)
     except ValueError as error:
         raise InvalidStep(f"drafts must be integers: {error}") from error
+
+
+def draft_array(
+    drafts: Mapping[int, int] | ArrayLike, handles: NDArray[np.int64], counts: NDArray[np.int64], lookahead: int
+) -> NDArray[np.int64]:
+    """``prepare_forward``'s drafts as int64 [n], those of ``handles``, which bring ``counts``; raises InvalidStep."""
+    given = drafts_in_order(drafts, handles)
     if (given.size and given.dtype.kind not in "iu") or given.shape not in ((), handles.shape):
         raise InvalidStep(
             f"drafts must be a mapping, one integer, or one for each of {handles.size} requests; "

@@ -48,6 +48,11 @@ class Books:
         self._journal.finish()
         return self._request_table, self._ledger
 
+    def _require_no_transfers(self) -> None:
+        """Raises TransfersWait if what the operation is about may not be on the device yet."""
+        if self._transfers:
+            raise TransfersWait(len(self._transfers))
+
     def __getstate__(self) -> dict[str, Any]:
         self._journal.finish()
         return vars(self)
@@ -128,8 +133,7 @@ class Books:
           LengthUnknown: a request has drafts of which nothing is known; commit their plans first.
         """
         table, ledger = self._state()
-        if self._transfers:
-            raise TransfersWait(len(self._transfers))
+        self._require_no_transfers()
         slots = (table.handles >= 0).nonzero()[0]
         for slot in slots.tolist():
             if self._drafts.is_open(slot):

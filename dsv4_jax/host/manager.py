@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dsv4_jax.host.arguments import bucket_list, count, integer, step_arrays, step_count
 from dsv4_jax.host.batch import Batch, Standing
-from dsv4_jax.host.errors import InvalidStep, StepTooLarge, TransfersWait
+from dsv4_jax.host.errors import InvalidStep, StepTooLarge
 from dsv4_jax.host.journal import Write
 from dsv4_jax.host.parking import Parking
 from dsv4_jax.host.settling import Outstanding, plan_of
@@ -187,8 +187,7 @@ class CacheManager(Parking):
         handles, counts = step_arrays(tokens)
         repeats = step_count(steps)
         table, _ = self._state()
-        if self._transfers:
-            raise TransfersWait(len(self._transfers))
+        self._require_no_transfers()
         at = self._standing
         if at is None or not at.allows(
             handles, counts, repeats, layout, self._journal.number, self._schema.max_context

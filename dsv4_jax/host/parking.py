@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsv4_jax.host.admission import Admission
-from dsv4_jax.host.errors import LengthUnknown, NothingCached, PromptTooLong, TransfersWait
+from dsv4_jax.host.errors import LengthUnknown, NothingCached, PromptTooLong
 from dsv4_jax.host.hashing import Match, chain, tokens_of
 from dsv4_jax.host.prefix import Chain
 from dsv4_jax.host.telling import Telling
@@ -88,8 +88,7 @@ class Parking(Admission):
           TransfersWait: ``take_transfers`` first, which may be what brings it there.
         """
         table, ledger = self._state()
-        if self._transfers:
-            raise TransfersWait(len(self._transfers))
+        self._require_no_transfers()
         made_for = describe_requests(self._schema)
         if isinstance(what, Match):
             hit = self._prefix.find(what.links, what.tokens.size + 1)
@@ -153,8 +152,7 @@ class Parking(Admission):
           TransfersWait: ``take_transfers`` first: what waits must not come behind what is written now.
         """
         table, ledger = self._state()
-        if self._transfers:
-            raise TransfersWait(len(self._transfers))
+        self._require_no_transfers()
         handle, writes = table.admit()
         slot, prompt = table.slot_of(handle), max(record.length, record.tokens.size)
         _, limit = self._lengths(prompt, max_new_tokens)
@@ -213,7 +211,12 @@ class Parking(Admission):
           Its handle; None if there is nothing to choose from.
         """
         handles = [int(handle) for handle in (self.requests if among is None else among)]
-        return min(handles, key=lambda handle: (self.lost_tokens(handle), -handle), default=None)
+        return fewest_lost(handles, self.lost_tokens)
+
+
+def fewest_lost(handles: Iterable[int], lost: Callable[[int], int]) -> int | None:
+    """The handle of which the fewest tokens are ``lost``, of several the latest; None without any."""
+    return min(handles, key=lambda handle: (lost(handle), -handle), default=None)
 
 
 def differences(ours: str, theirs: str) -> list[str]:

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dsv4_jax.host.accounts import PoolUsage
-from dsv4_jax.host.arguments import count, integer, step_arrays
+from dsv4_jax.host.arguments import count, drafts_in_order, integer, step_arrays
 from dsv4_jax.host.errors import CacheError, InvalidStep, UnknownRequest
 from dsv4_jax.host.events import Event
 from dsv4_jax.host.hashing import Match
 from dsv4_jax.host.journal import Write
 from dsv4_jax.host.manager import CacheManager
-from dsv4_jax.host.parking import RequestRecord
+from dsv4_jax.host.parking import RequestRecord, fewest_lost
 from dsv4_jax.host.sharded_plan import ShardedPlan, largest
 from dsv4_jax.layout.plan import PlanLayout, StepPlan
 from dsv4_jax.layout.schema import CacheSchema
@@ -193,7 +193,7 @@ class ShardedManager:
     def propose_victim(self, among: Iterable[int] | None = None) -> int | None:
         """As ``CacheManager.propose_victim``; where one shard is short of room, give the requests of that one."""
         handles = [int(handle) for handle in (self.requests if among is None else among)]
-        return min(handles, key=lambda handle: (self.lost_tokens(handle), -handle), default=None)
+        return fewest_lost(handles, self.lost_tokens)
 
     def truncate(self, request: int, length: int) -> None:
         """As ``CacheManager.truncate``."""
@@ -259,32 +259,21 @@ class ShardedManager:
         shards = len(self.managers)
         wanted = self.layout_of((handles, counts)) if layout is None else layout
         of, local = handles % shards, handles // shards
+        guesses = None if drafts is None else drafts_in_order(drafts, handles)
         plans: list[StepPlan] = []
         try:
             for shard, manager in enumerate(self.managers):
                 mine = of == shard
-                guesses = None if drafts is None else self._drafts_of(drafts, handles, mine)
+                of_mine = guesses[mine] if guesses is not None and guesses.shape == handles.shape else guesses
                 with self._named(shard):
                     plans.append(
-                        manager.prepare_forward((local[mine], counts[mine]), drafts=guesses, steps=steps, layout=wanted)
+                        manager.prepare_forward((local[mine], counts[mine]), drafts=of_mine, steps=steps, layout=wanted)
                     )
         except BaseException:
             for manager, plan in zip(self.managers, plans, strict=False):
                 manager.cancel(plan)
             raise
         return ShardedPlan(tuple(plans), handles.copy())
-
-    def _drafts_of(
-        self, drafts: Mapping[int, int] | ArrayLike, handles: NDArray[np.int64], mine: NDArray[np.bool_]
-    ) -> ArrayLike:
-        if isinstance(drafts, Mapping):
-            if unknown := drafts.keys() - set(handles.tolist()):
-                raise InvalidStep(
-                    f"request {min(unknown, key=str)} has drafts and no tokens; drafts are among its tokens"
-                )
-            return [drafts.get(handle, 0) for handle in handles[mine].tolist()]
-        given = np.asarray(drafts)
-        return given[mine] if given.shape == handles.shape else given
 
     def cancel(self, plan: ShardedPlan, requests: ArrayLike | None = None) -> ShardedPlan:
         """As ``CacheManager.cancel``; what is left has the same layout."""
