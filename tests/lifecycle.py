@@ -95,7 +95,7 @@ def _poison(cache, slots, blocks):
     for name, array in cache.arrays.items():
         which = blocks if name in cache.schema.block_pools else slots[: array.shape[1 if array.ndim > 2 else 0]]
         match name:
-            case "block_table":  # of slots whose next request has them reset
+            case "block_table" | "write_table":  # of slots whose next request has them reset
                 arrays[name] = jnp.where(which[:, None], 0, array)
             case "window_positions":
                 arrays[name] = jnp.where(slots[None, :, None], jnp.arange(array.shape[2]), array)

@@ -161,7 +161,8 @@ POOLS = [
 
 
 def begin_step_operands(rng):
-    return random_table(rng), rng.integers(-1, 500, (LAYERS, SLOTS, RING)).astype(np.int32), random_plan(rng)
+    positions = rng.integers(-1, 500, (LAYERS, SLOTS, RING)).astype(np.int32)
+    return random_table(rng), random_table(rng), positions, random_plan(rng)
 
 
 def compress_operands(rng, ratio, width, hca_tail, dtype):

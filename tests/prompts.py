@@ -9,6 +9,7 @@ from harness import Driver, assert_same_bytes, random_tokens, random_weights
 
 from dsv4_jax import CacheFormats, CacheFull, apply_transfers
 from dsv4_jax.host.errors import CannotTruncate
+from dsv4_jax.layout.schema import TABLES
 
 BANK = 512
 """Token ids."""
@@ -171,7 +172,7 @@ class Prompts:
         slots += [slot for slot in range(schema.slots) if manager._request_table.handles[slot] < 0]
         arrays = {}
         for name, array in self.driver.cache.arrays.items():
-            if name in ("block_table", "window_positions"):
+            if name in (*TABLES, "window_positions"):
                 continue
             values = np.array(array)
             where = unused if name in schema.block_pools else [slot for slot in slots if slot < values.shape[1]]

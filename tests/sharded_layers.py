@@ -16,6 +16,7 @@ from harness import SPEC, inputs_of, random_tokens, random_weights, update
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv4_jax import CacheFormats, CacheManager, CacheSchema, LayerKind, StepPlan, begin, init_cache
+from dsv4_jax.cache.pools import slots_axis
 
 SHARDS, STEPS = 2, 3
 MODEL = dataclasses.replace(SPEC, layers=SPEC.layers * 2)
@@ -68,7 +69,7 @@ def main(seed):
 
     def side_by_side():
         arrays = {name: [np.asarray(cache.arrays[name]) for _, cache, _ in shards] for name in empty.arrays}
-        joined = {name: np.concatenate(parts, 0 if name == "block_table" else 1) for name, parts in arrays.items()}
+        joined = {name: np.concatenate(parts, slots_axis(name)) for name, parts in arrays.items()}
         joined = {name: jax.device_put(array, empty.arrays[name].sharding) for name, array in joined.items()}
         return empty.with_arrays(joined)
 
@@ -101,7 +102,7 @@ def main(seed):
             for (_, cache, _), plan, mine in zip(shards, plans, brought, strict=True)
         ]
         for name, array in made.arrays.items():
-            axis = 0 if name == "block_table" else 1
+            axis = slots_axis(name)
             expected = np.concatenate([np.asarray(cache.arrays[name]) for cache in plain], axis)
             assert expected.tobytes() == np.asarray(array).tobytes(), f"{what}: {name}"
             assert array.sharding.is_equivalent_to(NamedSharding(mesh, specs.arrays[name]), array.ndim), name

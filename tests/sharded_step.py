@@ -29,6 +29,7 @@ def shard_of(rng):
     table = rng.permutation(BLOCKS)[: SLOTS * MAX_BLOCKS].reshape(SLOTS, MAX_BLOCKS).astype(np.int32)
     state = {
         "table": table,
+        "write_table": table.copy(),
         "window": np.zeros((LAYERS, SLOTS, *ROW.page_shape(RING)), ROW.dtype),
         "positions": np.full((LAYERS, SLOTS, RING), -1, np.int32),
         "entries": np.zeros((LAYERS, BLOCKS, *ENTRY.page_shape(32)), ENTRY.dtype),
@@ -84,10 +85,14 @@ def layer_step(implementation, weights, plan, brought, state, layer):
 
 def step(implementation, scanned, weights, state, packed, brought):
     """All layers; the state and a number of each layer that depends on what was read."""
-    table, positions, plan = ops.begin_step(
-        state["table"], state["positions"], StepPlan(packed, LAYOUT), implementation=implementation
+    table, write_table, positions, plan = ops.begin_step(
+        state["table"],
+        state["write_table"],
+        state["positions"],
+        StepPlan(packed, LAYOUT),
+        implementation=implementation,
     )
-    state |= {"table": table, "positions": positions}
+    state |= {"table": table, "write_table": write_table, "positions": positions}
     one = functools.partial(layer_step, implementation, weights, plan, brought)
     if scanned:
         return jax.lax.scan(one, state, jnp.arange(LAYERS, dtype=jnp.int32))
@@ -100,7 +105,7 @@ def step(implementation, scanned, weights, state, packed, brought):
 
 def axis_of(name):
     """Which axis of an array of the state shards lie side by side on: slots or blocks."""
-    return 0 if name == "table" else 1
+    return 0 if name in ("table", "write_table") else 1
 
 
 def compare(what, function, check_vma, plain, given):

@@ -60,7 +60,7 @@ def test_serves_a_file_and_verifies(run, tmp_path, seed):
     assert number(rows["logit vectors compared"]) >= 3 * 40
     assert number(rows["entries chosen by the indexer"]) > 0
     assert number(rows["experts chosen"]) % (4 * 2) == 0  # 2 in each of 4 layers
-    components = ["block_table", "window", "window_positions", "csa_entries", "csa_keys", "hca_entries"]
+    components = ["block_table", "write_table", "window", "window_positions", "csa_entries", "csa_keys", "hca_entries"]
     components += ["csa_tail", "csa_key_tail", "hca_tail"]
     assert sum(number(rows[name]) for name in components) == number(rows["the cache together"])
     assert 9e6 < number(rows["weights"]) < 12e6

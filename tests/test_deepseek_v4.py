@@ -31,6 +31,7 @@ from dsv4_jax.deepseek_v4.checkpoint import load_checkpoint
 from dsv4_jax.deepseek_v4.config import DeepseekV4Config
 from dsv4_jax.deepseek_v4.model import logits, run_layers, step
 from dsv4_jax.deepseek_v4.weights import ModelWeights
+from dsv4_jax.layout.schema import TABLES
 
 FOLDER = Path(__file__).parent / "data" / "tiny_deepseek_v4"
 # Absolute; logits have a standard deviation of 1. Rounding in fp32 alone makes 4e-6 of it.
@@ -216,7 +217,7 @@ def shapes(layout: PlanLayout):
 
 def smallest_pool(cache) -> int:
     sizes = cache.memory_bytes()
-    return min(size for name, size in sizes.items() if name not in ("block_table", "window_positions"))
+    return min(size for name, size in sizes.items() if name not in (*TABLES, "window_positions"))
 
 
 LAYOUT = pytest.mark.parametrize(

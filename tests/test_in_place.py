@@ -30,6 +30,8 @@ from dsv4_jax import (
     over_shards,
     tiny_spec,
 )
+from dsv4_jax.cache.pools import slots_axis
+from dsv4_jax.layout.schema import TABLES
 from dsv4_jax.tools.bench.attended_step import attended_inputs, attended_step
 from dsv4_jax.tools.bench.measure import native_calls
 from dsv4_jax.tools.bench.workload import schema_of as schema_in_full
@@ -131,7 +133,7 @@ def arguments(program, schema: CacheSchema, layout: PlanLayout):
 def budget(cache: Cache) -> int:
     """Temporary memory allowed: less than any pool of values takes, so that not one fits in."""
     sizes = cache.memory_bytes()
-    return min(size for name, size in sizes.items() if name not in ("block_table", "window_positions")) - 1
+    return min(size for name, size in sizes.items() if name not in (*TABLES, "window_positions")) - 1
 
 
 PROGRAMS = pytest.mark.parametrize("program", [every_layer, layers_by_scan, steps_by_scan])
@@ -237,7 +239,7 @@ def test_a_step_of_shards_is_in_place_without_communication_and_one_cuda_graph_a
         return cache, seen[None]
 
     one, plan, weights, brought = shapes_of(schema, LAYOUTS["decode"])
-    arrays = {name: side_by_side(array, int(name != "block_table")) for name, array in one.arrays.items()}
+    arrays = {name: side_by_side(array, slots_axis(name)) for name, array in one.arrays.items()}
     cache = dataclasses.replace(one, shards=devices, partitioned=True).with_arrays(arrays)
     weights = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), weights)
     specs = {"in_specs": (PartitionSpec(), PartitionSpec("data")), "out_specs": (PartitionSpec("data"),)}

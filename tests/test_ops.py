@@ -64,8 +64,9 @@ def test_begin_step(other, rng):
     assert_same(results, other("begin_step", *operands))
     for slot, reset in zip(plan.request_slot, plan.request_reset, strict=True):
         if reset and 0 <= slot < SLOTS:
-            assert (np.asarray(results[1])[:, slot] == -1).all()
-    np.testing.assert_array_equal(results[2].packed, plan.packed)
+            assert (np.asarray(results[2])[:, slot] == -1).all()
+            assert (np.asarray(results[1])[slot] == np.asarray(results[0])[slot]).all()
+    np.testing.assert_array_equal(results[3].packed, plan.packed)
 
 
 @OTHER
@@ -295,7 +296,8 @@ def test_an_empty_step_changes_nothing(rng):
     table, fp8 = random_table(rng), ENTRY_FORMATS["fp8"]
     window, positions = random_pool(rng, fp8, RING, SLOTS), rng.integers(0, 9, (LAYERS, SLOTS, RING)).astype(np.int32)
     tails = [random_tail(rng, 4, 512), random_tail(rng, 4, 128), random_tail(rng, 128, 512)]
-    assert_same(native("begin_step", table, positions, plan)[:2], (table, positions))
+    tables = table, random_table(rng), positions
+    assert_same(native("begin_step", *tables, plan)[:3], tables)
     rows = random_rows(rng, (LAYOUT.tokens, 512), np.float32)
     assert_same(native("append_window", window, positions, rows, plan, 0, format=fp8), (window, positions))
     for tail, ratio in zip(tails, (4, 4, 128), strict=True):

@@ -32,6 +32,7 @@ from dsv4_jax import (
 )
 from dsv4_jax.host.errors import LengthUnknown, NothingCached, PromptTooLong, TransfersWait, UnknownRequest
 from dsv4_jax.layout.formats import HCA_TAILS
+from dsv4_jax.layout.schema import TABLES
 from dsv4_jax.parking import arrays
 
 CONTEXT = 900
@@ -365,12 +366,13 @@ def programs(formats):
     cache = jax.eval_shape(lambda: init_cache(schema))
     int32 = jax.ShapeDtypeStruct((), np.int32)
     like = lambda array, *size: jax.ShapeDtypeStruct((array.shape[0], *size, *array.shape[2:]), array.dtype)  # noqa: E731
+    tables = {name: cache.arrays[name] for name in TABLES}
     slot = {name: cache.arrays[name] for name in arrays.slot_arrays(schema, 0)}
     pools = {name: cache.arrays[name] for name in schema.block_pools}
     row = jax.ShapeDtypeStruct((schema.max_blocks,), np.int32)
     yield (
         lambda given, at, row, rows: arrays._write_slot.__wrapped__(*given, at, row, rows),
-        ((cache.block_table, slot), int32, row, {name: like(array) for name, array in slot.items()}),
+        ((tables, slot), int32, row, {name: like(array) for name, array in slot.items()}),
     )
     yield (
         arrays._write_blocks.__wrapped__,

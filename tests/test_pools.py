@@ -10,11 +10,11 @@ import pytest
 
 from dsv4_jax.cache.pools import Cache, init_cache
 from dsv4_jax.layout.formats import PROFILES
-from dsv4_jax.layout.schema import CacheSchema
+from dsv4_jax.layout.schema import TABLES, CacheSchema
 from dsv4_jax.spec.presets import tiny_spec
 
 ARRAYS = [
-    "block_table",
+    *TABLES,
     "window",
     "window_positions",
     "csa_entries",
@@ -44,7 +44,7 @@ def test_empty_cache(profile, device):
             assert np.all(values[:, :, 0] == 0)
             assert np.all(values[:, :, 1] == np.float32(-1e9))
         else:
-            assert np.all(values == (-1 if name in ("block_table", "window_positions") else 0))
+            assert np.all(values == (-1 if name in (*TABLES, "window_positions") else 0))
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -58,6 +58,7 @@ def poisoned_state():
     nan = np.float32(np.nan)
     state = {
         "block_table": np.full((SLOTS, MAX_BLOCKS), 3, np.int32),
+        "write_table": np.full((SLOTS, MAX_BLOCKS), 3, np.int32),
         "window": np.full((3, SLOTS, RING, 512), nan),
         "window_positions": np.broadcast_to(np.arange(RING, dtype=np.int32), (3, SLOTS, RING)),
         "csa_tail": np.full((2, SLOTS, 2, 12, 512), nan),
@@ -71,8 +72,9 @@ def poisoned_state():
 
 
 def begin(ops, state, plan):
-    table, positions, plan = ops.begin_step(state["block_table"], state["window_positions"], plan)
-    return state | {"block_table": table, "window_positions": positions}, plan
+    names = ("block_table", "write_table", "window_positions")
+    *arrays, plan = ops.begin_step(*(state[name] for name in names), plan)
+    return state | dict(zip(names, arrays, strict=True)), plan
 
 
 @functools.cache

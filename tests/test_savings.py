@@ -59,7 +59,7 @@ def assert_told(server, prophet, found):
         # The first one leaves a snapshot at its end, the second there and where they part; then two can begin later.
         assert (server.prefixes.requests, server.prefixes.hits) == (5, 2)
         assert metrics["prefix_cache_hits"] == 128 + 256
-        copied = server.schema.bytes_per_snapshot - 4 * server.schema.max_blocks
+        copied = server.schema.bytes_per_snapshot - server.schema.table_bytes
         assert server.prefixes.bytes_moved == server.prefixes.copies * copied >= (3 + 2) * copied
     computed = sum(one.tokens for one in server.statistics.values())
     assert computed == sum(one.done for one in found) - metrics["prefix_cache_hits"]

@@ -95,6 +95,7 @@ def test_shapes_of_a_cache(lookahead, csa_rows):
     window_page = -(-584 * ring // 576) * 576
     assert {name: (array.shape, array.dtype) for name, array in schema.arrays.items()} == {
         "block_table": ((3, 8), jnp.int32),
+        "write_table": ((3, 8), jnp.int32),
         "window": ((4, 3, window_page), jnp.uint8),
         "window_positions": ((4, 3, ring), jnp.int32),
         "csa_entries": ((2, 50, 32 * 580), jnp.uint8),
@@ -137,7 +138,7 @@ def test_block_table_is_as_wide_as_the_longest_context(context, blocks):
 def test_model_of_windows_only_has_no_blocks():
     schema = CacheSchema(windows_only(), BF16, 2, 0, 300)
     assert schema.bytes_per_block == schema.bytes_per_token == 0
-    assert schema.memory_bytes == 2 * (3 * 128 * (1024 + 4) + 3 * 4)
+    assert schema.memory_bytes == 2 * (3 * 128 * (1024 + 4) + 2 * 3 * 4)
     assert compute_block_budget(MIB, windows_only(), BF16, slots=2, max_context=300) == 0
 
 

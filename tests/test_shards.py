@@ -36,6 +36,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from dsv4_jax import CacheSchema, init_cache, tiny_spec
 from dsv4_jax.cache.pools import ShardingError, check_one_shard
 from dsv4_jax.layout.formats import PROFILES
+from dsv4_jax.layout.schema import TABLES
 
 schema = CacheSchema(tiny_spec(), PROFILES["default"], slots=2, blocks=4, max_context=256)
 
@@ -60,7 +61,7 @@ def test_a_partitioned_cache_is_refused_while_tracing():
         for mesh in meshes:
             wide = CacheSchema(tiny_spec(), PROFILES["default"], slots=4, blocks=4, max_context=256)
             split = init_cache(wide)
-            spec = {"block_table": P("data")}
+            spec = dict.fromkeys(TABLES, P("data"))
             split = split.with_arrays({
                 name: jax.device_put(array, NamedSharding(mesh, spec.get(name, P(None, "data"))))
                 for name, array in split.arrays.items()
@@ -88,7 +89,7 @@ def test_shards_lie_side_by_side_and_a_step_sees_one():
             cache = init_cache(schema, mesh=mesh, axis="data")
             assert cache.shards == 4 and cache.schema == schema
             for name, array in cache.arrays.items():
-                assert array.sharding.spec == (P("data") if name == "block_table" else P(None, "data")), name
+                assert array.sharding.spec == (P("data") if name in TABLES else P(None, "data")), name
                 assert array.addressable_data(3).shape == schema.arrays[name].shape
             assert sum(cache.memory_bytes().values()) == 4 * schema.memory_bytes
             refuses(jax.jit(step), cache, says="4 side by side")

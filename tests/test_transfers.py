@@ -22,30 +22,33 @@ from dsv4_jax import (
     ops,
 )
 from dsv4_jax.layout.formats import HCA_TAILS
+from dsv4_jax.layout.schema import TABLES
 from dsv4_jax.layout.transfers import SlotArray, TransferKind, Transfers
 
-NONE, RESET, INSTALL, COPY, COPY_BLOCK = TransferKind
-TABLE, POSITIONS, STATE, BLOCKS = SlotArray
+NONE, RESET, INSTALL, COPY, COPY_BLOCK, SHARE = TransferKind
+TABLE, WRITE_TABLE, POSITIONS, STATE, BLOCKS = SlotArray
 
 IMPLEMENTATION = pytest.mark.parametrize("implementation", ["native", "reference"])
 
 
 def by_loop(array: np.ndarray, transfers: Transfers, role: SlotArray) -> np.ndarray:
-    """What a role's array [layers, slots, ...] (the table [slots, max_blocks]) becomes, an operation at a time."""
+    """What a role's array [layers, slots, ...] (a table [slots, max_blocks]) becomes, an operation at a time."""
     array = array.copy()
-    by_layer = array[None] if role == TABLE else array
+    is_table = role in (TABLE, WRITE_TABLE)
+    by_layer = array[None] if is_table else array
     slots = by_layer.shape[1]
     for kind, slot, source, offset, count in np.asarray(transfers.operations).tolist():
         if not 0 <= slot < slots:
             continue
-        if kind == RESET and role in (TABLE, POSITIONS):
+        if kind == RESET and (is_table or role == POSITIONS):
             by_layer[:, slot] = -1
-        if kind == (COPY_BLOCK if role == BLOCKS else COPY) and role != TABLE and 0 <= source < slots:
+        if kind == (COPY_BLOCK if role == BLOCKS else COPY) and not is_table and 0 <= source < slots:
             by_layer[:, slot] = by_layer[:, source].copy()
-        if kind == INSTALL and role == TABLE and offset >= 0:
+        if kind in (INSTALL, SHARE) and is_table and offset >= 0:
             for nth in range(min(count, len(transfers.blocks) - offset)):
                 if 0 <= source + nth < by_layer.shape[2]:
-                    by_layer[0, slot, source + nth] = transfers.blocks[offset + nth]
+                    only_read = kind == SHARE and role == WRITE_TABLE
+                    by_layer[0, slot, source + nth] = -1 if only_read else transfers.blocks[offset + nth]
     return array
 
 
@@ -55,7 +58,8 @@ def test_copies_are_counted_in_bytes(hca_tail, rng):
     formats = dataclasses.replace(CacheFormats(), hca_tail=hca_tail)
     schema = CacheSchema(SPEC, formats, slots=3, blocks=8, max_context=512, lookahead=2, snapshots=2)
     sizes = {name: array.size * array.dtype.itemsize // array.shape[1] for name, array in schema.arrays.items()}
-    sizes.pop("block_table")
+    for name in TABLES:
+        sizes.pop(name)
     of_block = sum(size for name, size in sizes.items() if schema.arrays[name].shape[1] == schema.blocks)
     of_slot = sum(sizes.values()) - of_block
     twins, taken, given, blocks = rng.integers(0, 4, 4).tolist()
@@ -68,6 +72,7 @@ def test_copies_are_counted_in_bytes(hca_tail, rng):
         made.reset(2)
         made.copy(4, 2)
         made.install(2, [5, 6])
+        made.share(2, [4])
     for _ in range(blocks):
         made.copy_block(7, 1)
     expected = twins * of_slot + (taken + given) * (of_slot - sizes["hca_tail"]) + blocks * of_block
@@ -79,12 +84,15 @@ def random_list(rng: np.random.Generator, slots: int, max_blocks: int, operation
     made = TransferList()
     for _ in range(operations):
         slot, other = rng.integers(0, slots + 1, 2)
-        match rng.integers(4):
+        match rng.integers(5):
             case 0:
                 made.reset(slot)
             case 1:
                 count = rng.integers(0, max_blocks + 3)
                 made.install(slot, rng.integers(0, 10**6, count), first=int(rng.integers(0, max_blocks + 2)))
+            case 4:
+                count = rng.integers(0, max_blocks + 3)
+                made.share(slot, rng.integers(0, 10**6, count), first=int(rng.integers(0, max_blocks + 2)))
             case 2:
                 made.copy(slot, other)
             case 3:
@@ -99,6 +107,7 @@ def random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype) -> np.
 
 ARRAYS = {
     "table": (TABLE, (5, 300), np.int32),
+    "write table": (WRITE_TABLE, (5, 300), np.int32),
     "positions": (POSITIONS, (3, 5, 131), np.int32),
     "bytes, odd": (STATE, (2, 5, 333), np.uint8),
     "bytes, by 4": (STATE, (2, 5, 580), np.uint8),
@@ -140,7 +149,8 @@ def test_what_is_out_of_range_writes_nothing(device, rng, implementation, role, 
 def test_roles_and_kinds_are_told_apart(rng):
     """A check of the loop itself: each kind changes the arrays that it should."""
     arrays = {role: rng.permutation(100).reshape(2, 5, 10) for role in SlotArray}
-    arrays[TABLE] = 1000 + arrays[TABLE][0]
+    for table in (TABLE, WRITE_TABLE):
+        arrays[table] = 1000 + arrays[table][0]
     changed = {
         (role, kind): (by_loop(array, Transfers([[kind, 1, 2, 0, 1]], np.array([7])), role) != array).any()
         for role, array in arrays.items()
@@ -149,6 +159,10 @@ def test_roles_and_kinds_are_told_apart(rng):
     assert {where for where, did in changed.items() if did} == {
         (TABLE, RESET),
         (TABLE, INSTALL),
+        (TABLE, SHARE),
+        (WRITE_TABLE, RESET),
+        (WRITE_TABLE, INSTALL),
+        (WRITE_TABLE, SHARE),
         (POSITIONS, RESET),
         (POSITIONS, COPY),
         (STATE, COPY),

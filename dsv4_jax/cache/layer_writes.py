@@ -50,7 +50,7 @@ class LayerWrites(LayerState):
             )
             return handle._with(window=window.window, window_positions=window.positions)
 
-        where = (cache.block_table, self.plan, self._window_row, self._kind_row)
+        where = (cache.write_table, self.plan, self._window_row, self._kind_row)
         options: dict[str, Any] = {
             "window_format": formats.window_format,
             "entry_format": formats.entry_format,
@@ -214,7 +214,7 @@ class LayerWrites(LayerState):
         pool = ops.flush(
             self._cache.pools[name],
             rows,
-            self._cache.block_table,
+            self._cache.write_table,
             self.plan,
             self._kind_row,
             ratio=self.kind.ratio,

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jax.tree_util import GetAttrKey
 
 from dsv4_jax.layout.layer_schema import empty_tail
-from dsv4_jax.layout.schema import CacheSchema
+from dsv4_jax.layout.schema import TABLES, CacheSchema
 
 
 class ShardingError(ValueError):
@@ -34,6 +34,8 @@ class Cache:
 
     Attributes:
       block_table: int32 [slots, max_blocks], the block of every 128 tokens of a slot; -1 = none.
+      write_table: int32 [slots, max_blocks], the same, but -1 for blocks that the request only reads: what it shares of
+        its prompt while it computes what is missing of the rest. Entries and keys are stored by this one.
       window: [layers, slots, *P], ring buffer of the latest rows; the row of a position is its remainder by the ring.
       window_positions: int32 [layers, slots, ring], the position each row of the ring holds; -1 = none.
       pools: what the kinds of the model's layers have of their own, by name (rows of tails are those of ``lookahead``
@@ -53,6 +55,7 @@ class Cache:
     """
 
     block_table: jax.Array
+    write_table: jax.Array
     window: jax.Array
     window_positions: jax.Array
     pools: dict[str, jax.Array]
@@ -88,9 +91,7 @@ class Cache:
         Args:
           axis: the mesh axis (or axes) along which the shards lie.
         """
-        specs: dict[str, Any] = {
-            name: PartitionSpec(axis) if name == "block_table" else PartitionSpec(None, axis) for name in _SHARED
-        }
+        specs: dict[str, Any] = {name: PartitionSpec(*[None] * slots_axis(name), axis) for name in _SHARED}
         pools: dict[str, Any] = dict.fromkeys(self.pools, PartitionSpec(None, axis))
         return Cache(**specs, pools=pools, schema=self.schema, shards=self.shards, partitioned=_is_partitioned(self))
 
@@ -182,16 +183,16 @@ def _create_shards(schema: CacheSchema, mesh: Mesh, axis: str | tuple[str, ...])
     return jax.jit(_empty, static_argnums=(0, 1), out_shardings=shardings)(schema, shards)
 
 
-_SHARED = ("block_table", "window", "window_positions")
+_SHARED = (*TABLES, "window", "window_positions")
 
 
 def slots_axis(name: str) -> int:
-    """The axis of an array along which slots (or blocks) lie: layers come before it, but for the block table."""
-    return 0 if name == "block_table" else 1
+    """The axis of an array along which slots (or blocks) lie: layers come before it, but for the tables."""
+    return 0 if name in TABLES else 1
 
 
 def _empty(schema: CacheSchema, shards: int = 1) -> Cache:
-    values = {"block_table": -1, "window_positions": -1}
+    values = dict.fromkeys((*TABLES, "window_positions"), -1)
     arrays = {}
     for name, array in schema.arrays.items():
         axis = slots_axis(name)
@@ -225,7 +226,7 @@ def _is_partitioned(cache: Cache) -> bool:
 
 
 def _flatten(cache: Cache) -> tuple[tuple[Any, ...], _Static]:
-    children = (cache.block_table, cache.window, cache.window_positions, cache.pools)
+    children = (cache.block_table, cache.write_table, cache.window, cache.window_positions, cache.pools)
     return children, (cache.schema, cache.shards, _is_partitioned(cache))
 
 
@@ -238,7 +239,9 @@ def _flatten_with_keys(cache: Cache) -> tuple[tuple[Any, ...], _Static]:
 def _unflatten(static: _Static, children: Iterable[Any]) -> Cache:
     cache = object.__new__(Cache)
     fields = cache.__dict__
-    fields["block_table"], fields["window"], fields["window_positions"], fields["pools"] = children
+    fields["block_table"], fields["write_table"], fields["window"], fields["window_positions"], fields["pools"] = (
+        children
+    )
     fields["schema"], fields["shards"], fields["partitioned"] = static
     return cache
 

@@ -151,10 +151,12 @@ def begin(cache: Cache, plan: StepPlan, *, implementation: Implementation = "nat
     _check_plan(cache.schema, plan)
     if debug:
         run_time.check_plan(plan, cache.schema)
-    block_table, window_positions, plan = ops.begin_step(
-        cache.block_table, cache.window_positions, plan, implementation=implementation
+    block_table, write_table, window_positions, plan = ops.begin_step(
+        cache.block_table, cache.write_table, cache.window_positions, plan, implementation=implementation
     )
-    cache = cache.with_arrays({"block_table": block_table, "window_positions": window_positions})
+    cache = cache.with_arrays(
+        {"block_table": block_table, "write_table": write_table, "window_positions": window_positions}
+    )
     return Step(cache, plan, implementation, bool(debug))
 
 

@@ -7,11 +7,15 @@ from dsv4_jax.cache.pools import Cache, check_one_shard
 from dsv4_jax.layout.transfers import SlotArray, Transfers
 from dsv4_jax.ops import Implementation
 
-_ROLES = {"block_table": SlotArray.TABLE, "window_positions": SlotArray.POSITIONS}
+_ROLES = {
+    "block_table": SlotArray.TABLE,
+    "write_table": SlotArray.WRITE_TABLE,
+    "window_positions": SlotArray.POSITIONS,
+}
 
 
 def apply_transfers(cache: Cache, transfers: Transfers, *, implementation: Implementation = "native") -> Cache:
-    """Resets slots, installs blocks into their table rows, copies slots' state and blocks, between two steps.
+    """Resets slots, installs or shares blocks in their table rows, copies slots' state and blocks, between two steps.
 
     In the order of the list: a slot reset, given blocks and copied over in one call is as if by three. A jitted
     function that donates the cache updates it in place; transfers are padded, so it is compiled for few shapes.

@@ -28,6 +28,9 @@ from dsv4_jax.spec.model import LayerSpec, ModelSpec, RopeSpec
 LARGEST_INDEX = 2**31 - 1
 """Slots, block ids and positions are int32."""
 
+TABLES = ("block_table", "write_table")
+"""The arrays that name a slot's blocks: those that it reads, and those that it stores in."""
+
 
 class LayerRows(NamedTuple):
     """Where a layer's part of the cache lies: indices along the first axis of its arrays.
@@ -187,6 +190,7 @@ class CacheSchema:
 
         =================  ==========================================================================
         block_table        int32 [slots, max_blocks], -1 = no block
+        write_table        int32 [slots, max_blocks], -1 = no block, or one that is only read
         window             [layers, slots, *page of ring rows]
         window_positions   int32 [layers, slots, ring], -1 = empty row
         csa_entries        [CSA layers, blocks, *page of 32 rows]
@@ -207,7 +211,7 @@ class CacheSchema:
         layers = len(self.spec.layers)
         any_layer = self._of_kind(LayerKind.SWA).slot_arrays
         slots = self.slots + self.snapshots
-        arrays = {"block_table": jax.ShapeDtypeStruct((slots, self.max_blocks), jnp.int32)}
+        arrays = dict.fromkeys(TABLES, jax.ShapeDtypeStruct((slots, self.max_blocks), jnp.int32))
         for name, array in any_layer.items():
             arrays[name] = jax.ShapeDtypeStruct((layers, slots, *array.shape), array.dtype)
         of_kinds = {}
@@ -237,9 +241,14 @@ class CacheSchema:
 
     @property
     def bytes_per_slot(self) -> int:
-        """Bytes that one request takes whatever its length, all layers and its row of the block table together."""
+        """Bytes that one request takes whatever its length, all layers and its rows of the tables together."""
         layers = range(len(self.spec.layers))
-        return sum(sum(self.layer(layer).slot_bytes.values()) for layer in layers) + 4 * self.max_blocks
+        return sum(sum(self.layer(layer).slot_bytes.values()) for layer in layers) + self.table_bytes
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of one slot's rows of the tables."""
+        return len(TABLES) * 4 * self.max_blocks
 
     @property
     def bytes_per_snapshot(self) -> int:

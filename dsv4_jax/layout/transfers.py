@@ -36,19 +36,25 @@ class TransferKind(enum.IntEnum):
     INSTALL = 2
     COPY = 3
     COPY_BLOCK = 4
+    SHARE = 5
 
 
 class SlotArray(enum.StrEnum):
     """What one of the cache's arrays is, and so which operations concern it.
 
-    TABLE, the block table: resets and installed blocks. POSITIONS, the positions of window rows: resets and copies.
+    TABLE, the block table: resets, installed and shared blocks. WRITE_TABLE, the same, but shared ones are none.
+    POSITIONS, the positions of window rows: resets and copies.
     STATE, all else that a slot has: copies. BLOCKS, a page for each block: copied blocks.
     """
 
     TABLE = "table"
+    WRITE_TABLE = "write_table"
     POSITIONS = "positions"
     STATE = "state"
     BLOCKS = "blocks"
+
+
+TABLE_ROLES = (SlotArray.TABLE, SlotArray.WRITE_TABLE)
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +66,7 @@ class Transfers:
 
     Attributes:
       operations: int32 [n, 5], ``FIELDS`` of each; kind NONE is padding.
-      blocks: int32 [k], the block ids that operations install, one after the other.
+      blocks: int32 [k], the block ids that operations install or share, one after the other.
     """
 
     operations: Any
@@ -69,15 +75,15 @@ class Transfers:
     def copies(self, schema: CacheSchema) -> tuple[int, int]:
         """How many copies of slots, snapshots and blocks these are in a cache of this schema, and their bytes.
 
-        On the host. Resets and installed blocks copy nothing.
+        On the host. Resets, installed and shared blocks copy nothing.
         """
         kinds, slots, sources = (
             np.asarray(self.operations)[:, FIELDS.index(name)] for name in ("kind", "slot", "source")
         )
         states, blocks = kinds == TransferKind.COPY, int((kinds == TransferKind.COPY_BLOCK).sum())
         snapshots = int((states & (np.maximum(slots, sources) >= schema.slots)).sum())
-        twins, table_row = int(states.sum()) - snapshots, 4 * schema.max_blocks
-        moved = twins * (schema.bytes_per_slot - table_row) + snapshots * (schema.bytes_per_snapshot - table_row)
+        twins, tables = int(states.sum()) - snapshots, schema.table_bytes
+        moved = twins * (schema.bytes_per_slot - tables) + snapshots * (schema.bytes_per_snapshot - tables)
         return twins + snapshots + blocks, moved + blocks * schema.bytes_per_block
 
 
@@ -97,7 +103,7 @@ class TransferList:
         return len(self._operations)
 
     def reset(self, slot: int) -> None:
-        """Makes a slot as new: no blocks in its table row, no window position. Its rows and tails are then not read.
+        """Makes a slot as new: no blocks in its table rows, no window position. Its rows and tails are then not read.
 
         Raises:
           TypeError, ValueError: not an integer, or not from 0 to 2**31 - 1; so for all methods.
@@ -105,24 +111,31 @@ class TransferList:
         self._operations.append((TransferKind.RESET, _index("slot", slot), 0, 0, 0))
 
     def install(self, slot: int, blocks: ArrayLike, first: int = 0) -> None:
-        """Puts blocks into a slot's row of the block table, as its entries from place ``first`` on.
+        """Puts blocks of its own into a slot's rows of both tables, at the places from ``first`` on.
 
         Args:
           slot: whose row.
           blocks: integers [count], block ids; any count.
           first: the place of the first, so the block of tokens 128 first … 128 first + 127.
         """
+        self._put(TransferKind.INSTALL, slot, blocks, first)
+
+    def share(self, slot: int, blocks: ArrayLike, first: int = 0) -> None:
+        """The same for blocks that the slot's request reads and that nothing of it is stored in."""
+        self._put(TransferKind.SHARE, slot, blocks, first)
+
+    def _put(self, kind: TransferKind, slot: int, blocks: ArrayLike, first: int) -> None:
         slot, first, ids = _index("slot", slot), _index("first", first), np.asarray(blocks)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise TypeError(f"blocks must be integers [count], got {ids.dtype} {list(ids.shape)}")
         if ids.size and not (ids.min() >= 0 and ids.max() <= _LARGEST):
             raise ValueError(f"block ids are from 0 to {_LARGEST}, got {ids.min()} to {ids.max()}")
-        self._operations.append((TransferKind.INSTALL, slot, first, self._installed, ids.size))
+        self._operations.append((kind, slot, first, self._installed, ids.size))
         self._blocks.append(ids.astype(np.int32))
         self._installed += ids.size
 
     def copy(self, source: int, target: int) -> None:
-        """Copies what a slot holds of its own, window rows with their positions and all tails; not its table row."""
+        """Copies what a slot holds of its own, window rows with their positions and all tails; not its table rows."""
         self._operations.append((TransferKind.COPY, _index("target", target), _index("source", source), 0, 0))
 
     def copy_block(self, source: int, target: int) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dsv4_jax.cache.pools import Cache, check_one_shard
 from dsv4_jax.host.parking import Places
-from dsv4_jax.layout.schema import CacheSchema
+from dsv4_jax.layout.schema import TABLES, CacheSchema
 
 Rows = dict[str, Any]
 """By the arrays' names, each [layers, ...] of a slot, or [layers, blocks, ...] of blocks."""
@@ -27,9 +27,9 @@ CHUNK_BLOCKS = 64
 
 
 def slot_arrays(schema: CacheSchema, slot: int) -> tuple[str, ...]:
-    """Names of the arrays in which this slot, or snapshot behind the slots, has a row, but for the block table."""
+    """Names of the arrays in which this slot, or snapshot behind the slots, has a row, but for the tables."""
     arrays = {name: array for name, array in schema.arrays.items() if name not in schema.block_pools}
-    return tuple(name for name, array in arrays.items() if name != "block_table" and slot < array.shape[1])
+    return tuple(name for name, array in arrays.items() if name not in TABLES and slot < array.shape[1])
 
 
 def read(cache: Cache, places: Places) -> tuple[Rows, tuple[Rows, ...]]:
@@ -57,13 +57,14 @@ def write(cache: Cache, places: Places, slot: Rows, blocks: Sequence[Rows]) -> C
     arrays = {name: cache.arrays[name] for name in slot}
     row = np.full(cache.schema.max_blocks, -1, np.int32)
     row[: places.blocks.size] = places.blocks
-    table, arrays = _write_slot(cache.block_table, arrays, np.int32(places.slot), row, jax.device_put(slot, device))
+    tables = {name: cache.arrays[name] for name in TABLES}
+    tables, arrays = _write_slot(tables, arrays, np.int32(places.slot), row, jax.device_put(slot, device))
     pools = {name: cache.arrays[name] for name in cache.schema.block_pools}
     wanted = np.where(np.arange(places.blocks.size) < places.shared, cache.schema.blocks, places.blocks)
     for ids, chunk in zip(_chunks(wanted), blocks, strict=True):
         if (ids < cache.schema.blocks).any():
             pools = _write_blocks(pools, _padded(ids, cache.schema.blocks), jax.device_put(chunk, device))
-    return cache.with_arrays({"block_table": table, **arrays, **pools})
+    return cache.with_arrays({**tables, **arrays, **pools})
 
 
 def _whole(cache: Cache) -> Sharding:
@@ -99,9 +100,10 @@ def _read_blocks(pools: Rows, ids: Any) -> Rows:
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
-def _write_slot(table: Any, arrays: Rows, slot: Any, row: Any, rows: Rows) -> tuple[Any, Rows]:
+def _write_slot(tables: Rows, arrays: Rows, slot: Any, row: Any, rows: Rows) -> tuple[Rows, Rows]:
     written = {name: lax.dynamic_update_index_in_dim(array, rows[name], slot, 1) for name, array in arrays.items()}
-    return lax.dynamic_update_index_in_dim(table, row, slot, 0), written
+    installed = {name: lax.dynamic_update_index_in_dim(table, row, slot, 0) for name, table in tables.items()}
+    return installed, written
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -54,7 +54,9 @@ void begin_step(const BeginStepParams& params) {
   for (int index = 0; index < plan.requests; ++index) {
     const int64_t slot = plan.request_slot()[index];
     if (slot < 0 || slot >= params.slots || plan.request_reset()[index] == 0) continue;
-    std::fill_n(params.block_table + slot * params.max_blocks, params.max_blocks, -1);
+    for (int32_t* table : {params.block_table, params.write_table}) {
+      std::fill_n(table + slot * params.max_blocks, params.max_blocks, -1);
+    }
     for (int64_t layer = 0; layer < params.window_layers; ++layer) {
       std::fill_n(params.window_positions + (layer * params.slots + slot) * params.ring, params.ring, -1);
     }
@@ -63,7 +65,9 @@ void begin_step(const BeginStepParams& params) {
     const int64_t slot = plan.table_slot()[change];
     const int index = plan.table_index()[change];
     if (slot < 0 || slot >= params.slots || index < 0 || index >= params.max_blocks) continue;
-    params.block_table[slot * params.max_blocks + index] = plan.table_block()[change];
+    for (int32_t* table : {params.block_table, params.write_table}) {
+      table[slot * params.max_blocks + index] = plan.table_block()[change];
+    }
   }
   std::copy_n(plan.packed, plan.size(), params.plan_copy);
 }

@@ -17,15 +17,14 @@ void transfer(const TransferParams& params) {
         std::memcpy(slot, source, params.slot_bytes);
         continue;
       }
-      int32_t* values = reinterpret_cast<int32_t*>(slot);  // the block table and positions are int32
+      int32_t* values = reinterpret_cast<int32_t*>(slot);  // tables and positions are int32
       const int64_t size = params.slot_bytes / static_cast<int64_t>(sizeof(int32_t));
       if (transfer.kind == TransferKind::kReset) {
         std::fill_n(values, size, -1);
         continue;
       }
       for (int64_t place = std::max<int64_t>(transfer.source, 0); place < size; ++place) {
-        const int64_t from = installed_at(transfer, place, params.block_count);
-        if (from >= 0) values[place] = params.blocks[from];
+        install_at(transfer, params.role, place, params.blocks, params.block_count, values + place);
       }
     }
   }

@@ -9,6 +9,7 @@ BeginStepParams check_begin_step(Call& call) {
   params.slots = static_cast<int>(call.size("block_table", 0));
   params.max_blocks = static_cast<int>(call.size("block_table", 1));
   params.block_table = call.indices("block_table", {kAny, kAny});
+  params.write_table = call.indices("write_table", {params.slots, params.max_blocks});
   params.window_positions = call.indices("window_positions", {kAny, params.slots, kAny});
   params.window_layers = call.size("window_positions", 0);
   params.ring = static_cast<int>(call.size("window_positions", 2));

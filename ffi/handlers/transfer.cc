@@ -7,10 +7,11 @@ namespace dsv4 {
 TransferParams check_transfer(Call& call) {
   TransferParams params{};
   const auto role = call.attribute<std::string_view>("role");
-  call.that(role == "table" || role == "positions" || role == "state" || role == "blocks", "role",
-            "must be table, positions, state or blocks");
-  if (role == "table") {
-    params.role = SlotArray::kTable;
+  call.that(role == "table" || role == "write_table" || role == "positions" || role == "state" || role == "blocks",
+            "role", "must be table, write_table, positions, state or blocks");
+  const bool is_table = role == "table" || role == "write_table";
+  if (is_table) {
+    params.role = role == "table" ? SlotArray::kTable : SlotArray::kWriteTable;
     params.layers = 1;
     call.indices("array", {kAny, kAny});
   } else {
@@ -21,7 +22,7 @@ TransferParams check_transfer(Call& call) {
     if (role == "positions") call.indices("array", {kAny, kAny, kAny});
     call.that(call.rank("array") >= 2, "array", "needs the axes [layers, slots, ...]");
   }
-  params.slots = call.size("array", role == "table" ? 0 : 1);
+  params.slots = call.size("array", is_table ? 0 : 1);
   const int64_t parts = params.layers * params.slots;
   params.slot_bytes = parts == 0 ? 0 : call.bytes("array") / parts;
   params.data = call.data<uint8_t>("array");

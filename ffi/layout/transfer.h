@@ -7,14 +7,15 @@
 
 namespace dsv4 {
 
-enum class TransferKind : int32_t { kNone = 0, kReset = 1, kInstall = 2, kCopy = 3, kCopyBlock = 4 };
+enum class TransferKind : int32_t { kNone = 0, kReset = 1, kInstall = 2, kCopy = 3, kCopyBlock = 4, kShare = 5 };
 
 // What one of the cache's arrays is, and so which operations concern it. A block counts as a slot of its array.
 enum class SlotArray {
-  kTable,      // the block table: resets, installed blocks
-  kPositions,  // the positions of window rows: resets, copies
-  kState,      // all else that a slot has: copies
-  kBlocks,     // a page for each block: copied blocks
+  kTable,       // the block table: resets, installed and shared blocks
+  kWriteTable,  // the write table: the same, but shared blocks are none
+  kPositions,   // the positions of window rows: resets, copies
+  kState,       // all else that a slot has: copies
+  kBlocks,      // a page for each block: copied blocks
 };
 
 constexpr int kTransferFields = 5;
@@ -27,6 +28,8 @@ struct Transfer {
   int64_t count;
 };
 
+DSV4_HOST_DEVICE bool is_table(SlotArray role) { return role == SlotArray::kTable || role == SlotArray::kWriteTable; }
+
 // Operation `index` as an array of this role with so many slots is concerned, kNone if it is not.
 DSV4_HOST_DEVICE Transfer transfer_at(const int32_t* operations, int index, SlotArray role, int64_t slots) {
   const int32_t* fields = operations + static_cast<int64_t>(index) * kTransferFields;
@@ -34,14 +37,15 @@ DSV4_HOST_DEVICE Transfer transfer_at(const int32_t* operations, int index, Slot
   bool concerns = transfer.slot >= 0 && transfer.slot < slots;
   switch (transfer.kind) {
     case TransferKind::kReset:
-      concerns = concerns && (role == SlotArray::kTable || role == SlotArray::kPositions);
+      concerns = concerns && (is_table(role) || role == SlotArray::kPositions);
       break;
     case TransferKind::kInstall:
-      concerns = concerns && role == SlotArray::kTable && transfer.offset >= 0;
+    case TransferKind::kShare:
+      concerns = concerns && is_table(role) && transfer.offset >= 0;
       break;
     case TransferKind::kCopy:
     case TransferKind::kCopyBlock:
-      concerns = concerns && role != SlotArray::kTable &&
+      concerns = concerns && !is_table(role) &&
                  (role == SlotArray::kBlocks) == (transfer.kind == TransferKind::kCopyBlock) && transfer.source >= 0 &&
                  transfer.source < slots && transfer.source != transfer.slot;
       break;
@@ -52,10 +56,13 @@ DSV4_HOST_DEVICE Transfer transfer_at(const int32_t* operations, int index, Slot
   return transfer;
 }
 
-// The index among all `available` block ids of what an installation puts into `place`, or -1.
-DSV4_HOST_DEVICE int64_t installed_at(const Transfer& transfer, int64_t place, int64_t available) {
+// Puts into `place` of a table's row what an installation has for it, of so many block ids.
+DSV4_HOST_DEVICE void install_at(const Transfer& transfer, SlotArray role, int64_t place, const int32_t* blocks,
+                                 int64_t available, int32_t* row_at_place) {
   const int64_t nth = place - transfer.source;
-  return nth >= 0 && nth < transfer.count && nth < available - transfer.offset ? transfer.offset + nth : -1;
+  if (nth < 0 || nth >= transfer.count || nth >= available - transfer.offset) return;
+  const bool only_read = transfer.kind == TransferKind::kShare && role == SlotArray::kWriteTable;
+  *row_at_place = only_read ? -1 : blocks[transfer.offset + nth];
 }
 
 }  // namespace dsv4

@@ -61,6 +61,7 @@ struct Rows {
 
 struct BeginStepParams {
   int32_t* block_table;
+  int32_t* write_table;  // as large
   int max_blocks;
   int32_t* window_positions;  // [layers, slots, ring]
   int64_t window_layers;

@@ -11,8 +11,8 @@
 
 // X(op, kernel, Params, operands, results, attributes)
 #define DSV4_OPS(X)                                                                                                  \
-  X(begin_step, begin_step, BeginStepParams, "block_table window_positions plan",                                    \
-    "block_table window_positions plan_copy", "tokens requests")                                                     \
+  X(begin_step, begin_step, BeginStepParams, "block_table write_table window_positions plan",                        \
+    "block_table write_table window_positions plan_copy", "tokens requests")                                         \
   X(append_window, append_window, AppendWindowParams, "window positions rows plan layer", "window positions",        \
     "tokens requests codec global_scale")                                                                            \
   X(append_tail, append_tail, AppendTailParams, "tail kv gate position_bias plan layer", "tail",                     \

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.layout.transfers import FIELDS, SlotArray, Transfers
+from dsv4_jax.layout.transfers import FIELDS, TABLE_ROLES, SlotArray, Transfers
 from dsv4_jax.native.call import call
 from dsv4_jax.native.signatures import signature
 from dsv4_jax.ops.checks import Implementation, OperandError, check, check_implementation, untransformed
@@ -20,7 +20,7 @@ def transfer(
     """Runs the operations that concern an array of that role, one after the other.
 
     Args:
-      array: [layers, slots, ...]; int32 [slots, max_blocks] for role TABLE, int32 [layers, slots, ring] for POSITIONS,
+      array: [layers, slots, ...]; int32 [slots, max_blocks] for the tables, int32 [layers, slots, ring] for POSITIONS,
         [layers, blocks, ...] for BLOCKS.
       transfers: the operations; slots, places and blocks below 0 or out of range change nothing.
       role: what the array is.
@@ -38,7 +38,7 @@ def transfer(
         if jnp.ndim(array) < 2:
             raise OperandError(f"{op}: array has shape {list(jnp.shape(array))}, expected [layers, slots, ...].")
     else:
-        check(op, "array", array, (None,) * (2 if role == SlotArray.TABLE else 3), jnp.int32)
+        check(op, "array", array, (None,) * (2 if role in TABLE_ROLES else 3), jnp.int32)
     check(op, "operations", transfers.operations, (None, len(FIELDS)), jnp.int32)
     check(op, "blocks", transfers.blocks, (None,), jnp.int32)
     array, transfers = untransformed(op, (array, transfers))

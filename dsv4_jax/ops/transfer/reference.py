@@ -6,21 +6,22 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.arithmetic.pages import in_range
-from dsv4_jax.layout.transfers import SlotArray, TransferKind, Transfers
+from dsv4_jax.layout.transfers import TABLE_ROLES, SlotArray, TransferKind, Transfers
 
 
 def transfer(array: jax.Array, transfers: Transfers, *, role: SlotArray) -> jax.Array:
     """Run the operations that concern an array, in order.
 
     Args:
-      array: [layers, slots, ...]; the block table is [slots, max_blocks], a pool of blocks [layers, blocks, ...].
+      array: [layers, slots, ...]; a table is [slots, max_blocks], a pool of blocks [layers, blocks, ...].
       transfers: the operations; slots and places out of range change nothing.
       role: what the array is.
 
     Returns:
       The array.
     """
-    by_layer = array[None] if role == SlotArray.TABLE else _bits(array)
+    is_table = role in TABLE_ROLES
+    by_layer = array[None] if is_table else _bits(array)
     slots, blocks = by_layer.shape[1], jnp.asarray(transfers.blocks)
 
     def one(array: jax.Array, operation: jax.Array) -> tuple[jax.Array, None]:
@@ -29,14 +30,16 @@ def transfer(array: jax.Array, transfers: Transfers, *, role: SlotArray) -> jax.
         target = jnp.where(runs, slot, 0)
         old = array[:, target]
         new = old
-        if role in (SlotArray.TABLE, SlotArray.POSITIONS):
+        if is_table or role == SlotArray.POSITIONS:
             new = jnp.where(kind == TransferKind.RESET, jnp.full_like(old, -1), new)
-        if role == SlotArray.TABLE:
+        if is_table:
             place = jnp.arange(array.shape[2], dtype=jnp.int32) - source
             # Compared by subtraction: source + count and offset + count could overflow.
             given = (place >= 0) & (place < count) & (offset >= 0) & (place < blocks.size - offset)
             installed = blocks[jnp.where(given, offset + place, 0)]
             new = jnp.where((kind == TransferKind.INSTALL) & given[None], installed[None], new)
+            shared = installed if role == SlotArray.TABLE else jnp.full_like(installed, -1)
+            new = jnp.where((kind == TransferKind.SHARE) & given[None], shared[None], new)
         else:
             wanted = TransferKind.COPY_BLOCK if role == SlotArray.BLOCKS else TransferKind.COPY
             copies = (kind == wanted) & in_range(source, slots)
@@ -44,7 +47,7 @@ def transfer(array: jax.Array, transfers: Transfers, *, role: SlotArray) -> jax.
         return array.at[:, target].set(jnp.where(runs, new, old)), None
 
     done, _ = jax.lax.scan(one, by_layer, jnp.asarray(transfers.operations))
-    if role == SlotArray.TABLE:
+    if is_table:
         return done[0]
     return jax.lax.bitcast_convert_type(done, array.dtype)
 

@@ -158,7 +158,7 @@ def separate_op(op: str, kind: LayerKind, batch: int, scale: Scale, implementati
         elif op == "rotate":
             tail = ops.rotate(tail, plan, layer, ratio=ratio, **by)
         elif op == "flush":
-            pool = ops.flush(pool, entries, cache.block_table, plan, layer, ratio=ratio, format=entry, **by)
+            pool = ops.flush(pool, entries, cache.write_table, plan, layer, ratio=ratio, format=entry, **by)
         return cache.with_arrays({pool_name: pool, tail_name: tail}), result
 
     counted = {

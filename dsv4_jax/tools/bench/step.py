@@ -338,7 +338,7 @@ def reset_slots(reset: bool, scale: Scale, implementation: Implementation) -> Wo
         step = begin(cache, plan, implementation=implementation)
         return step.end(partial=True), step.plan.packed
 
-    slot = 4 * schema.max_blocks + 4 * schema.ring * len(schema.spec.layers)
+    slot = schema.table_bytes + 4 * schema.ring * len(schema.spec.layers)
     return Workload(
         key=schema,
         state=lambda: noisy_cache(schema),

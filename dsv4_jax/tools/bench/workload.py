@@ -17,7 +17,7 @@ from dsv4_jax.host.manager import CacheManager
 from dsv4_jax.host.planning import build_plan
 from dsv4_jax.layout.formats import CacheFormats
 from dsv4_jax.layout.plan import PlanLayout, StepPlan
-from dsv4_jax.layout.schema import CacheSchema
+from dsv4_jax.layout.schema import TABLES, CacheSchema
 from dsv4_jax.ops.operands import CompressorInputs, RawRows
 from dsv4_jax.spec.kinds import BLOCK_TOKENS, HEAD_DIM, KEY_DIM, LayerKind, entries_per_block
 from dsv4_jax.spec.model import LayerSpec, ModelSpec
@@ -237,8 +237,8 @@ def noisy_cache(schema: CacheSchema) -> Cache:
     table, formats, arrays = block_table(schema.slots, schema.max_blocks), schema.formats, {}
     by_component = {"entries": formats.entry_format, "keys": formats.key_format}
     for seed, (name, array) in enumerate(schema.arrays.items()):
-        if name == "block_table":
-            arrays[name] = jnp.asarray(table)
+        if name in TABLES:
+            arrays[name] = jnp.array(table)
         elif name == "window":
             arrays[name] = filled_window(formats.window_format, schema.ring, array.shape[0], schema.slots)
         elif name in schema.block_pools:
@@ -248,7 +248,7 @@ def noisy_cache(schema: CacheSchema) -> Cache:
         else:
             arrays[name] = noise(array.shape, array.dtype, seed)
     pools = {name: arrays[name] for name in schema.pools}
-    return Cache(arrays["block_table"], arrays["window"], arrays["window_positions"], pools, schema)
+    return Cache(**{name: array for name, array in arrays.items() if name not in pools}, pools=pools, schema=schema)
 
 
 def plan_of(shape: StepShape, slots: np.ndarray) -> StepPlan:

@@ -11,12 +11,14 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// What a slot owns, by one warp: its table row (item 0), then its window positions in each layer.
+constexpr int kTables = 2;
+
+// What a slot owns, by one warp: its rows of the tables (items 0 and 1), then its window positions in each layer.
 __device__ void reset_item(const BeginStepParams& params, int64_t item, int slot, int lane) {
-  int32_t* values = params.block_table + static_cast<int64_t>(slot) * params.max_blocks;
+  int32_t* values = (item == 0 ? params.block_table : params.write_table) + int64_t{slot} * params.max_blocks;
   int count = params.max_blocks;
-  if (item > 0) {
-    values = params.window_positions + ((item - 1) * params.slots + slot) * params.ring;
+  if (item >= kTables) {
+    values = params.window_positions + ((item - kTables) * params.slots + slot) * params.ring;
     count = params.ring;
   }
   for (int i = lane; i < count; i += kWarp) values[i] = -1;
@@ -47,7 +49,9 @@ __global__ void table_changes_kernel(BeginStepParams params) {
   const int64_t slot = params.plan.table_slot()[change];
   const int index = params.plan.table_index()[change];
   if (slot < 0 || slot >= params.slots || index < 0 || index >= params.max_blocks) return;
-  params.block_table[slot * params.max_blocks + index] = params.plan.table_block()[change];
+  const int block = params.plan.table_block()[change];
+  params.block_table[slot * params.max_blocks + index] = block;
+  params.write_table[slot * params.max_blocks + index] = block;
 }
 
 // One warp a token.
@@ -117,7 +121,7 @@ __global__ void rotate_kernel(RotateParams params) {
 }  // namespace
 
 const char* begin_step(CUstream_st* stream, const BeginStepParams& params) {
-  const dim3 grid(1 + static_cast<unsigned>(params.window_layers),
+  const dim3 grid(kTables + static_cast<unsigned>(params.window_layers),
                   blocks_for(std::max(params.plan.requests, 1), kThreads));
   begin_step_kernel<<<grid, kThreads, 0, stream>>>(params);
   const int changes = params.plan.table_changes();

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads) copies_kernel(TransferParams params)
   }
 }
 
-// The same for int32 arrays, whose resets write -1: the block table and positions.
+// The same for int32 arrays, whose resets write -1: tables and positions.
 __global__ void __launch_bounds__(kThreads) indices_kernel(TransferParams params) {
   const int64_t units = params.slot_bytes / static_cast<int64_t>(sizeof(int32_t));
   const int64_t unit = int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -39,9 +39,8 @@ __global__ void __launch_bounds__(kThreads) indices_kernel(TransferParams params
       *target = -1;
     } else if (transfer.kind == TransferKind::kCopy) {
       *target = data[transfer.source * units];
-    } else if (transfer.kind == TransferKind::kInstall) {
-      const int64_t from = installed_at(transfer, unit, params.block_count);
-      if (from >= 0) *target = params.blocks[from];
+    } else if (transfer.kind != TransferKind::kNone) {
+      install_at(transfer, params.role, unit, params.blocks, params.block_count, target);
     }
   }
 }
@@ -54,7 +53,7 @@ dim3 grid_of(const TransferParams& params, int64_t unit_bytes) {
 
 const char* transfer(CUstream_st* stream, const TransferParams& params) {
   if (params.count == 0 || params.slot_bytes == 0 || params.layers == 0 || params.slots == 0) return nullptr;
-  if (params.role == SlotArray::kTable || params.role == SlotArray::kPositions) {
+  if (is_table(params.role) || params.role == SlotArray::kPositions) {
     indices_kernel<<<grid_of(params, sizeof(int32_t)), kThreads, 0, stream>>>(params);
   } else if (params.slot_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(params.data) % 16 == 0) {
     copies_kernel<uint4><<<grid_of(params, 16), kThreads, 0, stream>>>(params);
