@@ -201,6 +201,7 @@ class Request:
       limit: up to there it was promised blocks, 0 for no promise.
       length: tokens on the device, once all that was dispatched has run.
       plans: those that the host can still hear of, oldest first.
+      found: until it is as long, it is being rebuilt: it has the blocks of so many tokens, and no state.
       restoring: its state waits for a transfer.
       shortened: tokens were taken back. The next one sees 127 before it, so the oldest that the last saw may be gone.
     """
@@ -212,6 +213,7 @@ class Request:
     limit: int = 0
     length: int = 0
     plans: list = dataclasses.field(default_factory=list, repr=False)
+    found: int = 0
     restoring: bool = False
     shortened: bool = False
 

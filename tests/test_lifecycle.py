@@ -39,11 +39,14 @@ class Lifecycle(RuleBasedStateMachine):
     @initialize(
         of=st.sampled_from((("rows", 140), ("rows", 0), ("running", 6))),
         every=st.sampled_from((1, 2, None)),
+        rebuild=st.integers(0, 2),
         computed=st.integers(1, 3),
     )
-    def start(self, of, every, computed):
+    def start(self, of, every, rebuild, computed):
         self.schema, alone = setting(*of)
-        self.manager = CacheManager(self.schema, token_buckets=BUCKETS, snapshot_every=every)
+        self.manager = CacheManager(self.schema, token_buckets=BUCKETS, snapshot_every=every, rebuild=rebuild > 0)
+        if rebuild:  # vectors here do not depend on windows: the last block alone brings a state back
+            self.manager._prefix._layers = rebuild
         self.device = Device(self.schema)
         self.requests: dict[int, Request] = {}
         self.waiting: list[Made] = []  # plans that were not dispatched, in the order in which they were made
@@ -69,6 +72,9 @@ class Lifecycle(RuleBasedStateMachine):
                 part.start = request.length
                 mine = request.text.rows[:, part.start : part.start + part.tokens].copy()
                 mine[:, part.kept :] += 1  # not what the text goes on with
+                mine[:, : max(request.found - 128 - part.start, 0)] += (
+                    1  # what a layer makes of a window that lacks rows
+                )
                 rows.append(mine % 512)
                 lengths.append(part.start)
                 request.length += part.kept
@@ -120,7 +126,8 @@ class Lifecycle(RuleBasedStateMachine):
         assert fits or new is None
         request = Request(handle, self.manager.slot(handle), text)
         if matched:
-            request.length, request.bound, request.restoring = given.length, size, given.length > 0
+            request.length, request.bound, request.restoring = given.length, size, given.stored > 0
+            request.found = given.stored if given.stored > given.length else 0
         request.limit = 0 if new is None else size + new + self.schema.lookahead
         self.requests[handle] = request
         return request
@@ -281,7 +288,7 @@ class Lifecycle(RuleBasedStateMachine):
             request.plans.clear()
             request.length, request.shortened = length, True
             if length == 0:
-                request.restoring = False
+                request.restoring, request.found = False, 0
             request.bound = min(request.bound, length)
             request.text = request.text.branch(length, seed)
 
@@ -302,7 +309,7 @@ class Lifecycle(RuleBasedStateMachine):
         text = source.text.branch(max(source.length, source.bound), seed)
         limit = 0 if new is None else source.length + new + self.schema.lookahead
         twin = Request(handle, self.manager.slot(handle), text, source.bound, limit, source.length)
-        twin.restoring, twin.shortened = source.length > 0, source.shortened
+        twin.restoring, twin.shortened, twin.found = source.length + source.found > 0, source.shortened, source.found
         source.plans.clear() if source.length else None
         self.requests[handle] = twin
 
@@ -336,6 +343,8 @@ class Lifecycle(RuleBasedStateMachine):
             assert request.is_open
             return
         request.plans.clear()
+        if request.length < request.found:  # nothing of it was worth keeping
+            request.length = request.found = 0
         del self.requests[request.handle]
 
     @precondition(lambda self: self.parked and len(self.requests) < SLOTS)
@@ -353,6 +362,14 @@ class Lifecycle(RuleBasedStateMachine):
         limit = 0 if new is None else most + new + self.schema.lookahead
         slot = self.manager.slot(handle)
         self.requests[handle] = dataclasses.replace(request, handle=handle, slot=slot, limit=limit, plans=[])
+
+    @precondition(lambda self: self.manager._prefix._layers)
+    @rule(prompt=st.integers(0, 4), size=st.integers(257, 500))
+    def come_without_snapshots(self, prompt, size):
+        """They went to other prompts meanwhile."""
+        self.manager._journal.write(self.manager._prefix.snapshots.forget_all())
+        if len(self.requests) < SLOTS:
+            self.admit_one(prompt, size, 0)
 
     @rule(sure=st.integers(0, 4))
     def reset_prefix_cache(self, sure):
@@ -406,7 +423,8 @@ class Lifecycle(RuleBasedStateMachine):
             assert np.isfinite(attended.output[: len(requests)]).all()
             for row, request in enumerate(requests):
                 first = max(request.length - 128 + request.shortened, 0)
-                expected = {"window": request.text.window[layer][first : request.length]}
+                rebuilt = request.length < request.found  # its window is of no use yet
+                expected = {} if rebuilt else {"window": request.text.window[layer][first : request.length]}
                 for name, values in request.text.pools[layer].items():
                     expected[name] = values[: request.length * len(values) // CONTEXT]
                 for name, values in expected.items():

@@ -38,7 +38,7 @@ class Device:
             match kind:
                 case TransferKind.RESET:
                     self.state[target], self.table[target] = b"", {}
-                case TransferKind.INSTALL:
+                case TransferKind.INSTALL | TransferKind.SHARE:
                     ids = transfers.blocks[offset : offset + count].tolist()
                     self.table[target].update({source + place: block for place, block in enumerate(ids)})
                 case TransferKind.COPY:

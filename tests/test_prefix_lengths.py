@@ -54,7 +54,7 @@ def test_a_million_tokens_into_a_slot_that_was_just_released(rng):
     np.testing.assert_array_equal(manager.blocks(request), manager.blocks(first)[:8191])
     taken = manager.take_transfers()
     operations = taken.operations[taken.operations[:, 0] > 0]
-    assert operations[:, 0].tolist() == [TransferKind.RESET, TransferKind.COPY, TransferKind.INSTALL]
+    assert operations[:, 0].tolist() == [TransferKind.RESET, TransferKind.COPY, TransferKind.SHARE]
     assert (operations[:, 1] == slot).all()
     assert operations[1, 2] >= manager.schema.slots  # a snapshot
     np.testing.assert_array_equal(taken.blocks[:8191], manager.blocks(request))

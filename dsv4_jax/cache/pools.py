@@ -192,7 +192,6 @@ def slots_axis(name: str) -> int:
 
 
 def _empty(schema: CacheSchema, shards: int = 1) -> Cache:
-    values = dict.fromkeys((*TABLES, "window_positions"), -1)
     arrays = {}
     for name, array in schema.arrays.items():
         axis = slots_axis(name)
@@ -200,7 +199,7 @@ def _empty(schema: CacheSchema, shards: int = 1) -> Cache:
         if name in schema.tails:
             arrays[name] = jnp.broadcast_to(empty_tail(shape), shape)
         else:
-            arrays[name] = jnp.full(shape, values.get(name, 0), array.dtype)
+            arrays[name] = jnp.full(shape, -1 if name in (*TABLES, "window_positions") else 0, array.dtype)
     shared: dict[str, Any] = {name: arrays.pop(name) for name in _SHARED}
     return Cache(**shared, pools=arrays, schema=schema, shards=shards)
 

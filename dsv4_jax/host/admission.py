@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import NDArray
 
 from dsv4_jax.host import transfers
 from dsv4_jax.host.books import Books
@@ -22,9 +22,10 @@ class Admission(Books):
     def admit(self, prompt: int | Match = 0, max_new_tokens: int | None = None) -> int:
         """Gives a new request a slot, what is in the cache of its prompt, and promises it blocks.
 
-        With a match the request begins at ``length``, which may be above 0, sharing the blocks up to there; transfers
-        that wait to be taken restore the rest. What it brings then must be the rest of that prompt, and ``commit``
-        makes it known to others.
+        With a match the request begins at ``length``, which may be above 0, sharing the blocks up to there or beyond;
+        transfers that wait to be taken restore the rest. What it brings then must be the rest of that prompt, and
+        ``commit`` makes it known to others. As long as it is not longer than the blocks that it shares, it is being
+        rebuilt: it can be truncated to nothing but 0, and ``preempt`` records none of it but its tokens.
 
         Args:
           prompt: tokens of its prompt, or what ``match_prefix`` found.
@@ -58,15 +59,15 @@ class Admission(Books):
         table, hit = self._request_table, self._hit(match)
         blocks, attached = self._ledger.attach(slot, hit.blocks, hit.blocks.size, promised)
         writes = *attached, *self._prefix.admit(slot, match, hit)
-        if hit.snapshot is None:
+        if not hit.blocks.size:
             return writes
-        state = "copy", (self._schema.slots + hit.snapshot, slot)
+        state = () if hit.snapshot is None else (("copy", (self._schema.slots + hit.snapshot, slot)),)
         return (
             *writes,
             (table.lengths, slot, hit.length),
             (table.peaks, slot, hit.length),
             (table.reset_due, slot, False),
-            *self._transfers.add(("reset", (slot,)), state, ("install", (slot, blocks))),
+            *self._transfers.add(("reset", (slot,)), *state, ("share", (slot, blocks))),
         )
 
     def fork(self, request: int, max_new_tokens: int | None = None) -> int:
@@ -99,8 +100,9 @@ class Admission(Books):
         length, limit = self._lengths(int(table.lengths[source]), max_new_tokens)
         if limit is not None and limit > self._schema.max_context:
             raise PromptTooLong(length, limit - length, self._schema.max_context)
-        held, promised = int(self.blocks_needed(length)), 0 if limit is None else self._promise(limit)
-        writes += fork(table, ledger, self._transfers, source, table.slot_of(handle), held, promised)
+        held, promised = int(self._held(source)), 0 if limit is None else self._promise(limit)
+        floor = int(self._prefix.floors[source])
+        writes += fork(table, ledger, self._transfers, source, table.slot_of(handle), floor, held, promised)
         writes += self._prefix.fork(source, table.slot_of(handle))
         self._journal.write(writes)
         return handle
@@ -150,7 +152,7 @@ class Admission(Books):
         telling = Telling(self._prefix, self._ledger)
         telling.again(slot)
         touched = ledger.revived(self._prefix.used_by(slot))
-        held = self.blocks_needed(table.lengths[[slot]])
+        held = self._held([slot])
         given_back = ledger.give_back(
             np.array([slot]), np.zeros_like(held), held, keep_promise=False, touched=touched, keep=telling.blocks
         )
@@ -178,8 +180,6 @@ class Admission(Books):
         self._journal.finish()
         self._journal.write((*self._ledger.keep_no_longer(slice(None)), *self._prefix.forget_all()))
 
-    def _free_blocks(self, slots: ArrayLike, lengths: ArrayLike) -> tuple[Write, ...]:
-        """Frees the blocks that requests in these slots hold and would not at these lengths, [n] each."""
-        slots = np.asarray(slots)
-        held = self.blocks_needed(self._request_table.lengths[slots])
-        return self._ledger.give_back(slots, self.blocks_needed(lengths), held)
+    def _free_blocks(self, slots: NDArray[np.integer], kept: NDArray[np.int64]) -> tuple[Write, ...]:
+        """Frees the blocks of requests in these slots but for so many of their first, [n] each."""
+        return self._ledger.give_back(slots, kept, self._held(slots))

@@ -31,12 +31,14 @@ from dsv4_jax.spec.kinds import BLOCK_TOKENS
 class Books:
     """The rooms of a manager, each with one thing to know, and the journal through which all of them are written."""
 
-    def __init__(self, schema: CacheSchema, *, every: int | None = None, events: bool = False) -> None:
+    def __init__(
+        self, schema: CacheSchema, *, every: int | None = None, rebuild: bool = False, events: bool = False
+    ) -> None:
         self._schema = schema
         self._need = BlockNeed(schema.spec)
         self._journal = Journal()
         self._request_table = RequestTable(schema.slots)
-        self._prefix = PrefixCache(schema, every=every, events=events)
+        self._prefix = PrefixCache(schema, every=every, rebuild=rebuild, events=events)
         self._ledger = BlockLedger(schema.slots, schema.max_blocks, schema.blocks, self._prefix.evict)
         self._drafts = DraftTable(schema)
         self._receipts = Receipts()
@@ -110,7 +112,7 @@ class Books:
         """
         table, ledger = self._state()
         slot = table.slot(request)
-        return ledger.table[slot, : self.blocks_needed(table.lengths[slot])].copy()
+        return ledger.table[slot, : self._held(slot)].copy()
 
     def blocks_needed(self, length: ArrayLike) -> NDArray[np.int64]:
         """Blocks a request of ``length`` tokens holds: as many as its finished entries fill, perhaps in part.
@@ -124,6 +126,14 @@ class Books:
           int64 of that shape.
         """
         return self._need.blocks(length)
+
+    def _held(self, slots: Any, lengths: ArrayLike | None = None) -> NDArray[np.int64]:
+        """Blocks that requests in these slots hold, or would hold at other lengths.
+
+        As many as these need, or, while one is being rebuilt, all that it found.
+        """
+        lengths = self._request_table.lengths[slots] if lengths is None else lengths
+        return self.blocks_needed(np.maximum(lengths, self._prefix.floors[slots]))
 
     def contents(self) -> Contents:
         """What the cache holds once every plan made so far has run: what ``CacheChecker`` compares a cache with.
@@ -140,9 +150,10 @@ class Books:
                 raise LengthUnknown(int(table.handles[slot]), "checked")
         readable = np.where(ledger.kept & (ledger.references == 0), BLOCK_TOKENS, 0)
         held, places = (ledger.table[slots] >= 0).nonzero()
-        tokens = (table.lengths[slots[held]] - BLOCK_TOKENS * places).clip(0, BLOCK_TOKENS)
+        stored, rebuilt = np.maximum(table.lengths, self._prefix.floors), table.lengths < self._prefix.floors
+        tokens = (stored[slots[held]] - BLOCK_TOKENS * places).clip(0, BLOCK_TOKENS)
         np.maximum.at(readable, ledger.table[slots[held], places], tokens)
-        lengths = np.concatenate([table.lengths, np.zeros(self._schema.snapshots, np.int64)])
+        lengths = np.concatenate([np.where(rebuilt, 0, table.lengths), np.zeros(self._schema.snapshots, np.int64)])
         snapshots, blocks = self._prefix.blocks_before_snapshots()
         lengths[np.array(snapshots, np.intp) + self._schema.slots] = BLOCK_TOKENS * (ledger.place[blocks] + 1)
         return Contents(
@@ -166,7 +177,8 @@ class Books:
           salt: requests share only what was computed with the same salt: one for each tenant, adapter, image, …
 
         Returns:
-          The prompt, hashed; ``length`` of its tokens need not be computed. At least one always must.
+          The prompt, hashed; ``length`` of its tokens need not be computed. At least one always must. If ``stored`` is
+          more, those between are computed again for a request's state alone, see ``rebuild``.
 
         Raises:
           TypeError: tokens are no integers [n], or the salt is not bytes.
@@ -174,12 +186,14 @@ class Books:
         """
         self._journal.finish()
         ids, root, links = chain(tokens, salt)
-        return Match(self._prefix.find(links, ids.size).length, ids, salt, root, links)
+        hit = self._prefix.find(links, ids.size)
+        return Match(hit.length, hit.stored, ids, salt, root, links)
 
     def look_up(self, match: Match) -> Match:
         """The same prompt, and what of it is in the cache by now."""
         self._journal.finish()
-        return dataclasses.replace(match, length=self._hit(match).length)
+        hit = self._hit(match)
+        return dataclasses.replace(match, length=hit.length, stored=hit.stored)
 
     def chunk_limit(self, request: int) -> int:
         """How many tokens a request should bring at most so that a step ends where a snapshot is worth its place.

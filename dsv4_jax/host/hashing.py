@@ -34,6 +34,8 @@ class Match:
     Attributes:
       length: tokens that a request admitted with it would not have to compute, a multiple of 128; ``admit`` looks
         again.
+      stored: tokens whose entries are in the cache: ``length``, or more where the state there was not kept. Then those
+        from ``length`` on are computed again to rebuild it, and nothing of them is stored but that.
       tokens: int32 [n], the prompt.
       salt: what tells equal tokens of different tenants apart.
       root: what the salt comes to, the hash before the first block.
@@ -41,6 +43,7 @@ class Match:
     """
 
     length: int
+    stored: int
     tokens: NDArray[np.int32]
     salt: bytes
     root: bytes

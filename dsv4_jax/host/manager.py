@@ -47,6 +47,12 @@ class CacheManager(Parking):
       snapshot_every: a snapshot is worth its place after every so many blocks of 128 tokens, too. Without, only where
         prompts end and part: after a prompt's last block that leaves a token to compute, and where one that is admitted
         stops being like those before it.
+      rebuild: whether a prompt may share blocks without a snapshot at their end, where that leaves fewer tokens to
+        compute or no snapshot is there. The state there is computed again, from the last 128 tokens for each layer of
+        the model, or all if there are fewer: at the first of them a layer's window is empty, and lacks nothing 128
+        tokens later, each layer after the one before. What they would store in the shared blocks is not stored. The
+        state is that of other steps than those which made the blocks: equal bit for bit only as far as the model's
+        vectors do not depend on how tokens are cut into steps, which matrix products' do.
       events: whether ``take_events`` tells of them.
 
     Raises:
@@ -59,6 +65,7 @@ class CacheManager(Parking):
         *,
         token_buckets: Sequence[int],
         snapshot_every: int | None = None,
+        rebuild: bool = False,
         events: bool = False,
     ) -> None:
         buckets = bucket_list(token_buckets)
@@ -67,7 +74,7 @@ class CacheManager(Parking):
             raise ValueError(
                 "snapshot_every must be at least 1 block; None for none, and no snapshots in the schema for none"
             )
-        super().__init__(schema, every=snapshot_every, events=events)
+        super().__init__(schema, every=snapshot_every, rebuild=rebuild, events=events)
         self._buckets = buckets
         self._layouts = [
             tuple(PlanLayout(bucket, min(schema.slots, bucket), fingerprint, displaces) for displaces in (False, True))
@@ -123,7 +130,7 @@ class CacheManager(Parking):
             return
         if length == 0:
             forgotten = *table.forget(slot), *self._drafts.forget(slot), *self._prefix.truncate(slot, 0)
-            self._journal.write((*self._free_blocks([slot], [0]), *forgotten))
+            self._journal.write((*self._free_blocks(np.array([slot]), np.zeros(1, np.int64)), *forgotten))
             return
         peak = max(int(table.peaks[slot]), current)
         floor = int(self._prefix.floors[slot])
@@ -233,6 +240,7 @@ class CacheManager(Parking):
         table = self._request_table
         slots = table.slots(handles)
         lengths, resets = table.lengths.take(slots), table.reset_due.take(slots)
+        stored = np.maximum(lengths, self._prefix.floors.take(slots))
         limit = self._schema.max_context
         total, most, longest = table.check_growth(handles, slots, lengths, counts, steps, limit)
         if total > self._buckets[-1]:
@@ -240,7 +248,7 @@ class CacheManager(Parking):
         layout = self._chosen(self._layout(counts.size, total, most), wanted)
         batch = Batch(handles, counts, slots, most, layout, wanted)
         any_resets = resets if np.count_nonzero(resets) else None
-        return Standing(batch, lengths, self._need.due(lengths), longest, any_resets, self._journal.number)
+        return Standing(batch, lengths, self._need.due(stored), longest, any_resets, self._journal.number)
 
     def _layout(self, requests: int, total: int, most: int) -> PlanLayout:
         """The layout of a step that brings so many tokens of so many requests, at most ``most`` of one."""
@@ -383,14 +391,14 @@ class CacheManager(Parking):
         table = self._request_table
         lengths, not_reset = table.lengths[part.slots] - (part.ends - kept), part.slots[part.resets & (kept == 0)]
         return (
-            *self._free_blocks(part.slots, lengths),
+            *self._free_blocks(part.slots, self._held(part.slots, lengths)),
             (table.lengths, part.slots, lengths),
             (table.reset_due, not_reset, True),
         )
 
     def _shorten(self, slot: int, length: int) -> tuple[Write, ...]:
         """Frees what a request does not need at this length, and copies what it shares and will write."""
-        places = np.array([int(self.blocks_needed(length)), int(self.blocks_needed(self._request_table.lengths[slot]))])
+        places = np.array([int(self.blocks_needed(length)), int(self._held(slot))])
         last, ledger = length // BLOCK_TOKENS, self._ledger
         given_back = np.array([slot]), places[:1], places[1:]
         if last >= places[0]:

@@ -76,7 +76,8 @@ class Parking(Admission):
     def record(self, what: int | Match) -> tuple[RequestRecord, Places]:
         """What is to be written down of a request, or of as much of a prompt as is cached, and where it lies.
 
-        For ``take_state``, which reads the arrays there; nothing changes.
+        For ``take_state``, which reads the arrays there; nothing changes. Of a request that is being rebuilt there
+        is nothing worth it but its tokens.
 
         Args:
           what: handle, or what ``match_prefix`` found.
@@ -91,7 +92,7 @@ class Parking(Admission):
         self._require_no_transfers()
         made_for = describe_requests(self._schema)
         if isinstance(what, Match):
-            hit = self._prefix.find(what.links, what.tokens.size + 1)
+            hit = self._prefix.find(what.links, what.tokens.size + 1, rebuild=False)
             if hit.snapshot is None:
                 raise NothingCached(what.tokens.size)
             length = hit.length
@@ -102,6 +103,10 @@ class Parking(Admission):
         if self._drafts.is_open(slot):
             raise LengthUnknown(what, "recorded")
         length, prefix = int(table.lengths[slot]), self._prefix
+        floor, stored = int(prefix.floors[slot]), int(prefix.stored[slot])
+        peak = max(int(table.peaks[slot]), length)
+        if length < floor:
+            length = peak = floor = stored = 0
         known, tokens = prefix.chains.get(slot), np.zeros(0, np.int32)
         if known is not None:
             rest = prefix.open[slot, : int(prefix.known[slot]) % BLOCK_TOKENS]
@@ -110,9 +115,9 @@ class Parking(Admission):
             made_for,
             length,
             int(self.blocks_needed(length)),
-            max(int(table.peaks[slot]), length),
-            int(prefix.floors[slot]),
-            int(prefix.stored[slot]),
+            peak,
+            floor,
+            stored,
             tokens,
             known and known.salt,
             known.worth if known else (),

@@ -43,17 +43,19 @@ class Hit:
 
     Attributes:
       blocks: int32 [n], the blocks that a request shares.
-      snapshot: the one at their end; None if there are no such blocks.
+      snapshot: the one at their end; None if there are no such blocks, or the state there is to be rebuilt.
+      length: tokens that need not be computed.
       worth: as in ``Chain``, for a request of the prompt.
     """
 
     blocks: NDArray[np.int32]
     snapshot: int | None
+    length: int
     worth: tuple[int, ...]
 
     @property
-    def length(self) -> int:
-        """Tokens that need not be computed."""
+    def stored(self) -> int:
+        """Tokens whose entries need not be stored."""
         return BLOCK_TOKENS * self.blocks.size
 
 
@@ -61,20 +63,23 @@ class PrefixCache:
     """Blocks by hash, and of each slot's request what is known of its tokens. Methods that change something return the
     writes, for a ``Journal``.
 
-    Without snapshots nothing can be restored, and nothing is remembered.
+    Without snapshots, and without leave to rebuild, nothing can be restored, and nothing is remembered.
 
     Attributes:
       known: int64 [slots], of how many of a request's first tokens it is known which they are.
       stored: int64 [slots], how many of these are in the cache for certain: their plans were committed.
-      floors: int64 [slots], below which length (but for 0) a request has no state: it began there from a snapshot.
+      floors: int64 [slots], below which length (but for 0) a request has no state that could be read: it began there
+        from a snapshot, or before, with the blocks up to there and no state.
       open: int32 [slots, 128], the known tokens of the block that is not full of them.
       follows: bool [slots], whether the request is one whose tokens are told.
       tells: whether events are wanted.
     """
 
-    def __init__(self, schema: CacheSchema, *, every: int | None, events: bool) -> None:
+    def __init__(self, schema: CacheSchema, *, every: int | None, rebuild: bool, events: bool) -> None:
         slots, self._every, self.tells = schema.slots, every, events
-        self._enabled = schema.snapshots > 0 and bool(schema.block_pools)
+        self._layers = len(schema.spec.layers) if rebuild else 0
+        self._takes_snapshots = schema.snapshots > 0
+        self._enabled = (self._takes_snapshots or rebuild) and bool(schema.block_pools)
         self.known = np.zeros(slots, np.int64)
         self.stored = np.zeros(slots, np.int64)
         self.floors = np.zeros(slots, np.int64)
@@ -87,16 +92,23 @@ class PrefixCache:
         self.events: Pending[Event] = Pending()
         self.counts = {"queries": 0, "hits": 0, "missed": 0}
 
-    def find(self, links: Sequence[Link], tokens: int) -> Hit:
-        """What a prompt of these full blocks, and so many tokens, finds; at least one token is left to compute."""
+    def find(self, links: Sequence[Link], tokens: int, *, rebuild: bool = True) -> Hit:
+        """What a prompt of these full blocks, and so many tokens, finds; at least one token is left to compute.
+
+        Where it may be rebuilt, the state at the end of the known blocks is, if no snapshot leaves as few tokens to
+        compute: a window of 128 tokens takes one block a layer.
+        """
         last, known = (max(tokens, 1) - 1) // BLOCK_TOKENS, self._known_links(links)
         parts, hit, snapshot = min(known, last), min(known, last), None
         while hit and (snapshot := self.snapshots.find(links[hit - 1].hash)) is None:
             hit -= 1
+        length, from_state = BLOCK_TOKENS * hit, max(parts - self._layers, 0)
+        if rebuild and self._layers and hit < parts and (from_state > hit or not hit):
+            hit, snapshot, length = parts, None, BLOCK_TOKENS * from_state
         ids = np.array([self._block_of[link.hash] for link in links[:hit]], np.int32)
         # Where prompts part, and where the next one like this can go on from.
-        worth = {BLOCK_TOKENS * blocks for blocks in (parts, last) if blocks > hit}
-        return Hit(ids, snapshot, tuple(sorted(worth)))
+        worth = {BLOCK_TOKENS * blocks for blocks in (parts, last) if BLOCK_TOKENS * blocks > length}
+        return Hit(ids, snapshot, length, tuple(sorted(worth)))
 
     def known_run(self, links: Sequence[Link]) -> NDArray[np.int32]:
         """int32 [n]: the blocks that are known of a chain, from its first on."""
@@ -110,8 +122,9 @@ class PrefixCache:
 
     def next_worth(self, slot: int, length: int) -> int | None:
         """The first length after this one at which a snapshot of the slot's request is worth its place."""
-        if slot not in self.chains or not self._enabled:
+        if slot not in self.chains or not self._takes_snapshots:
             return None
+        length = max(length, int(self.floors[slot]) - 1)  # no state before
         lengths = [worth for worth in self.chains[slot].worth if worth > length]
         if self._every:
             lengths.append((length // (BLOCK_TOKENS * self._every) + 1) * BLOCK_TOKENS * self._every)
@@ -134,7 +147,7 @@ class PrefixCache:
             (self.open, (slot, slice(rest.size)), rest),
             (self.known, slot, tokens),
             (self.stored, slot, hit.length),
-            (self.floors, slot, hit.length),
+            (self.floors, slot, hit.stored),
             (self.follows, slot, True),
         )
 

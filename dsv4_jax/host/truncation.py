@@ -20,7 +20,7 @@ def check_truncation(
       current: tokens of the request, not 0.
       peak: the most it has had.
       length: the tokens to keep, neither 0 nor ``current``.
-      floor: the request has no state below it.
+      floor: the request has no state below it, or none yet.
       is_open: whether ``current`` is only the most it can be, since it has drafts of which nothing is known.
     """
     if is_open and 0 < length < current:
@@ -37,6 +37,8 @@ def check_truncation(
 
     if not 0 < length < current:
         reason = "it never had that length" if length > current else "a length is at least 0"
+    elif current < floor:
+        reason = f"it is being rebuilt, from the blocks of its first {floor} tokens"
     elif length < floor:
         reason = f"it began at {floor}, with what was in the cache of its prompt"
     elif length < window_lowest:
@@ -49,4 +51,5 @@ def check_truncation(
         reason = f"a running tail no longer has the state of the window of {HCA.ratio} tokens that was open there"
     else:
         reason = f"the window of {HCA.ratio} tokens that was open there is closed and its rows are gone"
-    raise CannotTruncate(request, current, length, max(window_lowest, csa_lowest, hca_lowest, floor, 1), reason)
+    lowest = max(window_lowest, csa_lowest, hca_lowest, min(floor, current), 1)
+    raise CannotTruncate(request, current, length, lowest, reason)

@@ -15,7 +15,7 @@ class Contents:
     Attributes:
       requests: int64 [slots], the handle of each slot's request, below 0 for none.
       lengths: int64 [slots + snapshots], tokens of each slot's request, and of the prefix that each snapshot is of; 0
-        where nothing is held.
+        where nothing is held, and where a state is being rebuilt.
       table: int32 [slots, max_blocks], the block of every 128 tokens of a slot; -1 = none.
       references: int32 [blocks], how many slots have each block.
       places: int32 [blocks], which 128 tokens of theirs it is for; -1 = free.

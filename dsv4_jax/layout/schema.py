@@ -28,7 +28,7 @@ from dsv4_jax.spec.model import LayerSpec, ModelSpec, RopeSpec
 LARGEST_INDEX = 2**31 - 1
 """Slots, block ids and positions are int32."""
 
-TABLES = ("block_table", "write_table")
+TABLES: tuple[str, ...] = ("block_table", "write_table")
 """The arrays that name a slot's blocks: those that it reads, and those that it stores in."""
 
 

@@ -21,8 +21,8 @@ def begin_step(
     slot, index = jnp.asarray(plan.table_slot), jnp.asarray(plan.table_index)
     valid = in_range(slot, slots) & in_range(index, max_blocks)
     changed = jnp.where(valid, slot, slots)
-    tables = (
+    block_table, write_table = (
         table.at[reset].set(-1, mode="drop").at[changed, index].set(plan.table_block, mode="drop")
         for table in (block_table, write_table)
     )
-    return *tables, window_positions, StepPlan(jnp.asarray(plan.packed), plan.layout)
+    return block_table, write_table, window_positions, StepPlan(jnp.asarray(plan.packed), plan.layout)

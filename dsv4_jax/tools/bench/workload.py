@@ -248,7 +248,8 @@ def noisy_cache(schema: CacheSchema) -> Cache:
         else:
             arrays[name] = noise(array.shape, array.dtype, seed)
     pools = {name: arrays[name] for name in schema.pools}
-    return Cache(**{name: array for name, array in arrays.items() if name not in pools}, pools=pools, schema=schema)
+    shared: dict[str, Any] = {name: array for name, array in arrays.items() if name not in pools}
+    return Cache(**shared, pools=pools, schema=schema)
 
 
 def plan_of(shape: StepShape, slots: np.ndarray) -> StepPlan:
