@@ -25,8 +25,8 @@ from dsv4_jax.layout.formats import HCA_TAILS
 from dsv4_jax.layout.schema import TABLES
 from dsv4_jax.layout.transfers import SlotArray, TransferKind, Transfers
 
-NONE, RESET, INSTALL, COPY, COPY_BLOCK, SHARE = TransferKind
-TABLE, WRITE_TABLE, POSITIONS, STATE, BLOCKS = SlotArray
+NONE, RESET, INSTALL, COPY, COPY_BLOCK, SHARE, WIPE, WIPE_BLOCK = TransferKind
+TABLE, WRITE_TABLE, POSITIONS, STATE, TAIL, BLOCKS = SlotArray
 
 IMPLEMENTATION = pytest.mark.parametrize("implementation", ["native", "reference"])
 
@@ -42,6 +42,12 @@ def by_loop(array: np.ndarray, transfers: Transfers, role: SlotArray) -> np.ndar
             continue
         if kind == RESET and (is_table or role == POSITIONS):
             by_layer[:, slot] = -1
+        if kind == (WIPE_BLOCK if role == BLOCKS else WIPE):
+            by_layer[:, slot] = -1 if is_table or role == POSITIONS else 0
+            if role == TAIL and array.ndim == 5:
+                by_layer[:, slot, 1] = -1e9
+            elif role == TAIL:
+                by_layer[:, slot, ::3] = -1e9
         if kind == (COPY_BLOCK if role == BLOCKS else COPY) and not is_table and 0 <= source < slots:
             by_layer[:, slot] = by_layer[:, source].copy()
         if kind in (INSTALL, SHARE) and is_table and offset >= 0:
@@ -84,19 +90,23 @@ def random_list(rng: np.random.Generator, slots: int, max_blocks: int, operation
     made = TransferList()
     for _ in range(operations):
         slot, other = rng.integers(0, slots + 1, 2)
-        match rng.integers(5):
+        match rng.integers(7):
             case 0:
                 made.reset(slot)
             case 1:
                 count = rng.integers(0, max_blocks + 3)
                 made.install(slot, rng.integers(0, 10**6, count), first=int(rng.integers(0, max_blocks + 2)))
-            case 4:
-                count = rng.integers(0, max_blocks + 3)
-                made.share(slot, rng.integers(0, 10**6, count), first=int(rng.integers(0, max_blocks + 2)))
             case 2:
                 made.copy(slot, other)
             case 3:
                 made.copy_block(slot, other)
+            case 4:
+                made.wipe(slot)
+            case 5:
+                made.wipe_blocks([slot, other])
+            case 6:
+                count = rng.integers(0, max_blocks + 3)
+                made.share(slot, rng.integers(0, 10**6, count), first=int(rng.integers(0, max_blocks + 2)))
     return made
 
 
@@ -113,8 +123,10 @@ ARRAYS = {
     "bytes, by 4": (STATE, (2, 5, 580), np.uint8),
     "bytes, by 16": (STATE, (3, 5, 9344), np.uint8),
     "rows": (STATE, (2, 5, 131, 512), jnp.bfloat16),
-    "tail": (STATE, (2, 5, 2, 12, 128), np.float32),
-    "running tail": (STATE, (1, 5, 3, 512), np.float32),
+    "tail": (TAIL, (2, 5, 2, 12, 128), np.float32),
+    "tail, by 4": (TAIL, (2, 5, 2, 3, 3), np.float32),
+    "running tail": (TAIL, (1, 5, 3, 512), np.float32),
+    "running tails": (TAIL, (2, 5, 9, 7), np.float32),
     "pages": (BLOCKS, (3, 5, 18560), np.uint8),
     "entries of a block": (BLOCKS, (2, 5, 32, 512), jnp.bfloat16),
     "no layers": (STATE, (0, 5, 3, 512), np.float32),
@@ -138,7 +150,7 @@ def test_operations_happen_in_order(device, rng, implementation, role, shape, dt
 def test_what_is_out_of_range_writes_nothing(device, rng, implementation, role, shape, dtype):
     """Numbers that no ``TransferList`` would write down, the largest and smallest among them."""
     transfer = jax.jit(partial(ops.transfer, role=role, implementation=implementation))
-    strange = np.array([-(2**31), -7, -1, 0, 1, 2, 3, 4, 5, 6, 2**31 - 1], np.int32)
+    strange = np.array([-(2**31), -7, -1, 0, 1, 2, 3, 4, 5, 6, 7, 2**31 - 1], np.int32)
     for _ in range(4):
         array = random_array(rng, shape, dtype)
         transfers = Transfers(rng.choice(strange, (64, 5)), rng.integers(0, 99, 4).astype(np.int32))
@@ -151,6 +163,7 @@ def test_roles_and_kinds_are_told_apart(rng):
     arrays = {role: rng.permutation(100).reshape(2, 5, 10) for role in SlotArray}
     for table in (TABLE, WRITE_TABLE):
         arrays[table] = 1000 + arrays[table][0]
+        arrays[TAIL] = rng.permutation(100).reshape(2, 5, 2, 5, 1)
     changed = {
         (role, kind): (by_loop(array, Transfers([[kind, 1, 2, 0, 1]], np.array([7])), role) != array).any()
         for role, array in arrays.items()
@@ -166,6 +179,9 @@ def test_roles_and_kinds_are_told_apart(rng):
         (POSITIONS, RESET),
         (POSITIONS, COPY),
         (STATE, COPY),
+        (TAIL, COPY),
+        *((role, WIPE) for role in (TABLE, WRITE_TABLE, POSITIONS, STATE, TAIL)),
+        (BLOCKS, WIPE_BLOCK),
         (BLOCKS, COPY_BLOCK),
     }
 
@@ -193,6 +209,9 @@ def test_a_list_is_padded_to_few_shapes():
         (lambda made: made.copy_block(0, -1), ValueError, "target must be from 0"),
         (lambda made: made.copy(2**31, 0), ValueError, "source must be from 0"),
         (lambda made: made.copy(0, None), TypeError, "target must be an integer"),
+        (lambda made: made.wipe(-1), ValueError, "slot must be from 0"),
+        (lambda made: made.wipe_blocks([0, -1]), ValueError, "block ids are from 0"),
+        (lambda made: made.wipe_blocks(3), TypeError, "blocks must be integers"),
         (lambda made: made.install(0, [1.5]), TypeError, "blocks must be integers"),
         (lambda made: made.install(0, 3), TypeError, "blocks must be integers"),
         (lambda made: made.install(0, [-1]), ValueError, "block ids are from 0"),
@@ -214,6 +233,8 @@ def test_a_list_refuses_what_cannot_be(operation, error, message):
         (np.zeros((2, 5, 9), np.int32), TransferList().pack(), TABLE),
         (np.zeros((2, 5), np.int32), TransferList().pack(), POSITIONS),
         (np.zeros(5, np.int32), TransferList().pack(), STATE),
+        (np.zeros((2, 5, 3), np.float32), TransferList().pack(), TAIL),
+        (np.zeros((2, 5, 3, 8), np.int32), TransferList().pack(), TAIL),
         (np.zeros((5, 9), np.int32), Transfers(np.zeros((8, 4), np.int32), np.zeros(8, np.int32)), TABLE),
         (np.zeros((5, 9), np.int32), Transfers(np.zeros((8, 5), np.int32), np.zeros((8, 1), np.int32)), TABLE),
     ],
@@ -262,6 +283,30 @@ def test_a_copied_slot_goes_on_as_the_original(device, rng, implementation, hca_
     assert (row[blocks.size :] == -1).all()
     driver.feed({one: 250, twin: 250})
     assert_same_bytes(driver.stored(one), driver.stored(twin), "gone on")
+
+
+@IMPLEMENTATION
+@pytest.mark.parametrize("hca_tail", HCA_TAILS)
+def test_what_is_wiped_is_as_it_was_made(device, rng, implementation, hca_tail):
+    """Slots, snapshots and blocks of a cache of any bytes; what is not named keeps its own."""
+    apply = jax.jit(lambda cache, t: apply_transfers(cache, t, implementation=implementation), donate_argnums=0)
+    formats = CacheFormats(hca_tail=hca_tail)
+    schema = CacheSchema(SPEC, formats, slots=4, blocks=9, max_context=512, lookahead=3, snapshots=2)
+    new = {name: np.asarray(array) for name, array in init_cache(schema).arrays.items()}
+    full = {name: random_array(rng, array.shape, array.dtype) for name, array in new.items()}
+    slots, blocks = rng.choice(6, 3, replace=False), rng.choice(9, 4, replace=False)
+    made = TransferList()
+    for slot in slots.tolist():
+        made.wipe(slot)
+    made.wipe_blocks(blocks)
+    cache = apply(init_cache(schema).with_arrays({name: jnp.array(a) for name, a in full.items()}), made.pack())
+    for name, array in cache.arrays.items():
+        axis = 0 if name == "block_table" else 1
+        size = array.shape[axis]
+        wiped = np.isin(np.arange(size), blocks if name in schema.block_pools else slots)
+        for where, expected in ((wiped, new), (~wiped, full)):
+            kept = [np.compress(where, values, axis).tobytes() for values in (np.asarray(array), expected[name])]
+            assert kept[0] == kept[1], name
 
 
 def test_a_row_of_8192_blocks_into_a_slot_released_in_the_step_before(device, rng):

@@ -1,4 +1,4 @@
-"""apply_transfers: resets, installed blocks, copied slots and blocks, on the device and in order."""
+"""apply_transfers: resets, installed blocks, copied and wiped slots and blocks, on the device and in order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ROLES = {
 
 
 def apply_transfers(cache: Cache, transfers: Transfers, *, implementation: Implementation = "native") -> Cache:
-    """Resets slots, installs or shares blocks in their table rows, copies slots' state and blocks, between two steps.
+    """Resets slots, installs or shares blocks in their table rows, copies and wipes slots and blocks, between two steps.
 
     In the order of the list: a slot reset, given blocks and copied over in one call is as if by three. A jitted
     function that donates the cache updates it in place; transfers are padded, so it is compiled for few shapes.
@@ -30,6 +30,7 @@ def apply_transfers(cache: Cache, transfers: Transfers, *, implementation: Imple
     """
     check_one_shard(cache)
     roles = _ROLES | dict.fromkeys(cache.schema.block_pools, SlotArray.BLOCKS)
+    roles |= dict.fromkeys(cache.schema.tails, SlotArray.TAIL)
     return cache.with_arrays(
         {
             name: ops.transfer(array, transfers, role=roles.get(name, SlotArray.STATE), implementation=implementation)

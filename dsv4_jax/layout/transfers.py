@@ -1,4 +1,4 @@
-"""``Transfers``: what is to happen to slots between steps, in order: resets, blocks installed, state and blocks copied.
+"""``Transfers``: what is to happen to slots between steps, in order: resets, blocks installed, copies, wipes.
 
 ``TransferList`` writes it down on the host, ``apply_transfers`` runs it on the device, where ``ffi/layout/transfer.h``
 reads it.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FIELDS = ("kind", "slot", "source", "offset", "count")
 """The numbers of an operation, in order. ``source`` is a copy's source, or the first place of installed blocks;
-``slot`` is a block where blocks are copied;
+``slot`` is a block where blocks are copied or wiped;
 ``offset`` and ``count`` say where these lie among all block ids."""
 
 _SMALLEST = 8
@@ -37,20 +37,23 @@ class TransferKind(enum.IntEnum):
     COPY = 3
     COPY_BLOCK = 4
     SHARE = 5
+    WIPE = 6
+    WIPE_BLOCK = 7
 
 
 class SlotArray(enum.StrEnum):
     """What one of the cache's arrays is, and so which operations concern it.
 
     TABLE, the block table: resets, installed and shared blocks. WRITE_TABLE, the same, but shared ones are none.
-    POSITIONS, the positions of window rows: resets and copies.
-    STATE, all else that a slot has: copies. BLOCKS, a page for each block: copied blocks.
+    POSITIONS, the positions of window rows: resets and copies. TAIL, rows or states that wait to be compressed, and
+    STATE, all else that a slot has: copies. BLOCKS, a page for each block: copied blocks. Wipes concern all of them.
     """
 
     TABLE = "table"
     WRITE_TABLE = "write_table"
     POSITIONS = "positions"
     STATE = "state"
+    TAIL = "tail"
     BLOCKS = "blocks"
 
 
@@ -75,7 +78,7 @@ class Transfers:
     def copies(self, schema: CacheSchema) -> tuple[int, int]:
         """How many copies of slots, snapshots and blocks these are in a cache of this schema, and their bytes.
 
-        On the host. Resets, installed and shared blocks copy nothing.
+        On the host. Resets, installed and shared blocks, and wipes, copy nothing.
         """
         kinds, slots, sources = (
             np.asarray(self.operations)[:, FIELDS.index(name)] for name in ("kind", "slot", "source")
@@ -125,13 +128,9 @@ class TransferList:
         self._put(TransferKind.SHARE, slot, blocks, first)
 
     def _put(self, kind: TransferKind, slot: int, blocks: ArrayLike, first: int) -> None:
-        slot, first, ids = _index("slot", slot), _index("first", first), np.asarray(blocks)
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise TypeError(f"blocks must be integers [count], got {ids.dtype} {list(ids.shape)}")
-        if ids.size and not (ids.min() >= 0 and ids.max() <= _LARGEST):
-            raise ValueError(f"block ids are from 0 to {_LARGEST}, got {ids.min()} to {ids.max()}")
+        slot, first, ids = _index("slot", slot), _index("first", first), _block_ids(blocks)
         self._operations.append((kind, slot, first, self._installed, ids.size))
-        self._blocks.append(ids.astype(np.int32))
+        self._blocks.append(ids)
         self._installed += ids.size
 
     def copy(self, source: int, target: int) -> None:
@@ -142,6 +141,15 @@ class TransferList:
         """Copies a block, in all pools that have a page for it."""
         operation = TransferKind.COPY_BLOCK, _index("target", target), _index("source", source), 0, 0
         self._operations.append(operation)
+
+    def wipe(self, slot: int) -> None:
+        """Makes all that a slot, or a snapshot, has of its own what ``init_cache`` made it, its table row too."""
+        self._operations.append((TransferKind.WIPE, _index("slot", slot), 0, 0, 0))
+
+    def wipe_blocks(self, blocks: ArrayLike) -> None:
+        """Does so with blocks, integers [count], in all pools that have a page for them."""
+        for block in _block_ids(blocks).tolist():
+            self._operations.append((TransferKind.WIPE_BLOCK, block, 0, 0, 0))
 
     def pack(self) -> Transfers:
         """The operations so far, as NumPy arrays for ``apply_transfers``."""
@@ -164,6 +172,15 @@ def side_by_side(parts: Sequence[Transfers]) -> Transfers:
         for part in parts
     ]
     return Transfers(*(np.concatenate([getattr(part, name) for part in padded]) for name in ("operations", "blocks")))
+
+
+def _block_ids(blocks: ArrayLike) -> NDArray[np.int32]:
+    ids = np.asarray(blocks)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise TypeError(f"blocks must be integers [count], got {ids.dtype} {list(ids.shape)}")
+    if ids.size and not (ids.min() >= 0 and ids.max() <= _LARGEST):
+        raise ValueError(f"block ids are from 0 to {_LARGEST}, got {ids.min()} to {ids.max()}")
+    return ids.astype(np.int32)
 
 
 def _padded(count: int) -> int:

@@ -6,6 +6,18 @@
 #include "ops/signatures.h"
 
 namespace dsv4::cpu {
+namespace {
+
+// Little-endian, as the devices are: a page need not consist of whole words.
+void wipe(uint8_t* slot, const TransferParams& params) {
+  const int64_t words = params.slot_bytes / static_cast<int64_t>(sizeof(uint32_t));
+  for (int64_t first = 0; first < params.slot_bytes; first += sizeof(uint32_t)) {
+    const uint32_t word = wiped_word(params.role, first / static_cast<int64_t>(sizeof(uint32_t)), words, params.width);
+    std::memcpy(slot + first, &word, std::min<int64_t>(sizeof word, params.slot_bytes - first));
+  }
+}
+
+}  // namespace
 
 void transfer(const TransferParams& params) {
   for (int index = 0; index < params.count; ++index) {
@@ -15,6 +27,10 @@ void transfer(const TransferParams& params) {
       if (transfer.kind == TransferKind::kCopy || transfer.kind == TransferKind::kCopyBlock) {
         const uint8_t* source = params.data + (layer * params.slots + transfer.source) * params.slot_bytes;
         std::memcpy(slot, source, params.slot_bytes);
+        continue;
+      }
+      if (transfer.kind == TransferKind::kWipe || transfer.kind == TransferKind::kWipeBlock) {
+        wipe(slot, params);
         continue;
       }
       int32_t* values = reinterpret_cast<int32_t*>(slot);  // tables and positions are int32

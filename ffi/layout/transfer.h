@@ -4,18 +4,30 @@
 #include <cstdint>
 
 #include "layout/bits.h"
+#include "layout/geometry.h"
 
 namespace dsv4 {
 
-enum class TransferKind : int32_t { kNone = 0, kReset = 1, kInstall = 2, kCopy = 3, kCopyBlock = 4, kShare = 5 };
+enum class TransferKind : int32_t {
+  kNone = 0,
+  kReset = 1,
+  kInstall = 2,
+  kCopy = 3,
+  kCopyBlock = 4,
+  kShare = 5,
+  kWipe = 6,
+  kWipeBlock = 7
+};
 
 // What one of the cache's arrays is, and so which operations concern it. A block counts as a slot of its array.
 enum class SlotArray {
-  kTable,       // the block table: resets, installed and shared blocks
-  kWriteTable,  // the write table: the same, but shared blocks are none
-  kPositions,   // the positions of window rows: resets, copies
-  kState,       // all else that a slot has: copies
-  kBlocks,      // a page for each block: copied blocks
+  kTable,        // the block table: resets, installed and shared blocks, wipes
+  kWriteTable,   // the write table: the same, but shared blocks are none
+  kPositions,    // the positions of window rows: resets, copies, wipes
+  kState,        // all else that a slot has: copies, wipes
+  kTail,         // rows that wait to be compressed: the same
+  kRunningTail,  // the states of an open window: the same
+  kBlocks,       // a page for each block: copied and wiped blocks
 };
 
 constexpr int kTransferFields = 5;
@@ -49,11 +61,32 @@ DSV4_HOST_DEVICE Transfer transfer_at(const int32_t* operations, int index, Slot
                  (role == SlotArray::kBlocks) == (transfer.kind == TransferKind::kCopyBlock) && transfer.source >= 0 &&
                  transfer.source < slots && transfer.source != transfer.slot;
       break;
+    case TransferKind::kWipe:
+    case TransferKind::kWipeBlock:
+      concerns = concerns && (role == SlotArray::kBlocks) == (transfer.kind == TransferKind::kWipeBlock);
+      break;
     default:
       concerns = false;
   }
   if (!concerns) transfer.kind = TransferKind::kNone;
   return transfer;
+}
+
+// What the 32-bit word `word` of a slot's `words` (or a block's) is when it is wiped: what init_cache writes. `width`
+// is that of a tail's rows.
+DSV4_HOST_DEVICE uint32_t wiped_word(SlotArray role, int64_t word, int64_t words, int64_t width) {
+  switch (role) {
+    case SlotArray::kTable:
+    case SlotArray::kWriteTable:
+    case SlotArray::kPositions:
+      return ~0u;
+    case SlotArray::kTail:  // kv, then scores
+      return word < words / 2 ? 0u : bits_of(kClearedScore);
+    case SlotArray::kRunningTail:  // max, denominator, sum of each state
+      return word / width % 3 == 0 ? bits_of(kClearedScore) : 0u;
+    default:
+      return 0u;
+  }
 }
 
 // Puts into `place` of a table's row what an installation has for it, of so many block ids.

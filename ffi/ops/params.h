@@ -128,6 +128,7 @@ struct TransferParams {
   int64_t layers;
   int64_t slots;
   int64_t slot_bytes;
+  int64_t width;  // of a tail's rows
   SlotArray role;
   const int32_t* operations;  // [count, 5]
   int count;

@@ -21,7 +21,8 @@ def transfer(
 
     Args:
       array: [layers, slots, ...]; int32 [slots, max_blocks] for the tables, int32 [layers, slots, ring] for POSITIONS,
-        [layers, blocks, ...] for BLOCKS.
+        [layers, blocks, ...] for BLOCKS, float32 [layers, slots, 2, rows, width] or, running, [layers, slots, 3 states,
+        width] for TAIL.
       transfers: the operations; slots, places and blocks below 0 or out of range change nothing.
       role: what the array is.
       implementation: who runs it.
@@ -37,6 +38,8 @@ def transfer(
     if role in (SlotArray.STATE, SlotArray.BLOCKS):
         if jnp.ndim(array) < 2:
             raise OperandError(f"{op}: array has shape {list(jnp.shape(array))}, expected [layers, slots, ...].")
+    elif role == SlotArray.TAIL:
+        check(op, "array", array, (None,) * (4 if jnp.ndim(array) == 4 else 5), jnp.float32)
     else:
         check(op, "array", array, (None,) * (2 if role in TABLE_ROLES else 3), jnp.int32)
     check(op, "operations", transfers.operations, (None, len(FIELDS)), jnp.int32)

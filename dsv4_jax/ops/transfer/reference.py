@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.arithmetic.pages import in_range
+from dsv4_jax.layout.layer_schema import empty_tail
 from dsv4_jax.layout.transfers import TABLE_ROLES, SlotArray, TransferKind, Transfers
 
 
@@ -22,6 +23,9 @@ def transfer(array: jax.Array, transfers: Transfers, *, role: SlotArray) -> jax.
     """
     is_table = role in TABLE_ROLES
     by_layer = array[None] if is_table else _bits(array)
+    empty = jnp.int32(-1 if is_table or role == SlotArray.POSITIONS else 0).astype(by_layer.dtype)
+    if role == SlotArray.TAIL:
+        empty = _bits(empty_tail(array.shape))
     slots, blocks = by_layer.shape[1], jnp.asarray(transfers.blocks)
 
     def one(array: jax.Array, operation: jax.Array) -> tuple[jax.Array, None]:
@@ -31,7 +35,7 @@ def transfer(array: jax.Array, transfers: Transfers, *, role: SlotArray) -> jax.
         old = array[:, target]
         new = old
         if is_table or role == SlotArray.POSITIONS:
-            new = jnp.where(kind == TransferKind.RESET, jnp.full_like(old, -1), new)
+            new = jnp.where(kind == TransferKind.RESET, empty, new)
         if is_table:
             place = jnp.arange(array.shape[2], dtype=jnp.int32) - source
             # Compared by subtraction: source + count and offset + count could overflow.
@@ -44,6 +48,8 @@ def transfer(array: jax.Array, transfers: Transfers, *, role: SlotArray) -> jax.
             wanted = TransferKind.COPY_BLOCK if role == SlotArray.BLOCKS else TransferKind.COPY
             copies = (kind == wanted) & in_range(source, slots)
             new = jnp.where(copies, array[:, jnp.where(copies, source, 0)], new)
+        wipe = TransferKind.WIPE_BLOCK if role == SlotArray.BLOCKS else TransferKind.WIPE
+        new = jnp.where(kind == wipe, empty, new)
         return array.at[:, target].set(jnp.where(runs, new, old)), None
 
     done, _ = jax.lax.scan(one, by_layer, jnp.asarray(transfers.operations))

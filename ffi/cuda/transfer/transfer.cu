@@ -12,21 +12,40 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Slots' state and blocks, to which nothing happens but copies. blockIdx.x counts the units of a slot, blockIdx.y the
-// layers.
+// What a unit is when it is wiped.
 template <class Unit>
-__global__ void __launch_bounds__(kThreads) copies_kernel(TransferParams params) {
+__device__ Unit wiped(const TransferParams& params, int64_t unit) {
+  const auto word = [&](int64_t index) {
+    return wiped_word(params.role, index, params.slot_bytes / static_cast<int64_t>(sizeof(uint32_t)), params.width);
+  };
+  if constexpr (sizeof(Unit) == 16) {
+    return {word(4 * unit), word(4 * unit + 1), word(4 * unit + 2), word(4 * unit + 3)};
+  } else if constexpr (sizeof(Unit) == 4) {
+    return static_cast<Unit>(word(unit));
+  } else {
+    return static_cast<Unit>(word(unit / 4) >> 8 * (unit % 4));
+  }
+}
+
+// Slots' state and blocks, to which nothing happens but copies and wipes. blockIdx.x counts the units of a slot,
+// blockIdx.y the layers.
+template <class Unit>
+__global__ void __launch_bounds__(kThreads) state_kernel(TransferParams params) {
   const int64_t units = params.slot_bytes / static_cast<int64_t>(sizeof(Unit));
   const int64_t unit = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (unit >= units) return;
   Unit* data = reinterpret_cast<Unit*>(params.data) + int64_t{blockIdx.y} * params.slots * units + unit;
   for (int index = 0; index < params.count; ++index) {
     const Transfer transfer = transfer_at(params.operations, index, params.role, params.slots);
-    if (transfer.kind != TransferKind::kNone) data[transfer.slot * units] = data[transfer.source * units];
+    if (transfer.kind == TransferKind::kWipe || transfer.kind == TransferKind::kWipeBlock) {
+      data[transfer.slot * units] = wiped<Unit>(params, unit);
+    } else if (transfer.kind != TransferKind::kNone) {
+      data[transfer.slot * units] = data[transfer.source * units];
+    }
   }
 }
 
-// The same for int32 arrays, whose resets write -1: tables and positions.
+// The same for int32 arrays, whose resets and wipes write -1: tables and positions.
 __global__ void __launch_bounds__(kThreads) indices_kernel(TransferParams params) {
   const int64_t units = params.slot_bytes / static_cast<int64_t>(sizeof(int32_t));
   const int64_t unit = int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -35,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) indices_kernel(TransferParams params
   for (int index = 0; index < params.count; ++index) {
     const Transfer transfer = transfer_at(params.operations, index, params.role, params.slots);
     int32_t* target = data + transfer.slot * units;
-    if (transfer.kind == TransferKind::kReset) {
+    if (transfer.kind == TransferKind::kReset || transfer.kind == TransferKind::kWipe) {
       *target = -1;
     } else if (transfer.kind == TransferKind::kCopy) {
       *target = data[transfer.source * units];
@@ -56,11 +75,11 @@ const char* transfer(CUstream_st* stream, const TransferParams& params) {
   if (is_table(params.role) || params.role == SlotArray::kPositions) {
     indices_kernel<<<grid_of(params, sizeof(int32_t)), kThreads, 0, stream>>>(params);
   } else if (params.slot_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(params.data) % 16 == 0) {
-    copies_kernel<uint4><<<grid_of(params, 16), kThreads, 0, stream>>>(params);
+    state_kernel<uint4><<<grid_of(params, 16), kThreads, 0, stream>>>(params);
   } else if (params.slot_bytes % 4 == 0 && reinterpret_cast<uintptr_t>(params.data) % 4 == 0) {
-    copies_kernel<uint32_t><<<grid_of(params, 4), kThreads, 0, stream>>>(params);
+    state_kernel<uint32_t><<<grid_of(params, 4), kThreads, 0, stream>>>(params);
   } else {
-    copies_kernel<uint8_t><<<grid_of(params, 1), kThreads, 0, stream>>>(params);
+    state_kernel<uint8_t><<<grid_of(params, 1), kThreads, 0, stream>>>(params);
   }
   return launch_error("apply_transfers");
 }
