@@ -104,6 +104,19 @@ def _poison(cache, slots, blocks):
     return cache.with_arrays(arrays)
 
 
+def _strangers(cache, empty, slots, blocks):
+    """Of each array, in how many of some slots and blocks, bool each, it is not as in an empty cache, to the bit."""
+    found = {}
+    for name, array in cache.arrays.items():
+        values = [jax.lax.bitcast_convert_type(a, jnp.int32) for a in (array, empty.arrays[name])]
+        differ = values[0] != values[1]
+        if name != "block_table":
+            differ = differ.any(0)
+        which = blocks if name in cache.schema.block_pools else slots[: differ.shape[0]]
+        found[name] = (differ.reshape(differ.shape[0], -1).any(1) & which).sum()
+    return found
+
+
 def _run(cache, plan, lengths, rows, weights, bank):
     brought = jax.tree.map(lambda vectors: vectors[rows[0]] + vectors[rows[1]], bank)
     return update(cache, plan.rebase(lengths), weights, brought)
@@ -130,18 +143,23 @@ def _read(cache, plan):
 _run, _read, _poison, _apply = (
     jax.jit(function, donate_argnums=0) for function in (_run, _read, _poison, apply_transfers)
 )
+_strangers = jax.jit(_strangers)
 
 
 class Device:
-    """A cache's arrays; what holds nothing holds NaN."""
+    """A cache's arrays; what holds nothing holds NaN, or if it is to be wiped what an empty cache holds."""
 
-    def __init__(self, schema):
-        self.cache = init_cache(schema)
+    def __init__(self, schema, wiped=False):
+        self.cache, self._empty = init_cache(schema), init_cache(schema) if wiped else None
         self.poison(np.ones(schema.slots + schema.snapshots, bool), np.ones(schema.blocks, bool))
         self._reads = PlanLayout(schema.slots, schema.slots, schema.fingerprint, False)
 
     def poison(self, slots, blocks):
         """Slots (snapshots behind them) and blocks that hold nothing, bool each."""
+        if self._empty is not None:
+            found = jax.device_get(_strangers(self.cache, self._empty, slots, blocks))
+            assert not any(found.values()), f"not wiped: {found}"
+            return
         self.cache = _poison(self.cache, slots, blocks)
 
     def run(self, plan, lengths, rows):

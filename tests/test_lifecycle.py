@@ -16,7 +16,7 @@ from lifecycle import BUCKETS, CONTEXT, SLOTS, Device, Made, Part, Request, sett
 from test_blocks import assert_balanced
 
 from dsv4_jax import CacheFull, CacheManager, RequestState, preempt, resume
-from dsv4_jax.host.errors import CannotTruncate, LengthUnknown, StalePlan
+from dsv4_jax.host.errors import CannotTruncate, LengthUnknown, StalePlan, TransfersWait
 
 EXAMPLES = int(os.environ.get("LIFECYCLE_EXAMPLES", "40"))
 
@@ -41,13 +41,16 @@ class Lifecycle(RuleBasedStateMachine):
         every=st.sampled_from((1, 2, None)),
         rebuild=st.integers(0, 2),
         computed=st.integers(1, 3),
+        wipe=st.booleans(),
     )
-    def start(self, of, every, rebuild, computed):
+    def start(self, of, every, rebuild, computed, wipe):
         self.schema, alone = setting(*of)
-        self.manager = CacheManager(self.schema, token_buckets=BUCKETS, snapshot_every=every, rebuild=rebuild > 0)
+        self.manager = CacheManager(
+            self.schema, token_buckets=BUCKETS, snapshot_every=every, rebuild=rebuild > 0, wipe=wipe
+        )
         if rebuild:  # vectors here do not depend on windows: the last block alone brings a state back
             self.manager._prefix._layers = rebuild
-        self.device = Device(self.schema)
+        self.device = Device(self.schema, wiped=wipe)
         self.requests: dict[int, Request] = {}
         self.waiting: list[Made] = []  # plans that were not dispatched, in the order in which they were made
         self.dispatched: list[Made] = []  # and those of which the host has not heard
@@ -216,7 +219,7 @@ class Lifecycle(RuleBasedStateMachine):
         drafts = {request.handle: part.drafts for request, part in parts.items()}
         counts = {request.handle: part.tokens for request, part in parts.items()}
         try:
-            plan = self.manager.prepare_forward(counts, drafts=drafts if any(drafts.values()) else None)
+            plan = self.planned(counts, drafts if any(drafts.values()) else None)
         except CacheFull:
             assert any(request.most + part.tokens > request.limit for request, part in parts.items())
             return None
@@ -225,6 +228,14 @@ class Lifecycle(RuleBasedStateMachine):
         for request in parts:
             request.plans.append(made)
         return made
+
+    def planned(self, counts, drafts):
+        """A plan, for which blocks may have to be wiped first."""
+        try:
+            return self.manager.prepare_forward(counts, drafts=drafts)
+        except TransfersWait:
+            self.transfer()
+        return self.manager.prepare_forward(counts, drafts=drafts)
 
     @precondition(lambda self: self.dispatched)
     @rule(data=st.data(), told=TOLD)
@@ -356,7 +367,11 @@ class Lifecycle(RuleBasedStateMachine):
         if most + (new or 0) > CONTEXT:
             return
         try:
-            handle, self.device.cache = resume(self.device.cache, self.manager, state, new)
+            try:
+                handle, self.device.cache = resume(self.device.cache, self.manager, state, new)
+            except TransfersWait:
+                self.transfer()
+                handle, self.device.cache = resume(self.device.cache, self.manager, state, new)
         except CacheFull:
             return
         limit = 0 if new is None else most + new + self.schema.lookahead
@@ -377,6 +392,16 @@ class Lifecycle(RuleBasedStateMachine):
             self.manager.reset_prefix_cache()
             for request in self.requests.values():
                 request.bound = 0
+
+    def teardown(self):
+        """All requests leave, and with them every byte of theirs, if it is to be wiped."""
+        if not hasattr(self, "manager"):
+            return
+        for request in list(self.requests.values()):
+            self.leave(request)
+        self.manager.reset_prefix_cache()
+        self.transfer()
+        self.poison_what_is_free()
 
     # What must hold
 

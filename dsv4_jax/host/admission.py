@@ -140,6 +140,10 @@ class Admission(Books):
     def release(self, request: int) -> None:
         """Takes the request's slot and blocks back, on the host only: the slot's next request resets it on the device.
 
+        With ``wipe`` transfers then wait after which none of its bytes is left in the cache, but in blocks and snapshots
+        that are kept for prompts to come. These are wiped when they are given up: when room is short, or by
+        ``reset_prefix_cache``.
+
         Raises:
           UnknownRequest: the handle is not an admitted request's, or was released before.
         """
@@ -168,7 +172,7 @@ class Admission(Books):
         """
         table, ledger = self._state()
         no_floors = self._prefix.floors, slice(None), 0
-        forgotten = *self._drafts.forget(slice(None)), *self._transfers.forget(), *self._prefix.forget_all(), no_floors
+        forgotten = *self._drafts.forget(slice(None)), *self._prefix.forget_all(), no_floors, *self._transfers.forget()
         self._journal.write((*ledger.give_back_all(), *table.release_all(), *forgotten))
 
     def reset_prefix_cache(self) -> None:
@@ -180,6 +184,11 @@ class Admission(Books):
         self._journal.finish()
         self._journal.write((*self._ledger.keep_no_longer(slice(None)), *self._prefix.forget_all()))
 
-    def _free_blocks(self, slots: NDArray[np.integer], kept: NDArray[np.int64]) -> tuple[Write, ...]:
-        """Frees the blocks of requests in these slots but for so many of their first, [n] each."""
-        return self._ledger.give_back(slots, kept, self._held(slots))
+    def _free_blocks(
+        self, slots: NDArray[np.integer], kept: NDArray[np.int64], *, clean: bool = False
+    ) -> tuple[Write, ...]:
+        """Frees the blocks of requests in these slots but for so many of their first, [n] each.
+
+        If they are ``clean``, nothing was written to them.
+        """
+        return self._ledger.give_back(slots, kept, self._held(slots), clean=clean)

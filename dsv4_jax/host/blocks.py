@@ -13,10 +13,10 @@ from dsv4_jax.host.journal import Write
 
 NO_BLOCK = -1
 NO_PLACE = -1
-_NO_BLOCKS = np.zeros(0, np.int32)
+NO_BLOCKS = np.zeros(0, np.int32)
 
 
-Evict = Callable[[NDArray[np.int32]], tuple[Write, ...]]
+Lose = Callable[[NDArray[np.int32]], tuple[Write, ...]]
 
 
 def _nothing(ids: NDArray[np.int32]) -> tuple[Write, ...]:
@@ -47,7 +47,8 @@ class BlockLedger:
         slots: int,
         max_blocks: int,
         blocks: int,
-        evict: Evict = _nothing,
+        evict: Lose = _nothing,
+        wipe: Lose = _nothing,
     ) -> None:
         self.references = np.zeros(blocks, np.int32)
         self.place = np.full(blocks, NO_PLACE, np.int32)
@@ -60,6 +61,7 @@ class BlockLedger:
         self.kept = np.zeros(blocks, np.bool_)
         self._idle = IdleQueue(blocks)
         self._evict = evict  # the writes for whoever wanted blocks kept that are to be taken
+        self._wipe = wipe  # those that have blocks wiped which become free, or are taken while idle
         self._counts = {"free": blocks, "idle": 0, "taken": 0, "shared": 0, "reserved": 0}
 
     @property
@@ -111,7 +113,7 @@ class BlockLedger:
         slots: NDArray[np.integer],
         places: NDArray[np.integer],
         promised: int,
-        revived: NDArray[np.int32] = _NO_BLOCKS,
+        revived: NDArray[np.int32] = NO_BLOCKS,
     ) -> tuple[NDArray[np.int32], tuple[Write, ...]]:
         """The same, if so many of these blocks were promised. What is reserved does not change.
 
@@ -127,7 +129,8 @@ class BlockLedger:
             evicted, evictions = self._idle.pop(count - free, revived)
             ids = np.concatenate([self._stack[:free][::-1], evicted])
             idle = counts["idle"] - evicted.size
-            evictions = *evictions, *self._evict(evicted), (self.kept, evicted, False), (counts, "idle", idle)
+            evictions = *evictions, *self._evict(evicted), *self._wipe(evicted)
+            evictions = *evictions, (self.kept, evicted, False), (counts, "idle", idle)
             free = count  # none is left
         else:
             ids = self._stack[free - count : free][::-1].copy()
@@ -149,14 +152,15 @@ class BlockLedger:
         end: NDArray[np.integer],
         *,
         keep_promise: bool = True,
-        touched: NDArray[np.int32] = _NO_BLOCKS,
-        keep: NDArray[np.int32] = _NO_BLOCKS,
+        touched: NDArray[np.int32] = NO_BLOCKS,
+        keep: NDArray[np.int32] = NO_BLOCKS,
+        clean: bool = False,
     ) -> tuple[Write, ...]:
         """Takes the blocks of places ``first[i]`` to before ``end[i]`` from ``slots[i]``, distinct slots; [n] each.
 
         Those that no other slot has are free, or idle. If slots keep what they were promised, it is reserved for them
         again. Idle blocks that were ``touched`` count as used like those that become idle. Blocks to ``keep`` are kept
-        by the same operation.
+        by the same operation. If all are ``clean``, nothing was written to them since they were taken.
 
         Raises:
           CacheFull: that cannot be reserved, since other slots keep the blocks.
@@ -170,7 +174,7 @@ class BlockLedger:
         places = np.arange(count) + np.repeat(first - (np.cumsum(counts) - counts), counts)
         if keep_promise:
             return (
-                *self._drop(self.table[rows, places], (promised.clip(max=end) - first).clip(0).sum()),
+                *self._drop(self.table[rows, places], (promised.clip(max=end) - first).clip(0).sum(), clean=clean),
                 (self.table, (rows, places), NO_BLOCK),
             )
         return (
@@ -183,9 +187,10 @@ class BlockLedger:
         self,
         ids: NDArray[np.int32],
         reserve: int,
-        touched: NDArray[np.int32] = _NO_BLOCKS,
-        keep: NDArray[np.int32] = _NO_BLOCKS,
+        touched: NDArray[np.int32] = NO_BLOCKS,
+        keep: NDArray[np.int32] = NO_BLOCKS,
         spare: int = 0,
+        clean: bool = False,
     ) -> tuple[Write, ...]:
         """One reference less to each of these blocks, and so many more reserved.
 
@@ -210,6 +215,7 @@ class BlockLedger:
             (self._stack, slice(free, free + freed.size), latest_first),
             (self.references, ids, left),
             (self.place, freed, NO_PLACE),
+            *(() if clean else self._wipe(freed)),
             *queued,
             (self._counts, "free", free + freed.size),
             (self._counts, "idle", idle),
@@ -253,6 +259,20 @@ class BlockLedger:
             (self._counts, "reserved", self._counts["reserved"] + more),
         )
 
+    def evict(self, count: int, but: NDArray[np.int32] = NO_BLOCKS) -> tuple[Write, ...]:
+        """Makes so many idle blocks free, ``but`` some; the next operation takes them as if they were still idle."""
+        free, (ids, popped) = self._counts["free"], self._idle.pop(count, but)
+        return (
+            *popped,
+            *self._evict(ids),
+            *self._wipe(ids),
+            (self.kept, ids, False),
+            (self.place, ids, NO_PLACE),
+            (self._stack, slice(free + count), np.concatenate([ids[::-1], self._stack[:free]])),
+            (self._counts, "free", free + count),
+            (self._counts, "idle", self._counts["idle"] - count),
+        )
+
     def revived(self, shared: NDArray[np.int32]) -> NDArray[np.int32]:
         """Those of some blocks that nobody has, and that would no longer be available if somebody had them."""
         return shared[self.references[shared] == 0]
@@ -279,6 +299,7 @@ class BlockLedger:
         return (
             (self.kept, ids, False),
             (self.place, idle, NO_PLACE),
+            *self._wipe(idle),
             (self._stack, slice(free, free + idle.size), idle),
             *self._idle.clear(),
             (self._counts, "free", free + idle.size),

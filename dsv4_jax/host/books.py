@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from dsv4_jax.host.accounts import PoolUsage
 from dsv4_jax.host.arguments import count
 from dsv4_jax.host.batch import BlockNeed
-from dsv4_jax.host.blocks import BlockLedger
+from dsv4_jax.host.blocks import NO_BLOCKS, BlockLedger
 from dsv4_jax.host.drafts import DraftTable
 from dsv4_jax.host.errors import LengthUnknown, TransfersWait
 from dsv4_jax.host.hashing import Match, chain
@@ -22,7 +22,7 @@ from dsv4_jax.host.pending import Pending
 from dsv4_jax.host.prefix import Hit, PrefixCache
 from dsv4_jax.host.receipts import Receipts
 from dsv4_jax.host.requests import RequestTable
-from dsv4_jax.host.transfers import Wish
+from dsv4_jax.host.transfers import Wipes, Wish
 from dsv4_jax.layout.contents import Contents
 from dsv4_jax.layout.schema import CacheSchema
 from dsv4_jax.spec.kinds import BLOCK_TOKENS
@@ -32,17 +32,26 @@ class Books:
     """The rooms of a manager, each with one thing to know, and the journal through which all of them are written."""
 
     def __init__(
-        self, schema: CacheSchema, *, every: int | None = None, rebuild: bool = False, events: bool = False
+        self,
+        schema: CacheSchema,
+        *,
+        every: int | None = None,
+        rebuild: bool = False,
+        events: bool = False,
+        wipe: bool = False,
     ) -> None:
         self._schema = schema
         self._need = BlockNeed(schema.spec)
         self._journal = Journal()
-        self._request_table = RequestTable(schema.slots)
-        self._prefix = PrefixCache(schema, every=every, rebuild=rebuild, events=events)
-        self._ledger = BlockLedger(schema.slots, schema.max_blocks, schema.blocks, self._prefix.evict)
+        self._transfers: Pending[Wish] = Pending()
+        self._wipes = Wipes(self._transfers, schema.slots, wanted=wipe)
+        self._request_table = RequestTable(schema.slots, self._wipes.slot)
+        self._prefix = PrefixCache(schema, self._wipes, every=every, rebuild=rebuild, events=events)
+        self._ledger = BlockLedger(
+            schema.slots, schema.max_blocks, schema.blocks, self._prefix.evict, self._wipes.blocks
+        )
         self._drafts = DraftTable(schema)
         self._receipts = Receipts()
-        self._transfers: Pending[Wish] = Pending()
         self._preemptions = {"count": 0}
 
     def _state(self) -> tuple[RequestTable, BlockLedger]:
@@ -54,6 +63,17 @@ class Books:
         """Raises TransfersWait if what the operation is about may not be on the device yet."""
         if self._transfers:
             raise TransfersWait(len(self._transfers))
+
+    def _require_wiped(self, count: int, revived: NDArray[np.int32] = NO_BLOCKS) -> None:
+        """Raises TransfersWait unless so many blocks that an operation is about to take are wiped, where that is wanted.
+
+        Idle ones are not. Those that would have to go are free from now on, and their wipes wait; those that the
+        operation would revive do not go. For operations that queue nothing: in the queue wipes come first anyway.
+        """
+        missing = count - (self._ledger.free - self._ledger.idle)
+        if self._wipes.wanted and missing > 0:
+            self._journal.write(self._ledger.evict(missing, revived))
+            self._require_no_transfers()
 
     def __getstate__(self) -> dict[str, Any]:
         self._journal.finish()

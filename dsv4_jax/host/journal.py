@@ -8,7 +8,7 @@ Write = tuple[Any, Any, Any]
 """One change, ``container[key] = value``: an array and an index, or a dict and a key; or a dict, EACH and a dict."""
 
 GONE: Any = object()
-"""The value that a dict's key is to have no longer."""
+"""The value that a dict's key is to have no longer; with EACH, no key is to have one."""
 
 EACH: Any = object()
 """The key that stands for all keys of the value, itself a dict: one change where there are many."""
@@ -40,7 +40,7 @@ class Journal:
         if self._noted:
             for container, key, value in self._noted:
                 if value is GONE:
-                    container.pop(key, None)
+                    container.clear() if key is EACH else container.pop(key, None)
                 elif key is EACH:
                     container.update(value)
                 else:

@@ -54,6 +54,8 @@ class CacheManager(Parking):
         state is that of other steps than those which made the blocks: equal bit for bit only as far as the model's
         vectors do not depend on how tokens are cut into steps, which matrix products' do.
       events: whether ``take_events`` tells of them.
+      wipe: whether all that is nobody's any more is wiped, by transfers: see ``release``. Those of ``release``,
+        ``truncate``, ``commit`` and others then wait, to run after all plans made so far.
 
     Raises:
       TypeError, ValueError: a number is no integer, or too small.
@@ -67,6 +69,7 @@ class CacheManager(Parking):
         snapshot_every: int | None = None,
         rebuild: bool = False,
         events: bool = False,
+        wipe: bool = False,
     ) -> None:
         buckets = bucket_list(token_buckets)
         fingerprint = schema.fingerprint
@@ -74,7 +77,7 @@ class CacheManager(Parking):
             raise ValueError(
                 "snapshot_every must be at least 1 block; None for none, and no snapshots in the schema for none"
             )
-        super().__init__(schema, every=snapshot_every, rebuild=rebuild, events=events)
+        super().__init__(schema, every=snapshot_every, rebuild=rebuild, events=events, wipe=wipe)
         self._buckets = buckets
         self._layouts = [
             tuple(PlanLayout(bucket, min(schema.slots, bucket), fingerprint, displaces) for displaces in (False, True))
@@ -189,7 +192,8 @@ class CacheManager(Parking):
           ContextExceeded: a request would grow beyond ``schema.max_context``.
           StepTooLarge: more tokens than the largest bucket.
           CacheFull: too few free blocks.
-          TransfersWait: ``take_transfers`` first.
+          TransfersWait: ``take_transfers`` first. With ``wipe`` also if the step needs blocks that are kept for what
+            they contain: these are then free, and transfers that wipe them wait, so take them and call again.
         """
         handles, counts = step_arrays(tokens)
         repeats = step_count(steps)
@@ -210,6 +214,8 @@ class CacheManager(Parking):
             changes = (*blocks, ids)
 
         drafted, draft_writes = self._drafts.bring(drafts, handles, batch.slots, batch.counts, repeats)
+        if changes is not None:
+            self._require_wiped(changes[0].size)
         receipt = self._receipts.issue(table.clock + 1, drafted)
         if steps is None:
             plan = batch.frame.plan(at.lengths, at.resets, changes and changes[1:], receipt=receipt)
@@ -311,7 +317,9 @@ class CacheManager(Parking):
         left = plan_of(rest, plan, layout, receipt)
         settled = self._receipts.settle(whole.receipt, "cancelled", table.oldest_plan())
         uncounted = self._drafts.made, part.slots, part.made - part.drafts * part.steps
-        return left, (*self._keep(part, part.starts), uncounted, table.tick(), settled)
+        # Its blocks were wiped, and it did not run. But plans before it may have written there, of drafts since lost.
+        clean = not self._schema.lookahead
+        return left, (*self._keep(part, part.starts, clean=clean), uncounted, table.tick(), settled)
 
     def commit(
         self,
@@ -386,12 +394,12 @@ class CacheManager(Parking):
         writes, wishes = telling.finish(self._schema.slots)
         return *writes, *self._transfers.add(*wishes)
 
-    def _keep(self, part: Outstanding, kept: NDArray[np.int64]) -> tuple[Write, ...]:
+    def _keep(self, part: Outstanding, kept: NDArray[np.int64], *, clean: bool = False) -> tuple[Write, ...]:
         """Takes back what is beyond ``kept`` tokens [n] of a part of a plan; later plans start so much earlier."""
         table = self._request_table
         lengths, not_reset = table.lengths[part.slots] - (part.ends - kept), part.slots[part.resets & (kept == 0)]
         return (
-            *self._free_blocks(part.slots, self._held(part.slots, lengths)),
+            *self._free_blocks(part.slots, self._held(part.slots, lengths), clean=clean),
             (table.lengths, part.slots, lengths),
             (table.reset_due, not_reset, True),
         )

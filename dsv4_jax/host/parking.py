@@ -154,7 +154,8 @@ class Parking(Admission):
 
         Raises:
           CacheFull, PromptTooLong, TypeError, ValueError: as ``admit``.
-          TransfersWait: ``take_transfers`` first: what waits must not come behind what is written now.
+          TransfersWait: ``take_transfers`` first: what waits must not come behind what is written now. With ``wipe``,
+            also as in ``prepare_forward``.
         """
         table, ledger = self._state()
         self._require_no_transfers()
@@ -172,6 +173,7 @@ class Parking(Admission):
             writes += self._prefix.resume(slot, known, rest, ids.size, record.stored)
         promised = 0 if limit is None else self._promise(limit)
         blocks, attached = ledger.attach(slot, shared, record.blocks, promised)
+        self._require_wiped(record.blocks - shared.size, ledger.revived(shared))
         self._journal.write(
             (
                 *writes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Generic, TypeVar
 
-from dsv4_jax.host.journal import GONE, Write
+from dsv4_jax.host.journal import EACH, GONE, Write
 
 T = TypeVar("T")
 
@@ -12,12 +12,12 @@ T = TypeVar("T")
 class Pending(Generic[T]):
     """Things in the order in which they came. Methods that change something return the writes.
 
-    An operation adds once: what is added twice between two writes of the journal takes the same place.
+    Each thing is numbered when it is added. Numbers of an operation that came to nothing are left out.
     """
 
     def __init__(self) -> None:
         self._waiting: dict[int, T] = {}  # by number
-        self._counts = {"number": 0}
+        self._number = 0
         self._latest: dict[str, tuple[T, ...]] = {"taken": ()}
 
     def __len__(self) -> int:
@@ -30,11 +30,9 @@ class Pending(Generic[T]):
 
     def add(self, *things: T) -> tuple[Write, ...]:
         """Puts things at the end."""
-        if not things:
-            return ()
-        number = self._counts["number"]
-        numbered = ((self._waiting, number + index, thing) for index, thing in enumerate(things))
-        return *numbered, (self._counts, "number", number + len(things))
+        first = self._number
+        self._number = first + len(things)
+        return tuple((self._waiting, number, thing) for number, thing in enumerate(things, first))
 
     def take(self) -> tuple[tuple[T, ...], tuple[Write, ...]]:
         """Everything that waits, in order, and the writes after which nothing does."""
@@ -42,5 +40,5 @@ class Pending(Generic[T]):
         return things, ((self._latest, "taken", things), *self.forget())
 
     def forget(self) -> tuple[Write, ...]:
-        """The writes after which nothing waits."""
-        return tuple((self._waiting, number, GONE) for number in self._waiting)
+        """The writes after which nothing waits, nor what was added by those before them."""
+        return ((self._waiting, EACH, GONE),)

@@ -18,6 +18,7 @@ from dsv4_jax.host.hashing import Link, Match, tokens_of
 from dsv4_jax.host.journal import EACH, GONE, Write
 from dsv4_jax.host.pending import Pending
 from dsv4_jax.host.snapshots import SnapshotTable
+from dsv4_jax.host.transfers import Wipes
 from dsv4_jax.layout.schema import CacheSchema
 from dsv4_jax.spec.kinds import BLOCK_TOKENS
 
@@ -75,7 +76,9 @@ class PrefixCache:
       tells: whether events are wanted.
     """
 
-    def __init__(self, schema: CacheSchema, *, every: int | None, rebuild: bool, events: bool) -> None:
+    def __init__(
+        self, schema: CacheSchema, wipes: Wipes, *, every: int | None, rebuild: bool, events: bool
+    ) -> None:
         slots, self._every, self.tells = schema.slots, every, events
         self._layers = len(schema.spec.layers) if rebuild else 0
         self._takes_snapshots = schema.snapshots > 0
@@ -88,7 +91,7 @@ class PrefixCache:
         self.chains: dict[int, Chain] = {}  # by slot
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
-        self.snapshots = SnapshotTable(schema.snapshots)
+        self.snapshots = SnapshotTable(schema.snapshots, wipes.snapshot)
         self.events: Pending[Event] = Pending()
         self.counts = {"queries": 0, "hits": 0, "missed": 0}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,7 +15,8 @@ from dsv4_jax.host.journal import Write
 class RequestTable:
     """The state of each slot. A request's handle carries its slot in the low bits, below a serial number.
 
-    Methods that change something return the writes, for a ``Journal``.
+    Methods that change something return the writes, for a ``Journal``; where a slot's request is gone, those that
+    ``wipe`` gives are among them.
 
     Attributes:
       lengths: int64 [slots], tokens in the cache once every plan made so far has run; 0 for a free slot.
@@ -24,7 +27,8 @@ class RequestTable:
         no plan up to then can be taken back.
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, wipe: Callable[[int], tuple[Write, ...]]) -> None:
+        self._wipe = wipe
         self._bits = max(1, (slots - 1).bit_length())
         self._mask = (1 << self._bits) - 1
         # A slot without a request holds ~slot, which is no handle of that slot: its own low bits name another. Places
@@ -139,6 +143,7 @@ class RequestTable:
             (self.peaks, slot, 0),
             (self.reset_due, slot, True),
             *self.make_stale(slot),
+            *self._wipe(slot),
         )
 
     def release(self, slot: int) -> tuple[Write, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -12,17 +12,20 @@ from dsv4_jax.host.journal import GONE, Write
 class SnapshotTable:
     """Snapshots by the hash of the block that they follow. Methods that change something return the writes.
 
+    One that is free again is wiped, by the writes that ``wipe`` gives; one that another takes the place of need not be.
+
     Attributes:
       used: int64 [snapshots], when each was last taken or restored; 0 for a free one.
       taken: int64 [snapshots], when each was last taken.
     """
 
-    def __init__(self, snapshots: int) -> None:
+    def __init__(self, snapshots: int, wipe: Callable[[int], tuple[Write, ...]]) -> None:
         self.used = np.zeros(snapshots, np.int64)
         self.taken = np.zeros(snapshots, np.int64)
         self._of_hash: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._counts = {"uses": 0}
+        self._wipe = wipe
 
     def __len__(self) -> int:
         return len(self._of_hash)
@@ -64,6 +67,7 @@ class SnapshotTable:
         for block in blocks:
             if (snapshot := self.find(block)) is not None:
                 writes += [(self._of_hash, block, GONE), (self._hash_of, snapshot, GONE), (self.used, snapshot, 0)]
+                writes += self._wipe(snapshot)
         return tuple(writes)
 
     def forget_all(self) -> tuple[Write, ...]:
