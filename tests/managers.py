@@ -14,13 +14,14 @@ from dsv4_jax.spec.presets import tiny_spec
 SWA, CSA, HCA = LayerKind.SWA, LayerKind.CSA, LayerKind.HCA
 
 
-def make_manager(*kinds, hca_tail="rows", token_buckets=(8, 64, 512), **sizes) -> CacheManager:
+def make_manager(*kinds, hca_tail="rows", token_buckets=(8, 64, 512), wipe=False, **sizes) -> CacheManager:
     """A manager for a model of one layer of each kind given; CSA and HCA without any."""
     spec, kinds = tiny_spec(), kinds or (CSA, HCA)
     layers = [next(layer for layer in spec.layers if layer.kind == kind) for kind in kinds]
     spec = dataclasses.replace(spec, layers=tuple(layers))
     sizes = {"slots": 4, "blocks": 40, "max_context": 1024} | sizes
-    return CacheManager(CacheSchema(spec, CacheFormats(hca_tail=hca_tail), **sizes), token_buckets=token_buckets)
+    schema = CacheSchema(spec, CacheFormats(hca_tail=hca_tail), **sizes)
+    return CacheManager(schema, token_buckets=token_buckets, wipe=wipe)
 
 
 def state(thing) -> dict:

@@ -158,6 +158,20 @@ def share_a_prefix(shards, data, done):
     shards.check([moved, first])
 
 
+def leave_nothing(shards, mesh):
+    """Where caches are wiped, every shard is as it was made once its requests are gone, in place."""
+    shards.manager = ShardedManager(shards.schema, shards.shards, token_buckets=BUCKETS, wipe=True)
+    shards.cache = init_cache(shards.schema, mesh=mesh, axis="data")
+    new = {name: np.asarray(array) for name, array in shards.cache.arrays.items()}
+    requests = [shards.admit(shard=shard) for shard in range(shards.shards) for _ in range(2)]
+    shards.feed({request: 90 + 10 * index for index, request in enumerate(requests)})
+    assert all(np.any(np.asarray(array) != new[name]) for name, array in shards.cache.arrays.items())
+    for request in requests:
+        shards.manager.release(request)
+    shards.cache = shards.transfer(shards.cache, shards.manager.take_transfers())
+    assert_same_bytes({name: np.asarray(array) for name, array in shards.cache.arrays.items()}, new, "wiped")
+
+
 def main(seed, data, tensor, check_vma, axis_type):
     rng = np.random.default_rng(seed)
     mesh = jax.make_mesh((data, tensor), ("data", "tensor"), axis_types=(AxisType[axis_type],) * 2)
@@ -192,6 +206,7 @@ def main(seed, data, tensor, check_vma, axis_type):
     if data > 1:
         with pytest.raises(ShardingError, match="side by side"):
             jax.jit(step_of_a_shard)(shards.cache, *shards.given)
+    leave_nothing(shards, mesh)
     print("equal")
 
 

@@ -97,11 +97,11 @@ def aftermath(manager: CacheManager, plans: list) -> list:
     return told
 
 
-def prepared() -> tuple[CacheManager, list[int], list]:
+def prepared(wipe: bool = False) -> tuple[CacheManager, list[int], list]:
     """A manager in the middle of its work, its requests, and plans: of these the second can be taken back, and
     the third be committed though the fourth is under way. The last two requests share blocks, and transfers wait.
     """
-    manager = make_manager(slots=7, blocks=40, lookahead=200)
+    manager = make_manager(slots=7, blocks=40, lookahead=200, wipe=wipe)
     requests = [manager.admit() for _ in range(4)]
     manager.prepare_forward(dict(zip(requests, (303, 127, 5, 1), strict=True)))
     manager.truncate(requests[0], 302)
@@ -184,6 +184,16 @@ def test_interrupted_at_any_line_an_operation_happened_or_did_not(name):
     operation, origin = OPERATIONS[name], prepared()
     if name.startswith(("prepare", "preempt", "resume")):
         origin[0].take_transfers()
+    assert_all_or_nothing(origin, operation, aftermath)
+
+
+WIPING = ("release", "truncate", "truncate what is shared", "truncate to nothing", "cancel", "commit", "preempt")
+
+
+@pytest.mark.parametrize("name", WIPING)
+def test_so_it_is_where_what_is_given_back_is_wiped(name):
+    operation, origin = OPERATIONS[name], prepared(wipe=True)
+    origin[0].take_transfers()
     assert_all_or_nothing(origin, operation, aftermath)
 
 

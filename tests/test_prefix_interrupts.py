@@ -1,5 +1,6 @@
 """KeyboardInterrupt at every line of what shares prefixes: each operation has happened as a whole, or not at all."""
 
+import contextlib
 import copy
 
 import numpy as np
@@ -8,16 +9,19 @@ from managers import make_manager
 from test_interrupts import aftermath, assert_all_or_nothing
 
 from dsv4_jax import CacheManager
+from dsv4_jax.host.errors import TransfersWait
 
 TEXT = np.arange(700, dtype=np.int32) % 300
 
 
-def prepared() -> tuple[CacheManager, list[int], list]:
+def prepared(wipe: bool = False) -> tuple[CacheManager, list[int], list]:
     """A manager two of whose requests share blocks, while others are idle; the requests; and plans: of a prompt's end,
     a settled one, one that ends where a snapshot is worth it, and one after tokens were taken back.
     """
     sizes = {"slots": 5, "blocks": 14, "lookahead": 140, "snapshots": 2}
-    manager = CacheManager(make_manager(**sizes).schema, token_buckets=(8, 64, 1024), snapshot_every=1, events=True)
+    manager = CacheManager(
+        make_manager(**sizes).schema, token_buckets=(8, 64, 1024), snapshot_every=1, events=True, wipe=wipe
+    )
     gone = manager.admit(manager.match_prefix(TEXT[:400] + 1))
     manager.commit(manager.prepare_forward({gone: 384}), 1)
     manager.release(gone)
@@ -85,3 +89,30 @@ def test_interrupted_at_any_line_an_operation_happened_or_did_not(name):
         origin[0].commit(origin[2][2], 1)
         origin[0].commit(origin[2][0], 1)
     assert_all_or_nothing(origin, operation, followed)
+
+
+def waiting(operation):
+    """The operation, which may have others to be done first."""
+
+    def attempt(*origin):
+        with contextlib.suppress(TransfersWait):
+            operation(*origin)
+
+    return attempt
+
+
+@pytest.mark.parametrize("name", ["admit what is new", "fork", "release", "cut a known block", "evict", "forget all"])
+def test_so_it_is_where_what_is_given_up_is_wiped(name):
+    """A step that needs idle blocks gives these up and is refused: that is one operation, the next one plans it."""
+    origin = prepared(wipe=True)
+    if name == "cut a known block":
+        origin[0].commit(origin[2][2], 1)
+        origin[0].commit(origin[2][0], 1)
+    origin[0].take_transfers()
+    assert_all_or_nothing(origin, waiting(OPERATIONS[name]), followed)
+    if name == "evict":
+        manager, requests, _ = origin
+        with pytest.raises(TransfersWait):
+            manager.prepare_forward({requests[2]: 700})
+        manager.take_transfers()
+        assert_all_or_nothing(origin, OPERATIONS[name], followed)

@@ -140,9 +140,9 @@ class Admission(Books):
     def release(self, request: int) -> None:
         """Takes the request's slot and blocks back, on the host only: the slot's next request resets it on the device.
 
-        With ``wipe`` transfers then wait after which none of its bytes is left in the cache, but in blocks and snapshots
-        that are kept for prompts to come. These are wiped when they are given up: when room is short, or by
-        ``reset_prefix_cache``.
+        With ``wipe``, transfers then wait after which none of its bytes is left in the cache, but in blocks and
+        snapshots that are kept for prompts to come. These are wiped when they are given up: when room is short,
+        or by ``reset_prefix_cache``.
 
         Raises:
           UnknownRequest: the handle is not an admitted request's, or was released before.

@@ -65,7 +65,7 @@ class Books:
             raise TransfersWait(len(self._transfers))
 
     def _require_wiped(self, count: int, revived: NDArray[np.int32] = NO_BLOCKS) -> None:
-        """Raises TransfersWait unless so many blocks that an operation is about to take are wiped, where that is wanted.
+        """Raises TransfersWait unless so many blocks that an operation is about to take are wiped, if that is wanted.
 
         Idle ones are not. Those that would have to go are free from now on, and their wipes wait; those that the
         operation would revive do not go. For operations that queue nothing: in the queue wipes come first anyway.
