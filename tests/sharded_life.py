@@ -164,7 +164,7 @@ def leave_nothing(shards, mesh):
     shards.cache = init_cache(shards.schema, mesh=mesh, axis="data")
     new = {name: np.asarray(array) for name, array in shards.cache.arrays.items()}
     requests = [shards.admit(shard=shard) for shard in range(shards.shards) for _ in range(2)]
-    shards.feed({request: 90 + 10 * index for index, request in enumerate(requests)})
+    shards.feed({request: 130 + 10 * index for index, request in enumerate(requests)})
     assert all(np.any(np.asarray(array) != new[name]) for name, array in shards.cache.arrays.items())
     for request in requests:
         shards.manager.release(request)

@@ -31,7 +31,7 @@ def server(rng, formats=PROFILES["exact"], implementation="native", **sizes):
 
 def arrays_of(cache):
     """All bytes, by array."""
-    return {name: np.asarray(array) for name, array in cache.arrays.items()}
+    return {name: np.array(array) for name, array in cache.arrays.items()}
 
 
 def assert_same(cache, expected):
