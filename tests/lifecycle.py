@@ -17,6 +17,7 @@ from harness import SPEC, random_tokens, random_weights, reader, update
 from dsv4_jax import CacheFormats, CacheManager, CacheSchema, LayerKind, apply_transfers, init_cache
 from dsv4_jax.host.planning import build_plan
 from dsv4_jax.layout.plan import PlanLayout
+from dsv4_jax.layout.schema import TABLES
 
 CONTEXT = 640
 """Tokens of a text, all of which a request has room for."""
@@ -95,7 +96,7 @@ def _poison(cache, slots, blocks):
     for name, array in cache.arrays.items():
         which = blocks if name in cache.schema.block_pools else slots[: array.shape[1 if array.ndim > 2 else 0]]
         match name:
-            case "block_table" | "write_table":  # of slots whose next request has them reset
+            case name if name in TABLES:  # of slots whose next request has them reset
                 arrays[name] = jnp.where(which[:, None], 0, array)
             case "window_positions":
                 arrays[name] = jnp.where(slots[None, :, None], jnp.arange(array.shape[2]), array)
@@ -110,7 +111,7 @@ def _strangers(cache, empty, slots, blocks):
     for name, array in cache.arrays.items():
         values = [jax.lax.bitcast_convert_type(a, jnp.int32) for a in (array, empty.arrays[name])]
         differ = values[0] != values[1]
-        if name != "block_table":
+        if name not in TABLES:
             differ = differ.any(0)
         which = blocks if name in cache.schema.block_pools else slots[: differ.shape[0]]
         found[name] = (differ.reshape(differ.shape[0], -1).any(1) & which).sum()

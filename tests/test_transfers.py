@@ -301,7 +301,7 @@ def test_what_is_wiped_is_as_it_was_made(device, rng, implementation, hca_tail):
     made.wipe_blocks(blocks)
     cache = apply(init_cache(schema).with_arrays({name: jnp.array(a) for name, a in full.items()}), made.pack())
     for name, array in cache.arrays.items():
-        axis = 0 if name == "block_table" else 1
+        axis = 0 if name in TABLES else 1
         size = array.shape[axis]
         wiped = np.isin(np.arange(size), blocks if name in schema.block_pools else slots)
         for where, expected in ((wiped, new), (~wiped, full)):

@@ -15,7 +15,7 @@ _ROLES = {
 
 
 def apply_transfers(cache: Cache, transfers: Transfers, *, implementation: Implementation = "native") -> Cache:
-    """Resets slots, installs or shares blocks in their table rows, copies and wipes slots and blocks, between two steps.
+    """Resets slots, installs or shares blocks in their table rows, copies and wipes slots and blocks, between steps.
 
     In the order of the list: a slot reset, given blocks and copied over in one call is as if by three. A jitted
     function that donates the cache updates it in place; transfers are padded, so it is compiled for few shapes.

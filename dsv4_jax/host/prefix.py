@@ -76,9 +76,7 @@ class PrefixCache:
       tells: whether events are wanted.
     """
 
-    def __init__(
-        self, schema: CacheSchema, wipes: Wipes, *, every: int | None, rebuild: bool, events: bool
-    ) -> None:
+    def __init__(self, schema: CacheSchema, wipes: Wipes, *, every: int | None, rebuild: bool, events: bool) -> None:
         slots, self._every, self.tells = schema.slots, every, events
         self._layers = len(schema.spec.layers) if rebuild else 0
         self._takes_snapshots = schema.snapshots > 0
