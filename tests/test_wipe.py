@@ -262,3 +262,29 @@ def test_new_caches_and_wiped_ones_are_equal(rng):
     one.manager.reset_prefix_cache()
     one.transfer()
     assert_same(one.driver.cache, arrays_of(init_cache(one.driver.schema)))
+
+
+@pytest.mark.parametrize("takes", ["fork", "truncate"])
+def test_a_copy_that_takes_a_kept_block_has_it_wiped_before(takes):
+    manager = make_manager(slots=3, blocks=5, snapshots=2, lookahead=1, wipe=True)
+    known = manager.admit(manager.match_prefix(np.arange(300)))
+    manager.commit(manager.prepare_forward({known: 256}), 1)
+    manager.release(known)
+    manager.take_transfers()
+    request = manager.admit()
+    manager.prepare_forward({request: 384 if takes == "truncate" else 300})
+    if takes == "truncate":
+        manager.fork(request)
+    manager.take_transfers()
+    usage = manager.usage()["blocks"]
+    assert (usage.free, usage.cached) == (0, 2)
+    manager.fork(request) if takes == "fork" else manager.truncate(request, 383)
+    operations = manager.take_transfers().operations
+    order = [
+        (kind, slot)
+        for kind, slot in operations[:, :2].tolist()
+        if kind in (TransferKind.WIPE_BLOCK, TransferKind.COPY_BLOCK)
+    ]
+    (wipe, wiped), (copy, copied) = order
+    assert (wipe, copy) == (TransferKind.WIPE_BLOCK, TransferKind.COPY_BLOCK)
+    assert wiped == copied
