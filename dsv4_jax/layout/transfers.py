@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FIELDS = ("kind", "slot", "source", "offset", "count")
 """The numbers of an operation, in order. ``source`` is a copy's source, or the first place of installed blocks;
-``slot`` is a block where blocks are copied or wiped;
+``slot`` is a block where a block is copied;
 ``offset`` and ``count`` say where these lie among all block ids."""
 
 _SMALLEST = 8
@@ -38,7 +38,7 @@ class TransferKind(enum.IntEnum):
     COPY_BLOCK = 4
     SHARE = 5
     WIPE = 6
-    WIPE_BLOCK = 7
+    WIPE_BLOCKS = 7
 
 
 class SlotArray(enum.StrEnum):
@@ -69,7 +69,7 @@ class Transfers:
 
     Attributes:
       operations: int32 [n, 5], ``FIELDS`` of each; kind NONE is padding.
-      blocks: int32 [k], the block ids that operations install or share, one after the other.
+      blocks: int32 [k], the block ids that operations install, share or wipe, one after the other.
     """
 
     operations: Any
@@ -100,7 +100,7 @@ class TransferList:
     def __init__(self) -> None:
         self._operations: list[tuple[int, int, int, int, int]] = []
         self._blocks: list[NDArray[np.int32]] = []
-        self._installed = 0
+        self._listed = 0
 
     def __len__(self) -> int:
         return len(self._operations)
@@ -129,9 +129,7 @@ class TransferList:
 
     def _put(self, kind: TransferKind, slot: int, blocks: ArrayLike, first: int) -> None:
         slot, first, ids = _index("slot", slot), _index("first", first), _block_ids(blocks)
-        self._operations.append((kind, slot, first, self._installed, ids.size))
-        self._blocks.append(ids)
-        self._installed += ids.size
+        self._operations.append((kind, slot, first, *self._list(ids)))
 
     def copy(self, source: int, target: int) -> None:
         """Copies what a slot holds of its own, window rows with their positions and all tails; not its table rows."""
@@ -148,16 +146,22 @@ class TransferList:
 
     def wipe_blocks(self, blocks: ArrayLike) -> None:
         """Does so with blocks, integers [count], in all pools that have a page for them."""
-        for block in _block_ids(blocks).tolist():
-            self._operations.append((TransferKind.WIPE_BLOCK, block, 0, 0, 0))
+        self._operations.append((TransferKind.WIPE_BLOCKS, 0, 0, *self._list(_block_ids(blocks))))
+
+    def _list(self, ids: NDArray[np.int32]) -> tuple[int, int]:
+        """Adds block ids that an operation has; where they begin, and how many they are."""
+        offset = self._listed
+        self._blocks.append(ids)
+        self._listed += ids.size
+        return offset, ids.size
 
     def pack(self) -> Transfers:
         """The operations so far, as NumPy arrays for ``apply_transfers``."""
         operations = np.zeros((_padded(len(self._operations)), len(FIELDS)), np.int32)
         if self._operations:
             operations[: len(self._operations)] = self._operations
-        blocks = np.full(_padded(self._installed), -1, np.int32)
-        blocks[: self._installed] = np.concatenate([*self._blocks, blocks[:0]])
+        blocks = np.full(_padded(self._listed), -1, np.int32)
+        blocks[: self._listed] = np.concatenate([*self._blocks, blocks[:0]])
         return Transfers(operations, blocks)
 
 

@@ -22,6 +22,15 @@ void wipe(uint8_t* slot, const TransferParams& params) {
 void transfer(const TransferParams& params) {
   for (int index = 0; index < params.count; ++index) {
     const Transfer transfer = transfer_at(params.operations, index, params.role, params.slots);
+    if (transfer.kind == TransferKind::kWipeBlocks) {
+      for (int64_t nth = 0; nth < listed(transfer, params.block_count); ++nth) {
+        const int64_t block = params.blocks[transfer.offset + nth];
+        for (int64_t layer = 0; layer < params.layers && block >= 0 && block < params.slots; ++layer) {
+          wipe(params.data + (layer * params.slots + block) * params.slot_bytes, params);
+        }
+      }
+      continue;
+    }
     for (int64_t layer = 0; layer < params.layers && transfer.kind != TransferKind::kNone; ++layer) {
       uint8_t* slot = params.data + (layer * params.slots + transfer.slot) * params.slot_bytes;
       if (transfer.kind == TransferKind::kCopy || transfer.kind == TransferKind::kCopyBlock) {
@@ -29,7 +38,7 @@ void transfer(const TransferParams& params) {
         std::memcpy(slot, source, params.slot_bytes);
         continue;
       }
-      if (transfer.kind == TransferKind::kWipe || transfer.kind == TransferKind::kWipeBlock) {
+      if (transfer.kind == TransferKind::kWipe) {
         wipe(slot, params);
         continue;
       }

@@ -16,7 +16,7 @@ enum class TransferKind : int32_t {
   kCopyBlock = 4,
   kShare = 5,
   kWipe = 6,
-  kWipeBlock = 7
+  kWipeBlocks = 7
 };
 
 // What one of the cache's arrays is, and so which operations concern it. A block counts as a slot of its array.
@@ -62,8 +62,10 @@ DSV4_HOST_DEVICE Transfer transfer_at(const int32_t* operations, int index, Slot
                  transfer.source < slots && transfer.source != transfer.slot;
       break;
     case TransferKind::kWipe:
-    case TransferKind::kWipeBlock:
-      concerns = concerns && (role == SlotArray::kBlocks) == (transfer.kind == TransferKind::kWipeBlock);
+      concerns = concerns && role != SlotArray::kBlocks;
+      break;
+    case TransferKind::kWipeBlocks:
+      concerns = role == SlotArray::kBlocks && transfer.offset >= 0;
       break;
     default:
       concerns = false;
@@ -89,11 +91,17 @@ DSV4_HOST_DEVICE uint32_t wiped_word(SlotArray role, int64_t word, int64_t words
   }
 }
 
+// How many block ids an operation has, if there are so many from its offset on.
+DSV4_HOST_DEVICE int64_t listed(const Transfer& transfer, int64_t available) {
+  const int64_t left = available - transfer.offset;
+  return transfer.count < left ? transfer.count : left;
+}
+
 // Puts into `place` of a table's row what an installation has for it, of so many block ids.
 DSV4_HOST_DEVICE void install_at(const Transfer& transfer, SlotArray role, int64_t place, const int32_t* blocks,
                                  int64_t available, int32_t* row_at_place) {
   const int64_t nth = place - transfer.source;
-  if (nth < 0 || nth >= transfer.count || nth >= available - transfer.offset) return;
+  if (nth < 0 || nth >= listed(transfer, available)) return;
   const bool only_read = transfer.kind == TransferKind::kShare && role == SlotArray::kWriteTable;
   *row_at_place = only_read ? -1 : blocks[transfer.offset + nth];
 }

@@ -48,9 +48,14 @@ def transfer(array: jax.Array, transfers: Transfers, *, role: SlotArray) -> jax.
             wanted = TransferKind.COPY_BLOCK if role == SlotArray.BLOCKS else TransferKind.COPY
             copies = (kind == wanted) & in_range(source, slots)
             new = jnp.where(copies, array[:, jnp.where(copies, source, 0)], new)
-        wipe = TransferKind.WIPE_BLOCK if role == SlotArray.BLOCKS else TransferKind.WIPE
-        new = jnp.where(kind == wipe, empty, new)
-        return array.at[:, target].set(jnp.where(runs, new, old)), None
+        if role != SlotArray.BLOCKS:
+            new = jnp.where(kind == TransferKind.WIPE, empty, new)
+        array = array.at[:, target].set(jnp.where(runs, new, old))
+        if role == SlotArray.BLOCKS:
+            nth = jnp.arange(blocks.size, dtype=jnp.int32) - offset
+            given = (kind == TransferKind.WIPE_BLOCKS) & (offset >= 0) & (nth >= 0) & (nth < count)
+            array = array.at[:, jnp.where(given & (blocks >= 0), blocks, slots)].set(empty, mode="drop")
+        return array, None
 
     done, _ = jax.lax.scan(one, by_layer, jnp.asarray(transfers.operations))
     if is_table:

@@ -37,7 +37,13 @@ __global__ void __launch_bounds__(kThreads) state_kernel(TransferParams params) 
   Unit* data = reinterpret_cast<Unit*>(params.data) + int64_t{blockIdx.y} * params.slots * units + unit;
   for (int index = 0; index < params.count; ++index) {
     const Transfer transfer = transfer_at(params.operations, index, params.role, params.slots);
-    if (transfer.kind == TransferKind::kWipe || transfer.kind == TransferKind::kWipeBlock) {
+    if (transfer.kind == TransferKind::kWipeBlocks) {
+      const int64_t count = listed(transfer, params.block_count);
+      for (int64_t nth = 0; nth < count; ++nth) {
+        const int64_t block = params.blocks[transfer.offset + nth];
+        if (block >= 0 && block < params.slots) data[block * units] = wiped<Unit>(params, unit);
+      }
+    } else if (transfer.kind == TransferKind::kWipe) {
       data[transfer.slot * units] = wiped<Unit>(params, unit);
     } else if (transfer.kind != TransferKind::kNone) {
       data[transfer.slot * units] = data[transfer.source * units];
