@@ -53,8 +53,9 @@ def transfer(array: jax.Array, transfers: Transfers, *, role: SlotArray) -> jax.
         array = array.at[:, target].set(jnp.where(runs, new, old))
         if role == SlotArray.BLOCKS:
             nth = jnp.arange(blocks.size, dtype=jnp.int32) - offset
-            given = (kind == TransferKind.WIPE_BLOCKS) & (offset >= 0) & (nth >= 0) & (nth < count)
-            array = array.at[:, jnp.where(given & (blocks >= 0), blocks, slots)].set(empty, mode="drop")
+            given = (kind == TransferKind.WIPE_BLOCKS) & (offset >= 0) & (nth >= 0) & (nth < count) & (blocks >= 0)
+            wiped = jnp.zeros(slots, jnp.bool_).at[jnp.where(given, blocks, slots)].set(True, mode="drop")
+            array = jnp.where(wiped.reshape(-1, *[1] * (array.ndim - 2)), empty, array)
         return array, None
 
     done, _ = jax.lax.scan(one, by_layer, jnp.asarray(transfers.operations))
