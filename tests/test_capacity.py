@@ -98,7 +98,7 @@ def test_memory_that_holds_no_request_is_refused_with_what_one_takes():
 
 def test_requests_of_windows_only_take_no_blocks():
     plan = capacity_plan(windows_only(), PROFILES["bf16"], context=1000, memory_bytes=10**7)
-    one = 3 * 128 * (1024 + 4) + 4 * 8
+    one = 3 * 128 * (1024 + 4) + 2 * 4 * 8
     assert plan.requests == 10**7 // one
     assert plan.memory_bytes == plan.requests * one
     assert plan.schema.blocks == plan.blocks_per_request == 0
