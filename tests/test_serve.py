@@ -114,7 +114,7 @@ def test_no_more_than_a_few_steps_are_in_flight(monkeypatch, seed):
             waited.add(id(self))
 
     server = make_server(EXACT, seed, chunk=32, record=False)
-    server._step = lambda weights, cache, plan, tokens, seeds: (cache, Chosen(), None, None)
+    server._step = lambda cache, plan, weights, tokens, seeds: (cache, Chosen(), None, None)
     server.serve(make_requests(seed))
     assert len(sent) > 30
     assert max(most) <= serve.STEPS_IN_FLIGHT + 1

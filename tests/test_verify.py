@@ -59,7 +59,7 @@ def test_what_was_lost_is_seen(component, seed, monkeypatch):
     request = Request(TEXT[:300], 12)
     run, steps = server._step, 0
 
-    def losing(weights, cache, plan, *rest):
+    def losing(cache, plan, *rest):
         nonlocal steps
         steps += 1
         if steps == 3:
@@ -75,7 +75,7 @@ def test_what_was_lost_is_seen(component, seed, monkeypatch):
             pool = np.array(cache.arrays[component])
             pool[where] = 0
             cache = cache.with_arrays({component: jnp.asarray(pool)})
-        return run(weights, cache, plan, *rest)
+        return run(cache, plan, *rest)
 
     monkeypatch.setattr(server, "_step", losing)
     assert not check(server, server.serve([request])).passed

@@ -10,7 +10,6 @@ from typing import Literal
 import jax
 
 from dsv4_jax import LayerCache, apply_rotary
-from dsv4_jax.deepseek_v4.config import DeepseekV4Config
 from dsv4_jax.deepseek_v4.gathered import attend_gathered
 from dsv4_jax.deepseek_v4.projections import Projections, merge_heads
 from dsv4_jax.deepseek_v4.weights import AttentionWeights
@@ -22,11 +21,18 @@ Attention = Literal["attend", "gather"]
 def attend(
     layer: LayerCache,
     weights: AttentionWeights,
-    config: DeepseekV4Config,
     made: Projections,
     attention: Attention,
+    heads_axis: str | None = None,
 ) -> tuple[LayerCache, jax.Array, jax.Array | None]:
     """Put the step's tokens into the layer's cache and attend.
+
+    Args:
+      layer: of the cache.
+      weights: of the layer.
+      made: of the step's tokens.
+      attention: how rows are attended to.
+      heads_axis: the mesh axis over which query heads are split, if they are; the output is the sum over it.
 
     Returns:
       The handle; the sublayer's output [T, hidden]; a CSA layer's choice of entries, int32 [T, K] (-1 = none).
@@ -44,4 +50,4 @@ def attend(
                 layer, selected = layer.index_topk(*made.index_query)
         with jax.named_scope(f"{kind}.attend"):
             layer, (output, _) = layer.attend(made.queries, weights.sinks, indices=selected, rotary=tokens, dtype=dtype)
-    return layer, merge_heads(weights, config, output), selected
+    return layer, merge_heads(weights, output, heads_axis), selected

@@ -127,7 +127,7 @@ def _attention(
     attended = sink_attention(made.queries.astype(jnp.float32), sources, weights.sinks)
     # Rows are keys and values at once, so what is attended still carries the rotation of where it came from.
     output = apply_rotary(attended, tokens, inverse=True).astype(made.queries.dtype)
-    return merge_heads(weights, config, output)
+    return merge_heads(weights, output)
 
 
 def compressed_entries(inputs: CompressorInputs, kind: LayerKind, eps: float) -> jax.Array:

@@ -37,6 +37,7 @@ def step(
     attention: Attention = "attend",
     dtype: Any = jnp.bfloat16,
     last: int = 1,
+    heads_axis: str | None = None,
 ) -> tuple[Cache, jax.Array, Choices]:
     """Run the tokens of one plan through the model. Jit it with the cache donated.
 
@@ -50,6 +51,8 @@ def step(
       attention: how rows are attended to (static).
       dtype: of activations, bfloat16 or float32; weights are rounded to it (static).
       last: after how many of each request's last tokens there are to be logits (static).
+      heads_axis: inside ``jax.shard_map``, the mesh axis over which query heads are split, see ``placement.py``; None
+        if each device has all (static).
 
     Returns:
       The cache; fp32 logits [R * last, vocabulary] after ``last_tokens``; what was chosen on the way.
@@ -57,9 +60,8 @@ def step(
     Raises:
       ConfigError: the cache is of another model.
     """
-    cache, streams, choices = run_layers(
-        weights, cache, plan, tokens, config=config, implementation=implementation, attention=attention, dtype=dtype
-    )
+    options: dict[str, Any] = {"implementation": implementation, "attention": attention, "dtype": dtype}
+    cache, streams, choices = run_layers(weights, cache, plan, tokens, config=config, heads_axis=heads_axis, **options)
     return cache, logits(weights, config, streams[last_tokens(plan, last)]), choices
 
 
@@ -84,6 +86,7 @@ def run_layers(
     implementation: Implementation = "native",
     attention: Attention = "attend",
     dtype: Any = jnp.bfloat16,
+    heads_axis: str | None = None,
 ) -> tuple[Cache, jax.Array, Choices]:
     """As ``step``, but up to the residual streams of every token behind the last layer, ``dtype`` [T, n, hidden]."""
     spec = config.spec
@@ -104,7 +107,8 @@ def run_layers(
             mixed = mixing(layer_weights.hc_attn, config, streams)
             x = rms_norm(collapse(streams, mixed.into), spec.norm_eps, layer_weights.attn_norm)
             made = project(layer_weights.attention, config, x, *angles[layer])
-            handle, output, selected = attend(cache_step.layer(index), layer_weights.attention, config, made, attention)
+            layer_cache, of_attention = cache_step.layer(index), layer_weights.attention
+            handle, output, selected = attend(layer_cache, of_attention, made, attention, heads_axis)
             cache_step = handle.step
             if selected is not None:
                 selections.append(selected)

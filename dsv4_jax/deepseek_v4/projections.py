@@ -25,7 +25,7 @@ class IndexQuery(NamedTuple):
 class Projections(NamedTuple):
     """Everything that one layer makes of its tokens."""
 
-    queries: jax.Array  # [T, heads, 512], normed and rotated
+    queries: jax.Array  # [T, heads, 512], normed and rotated; where heads are split, this device's
     rows: RawRows
     compressor: CompressorInputs | None
     indexer: CompressorInputs | None
@@ -50,7 +50,7 @@ def project(
     low_rank = rms_norm(low_rank, spec.norm_eps, weights.q_norm)
     matrices = (weights.wq_b,) if weights.indexer is None else (weights.wq_b, weights.indexer.query)
     queries, *index_queries = linears(low_rank, matrices)
-    queries = queries.reshape(-1, spec.num_heads, spec.head_dim)
+    queries = queries.reshape(len(x), -1, spec.head_dim)  # of this device's heads, where they are split
     compressor, indexer, index_query = None, None, None
     if weights.compressor is not None and closing is not None:
         compressor = _compressor_inputs(weights.compressor, x, closing)
@@ -67,14 +67,18 @@ def project(
 
 
 @jax.named_scope("model.projections")
-def merge_heads(weights: AttentionWeights, config: DeepseekV4Config, attended: jax.Array) -> jax.Array:
+def merge_heads(weights: AttentionWeights, attended: jax.Array, heads_axis: str | None = None) -> jax.Array:
     """The sublayer's output [T, hidden] from the attention's [T, heads, 512], which is rotated back.
 
-    Every group of heads has a low-rank projection of its own; one matrix makes the output of them all.
+    Every group of heads has a low-rank projection of its own; one matrix makes the output of them all. Where heads are
+    split over a mesh axis, in whole groups, each device's part is summed over it, in fp32.
     """
-    grouped = attended.reshape(attended.shape[0], config.o_groups, -1)
-    low_rank = grouped_linear(grouped, weights.wo_a)
-    return linear(low_rank.reshape(attended.shape[0], -1), weights.wo_b)
+    tokens = len(attended)
+    low_rank = grouped_linear(attended.reshape(tokens, -1, weights.wo_a.shape[-1]), weights.wo_a)
+    output = linear(low_rank.reshape(tokens, -1), weights.wo_b, dtype=jnp.float32)
+    if heads_axis is not None:
+        output = jax.lax.psum(output, heads_axis)
+    return output.astype(attended.dtype)
 
 
 def _compressor_inputs(weights: CompressorWeights, x: jax.Array, closing: Rotary) -> CompressorInputs:

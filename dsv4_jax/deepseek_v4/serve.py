@@ -16,14 +16,16 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from numpy.typing import NDArray
 
-from dsv4_jax import CacheFormats, CacheManager, CacheSchema, ModelSpec, PlanLayout, StepPlan, init_cache
+from dsv4_jax import CacheFormats, CacheSchema, ModelSpec, PlanLayout, ShardedManager, ShardedPlan
 from dsv4_jax.deepseek_v4.attention import Attention
 from dsv4_jax.deepseek_v4.config import DeepseekV4Config
 from dsv4_jax.deepseek_v4.drafters import Drafter, PromptLookup
 from dsv4_jax.deepseek_v4.model import Choices, Implementation, last_tokens, step
 from dsv4_jax.deepseek_v4.phases import Phase, PhaseClock, PhaseStatistics
+from dsv4_jax.deepseek_v4.placement import DATA, Placement, weight_specs
 from dsv4_jax.deepseek_v4.sampling import Sampling, next_tokens
 from dsv4_jax.deepseek_v4.sharing import PrefixSharing, shared_steps
 from dsv4_jax.deepseek_v4.speculation import NO_DRAFTS, Speculation
@@ -55,6 +57,7 @@ class Request:
 class StepRecord(NamedTuple):
     """What a step returned for one request: parts of the step's arrays, still on the device."""
 
+    # With several shards, rows and columns are those of all of them, side by side.
     first: int  # position of the request's first token of the step
     tokens: int  # how many it brought, and kept
     logits: jax.Array  # fp32 [N, vocabulary], those after the last of these tokens in row ``row``
@@ -71,7 +74,8 @@ class Served:
     number: int  # its place among the requests
     request: Request
     handle: int
-    slot: int
+    shard: int
+    slot: int  # of the shard
     total: int  # tokens that it will have fed to the model
     tokens: list[int]  # known so far: the prompt, then one more for each decode step
     done: int = 0  # tokens in the cache
@@ -140,9 +144,9 @@ class Server:
       config: of the model.
       weights: likewise.
       formats: how the cache stores.
-      slots: requests served at once.
+      slots: requests served at once, in each shard.
       max_context: the most tokens of a request, rounded up to whole blocks of 128.
-      chunk: the most tokens of a step; at least those that all slots together decode.
+      chunk: the most tokens of a step, in each shard; at least those that all its slots together decode.
       sampling: how the model's own tokens are chosen.
       implementation: of the cache operations.
       attention: how rows are attended to.
@@ -153,6 +157,8 @@ class Server:
         is kept where it is the token that would have come without, drawn or not, so texts are the same; but for
         rounding, since steps of another shape add in another order.
       drafter: who guesses them.
+      mesh: several devices, from ``server_mesh``: shards of the cache along its axis "data", and query heads split over
+        its axis "tensor". Weights that do not lie as ``weight_sharding`` has it are moved.
 
     Attributes:
       prefixes: what was shared, None if nothing is.
@@ -176,28 +182,38 @@ class Server:
         share_prefix: bool = False,
         speculate: int = 0,
         drafter: Drafter = PromptLookup(),  # noqa: B008 - frozen
+        mesh: Mesh | None = None,
     ) -> None:
-        self.config, self.weights, self.dtype = config, weights, dtype
+        self.placement = Placement(mesh)
+        self.config, self.weights, self.dtype = config, self.placement.weights(weights), dtype
         self.speculation, together = Speculation(drafter, speculate), 1 + speculate
         shapes = {"slots": slots, "max_context": max_context}
         self.schema = server_schema(config.spec, formats, **shapes, share_prefix=share_prefix, speculate=speculate)
         self.chunk = max(chunk, slots * together)
-        self.manager = CacheManager(self.schema, token_buckets=(slots * together, self.chunk))
-        self.prefixes = PrefixSharing(self.manager, implementation) if share_prefix else None
-        self.cache = init_cache(self.schema)
+        buckets = slots * together, self.chunk
+        self.manager = ShardedManager(self.schema, self.placement.shards, token_buckets=buckets)
+        self.prefixes = PrefixSharing(self.manager, self.placement, implementation) if share_prefix else None
+        self.cache = self.placement.cache(self.schema)
         self.record = record
         self.statistics: dict[Phase, PhaseStatistics] = {"prefill": PhaseStatistics(), "decode": PhaseStatistics()}
         self.compiles: collections.Counter[PlanLayout] = collections.Counter()
         self.compile_seconds = 0.0
 
-        def run(weights, cache, plan, tokens, seeds):
+        heads_axis = self.placement.heads_axis
+
+        def run(cache, plan, weights, tokens, seeds):  # of a shard, on one device
             self.compiles[plan.layout] += 1  # runs while tracing, so once for each compilation
             options = {"implementation": implementation, "attention": attention, "dtype": dtype, "last": together}
-            cache, logits, choices = step(weights, cache, plan, tokens, config=config, **options)
+            cache, logits, choices = step(weights, cache, plan, tokens, config=config, heads_axis=heads_axis, **options)
             positions = jnp.asarray(plan.token_position)[last_tokens(plan, together)]
             return cache, next_tokens(logits, jnp.repeat(seeds, together), positions, sampling), logits, choices
 
-        self._step = jax.jit(run, donate_argnums=1)
+        of_requests, of_tokens = PartitionSpec(DATA), PartitionSpec(None, DATA)
+        self._step = self.placement.program(
+            run,
+            in_specs=(weight_specs(self.weights), PartitionSpec(DATA), of_requests),
+            out_specs=(of_requests, of_requests, Choices(of_tokens, of_tokens)),
+        )
 
     def serve(self, requests: Sequence[Request], listener: Listener | None = None) -> list[Served]:
         """Run all requests to their end.
@@ -234,8 +250,8 @@ class Server:
             if len(in_flight) > STEPS_IN_FLIGHT:
                 in_flight.popleft().block_until_ready()
             starts = {handle: running[handle].done for handle in counts}
-            for row, (handle, count) in enumerate(counts.items()):
-                column = int(plan.query_start[row])
+            places = zip(plan.rows.tolist(), plan.columns.tolist(), strict=True)
+            for (handle, count), (row, column) in zip(counts.items(), places, strict=True):
                 self._take(running[handle], count, drafts.get(handle, NO_DRAFTS), row, column, made, listener)
             kept = sum(running[handle].done - start for handle, start in starts.items())
             clock.count(kept)
@@ -256,7 +272,9 @@ class Server:
     def _admit(self, number: int, request: Request, served: Sequence[Served]) -> Served:
         handle = self.prefixes.admit(request.prompt) if self.prefixes else self.manager.admit()
         total, done = len(request.prompt) + request.new_tokens, self.manager.length(handle)
-        one = Served(number, request, handle, self.manager.slot(handle), total, request.prompt.tolist(), done)
+        shard, local = self.manager.place(handle)
+        slot, tokens = self.manager.managers[shard].slot(local), request.prompt.tolist()
+        one = Served(number, request, handle, shard, slot, total, tokens, done)
         if self.record and done:
             one.steps += shared_steps(served, request.prompt[:done])
         return one
@@ -278,14 +296,16 @@ class Server:
         Where prefixes are shared, a prompt's part ends where a snapshot is worth its place.
         """
         counts = {handle: 1 + drafts.get(handle, NO_DRAFTS).size for handle, one in running.items() if one.decoding}
-        left = self.chunk - sum(counts.values())
+        left = [self.chunk] * self.placement.shards
+        for handle, count in counts.items():
+            left[running[handle].shard] -= count
         for handle, one in running.items():
-            if not one.decoding and left:
+            if not one.decoding and left[one.shard]:
                 wanted = len(one.request.prompt) - one.done
                 if self.prefixes:
                     wanted = min(wanted, self.manager.chunk_limit(handle))
-                counts[handle] = min(left, wanted)
-                left -= counts[handle]
+                counts[handle] = min(left[one.shard], wanted)
+                left[one.shard] -= counts[handle]
         return counts
 
     def _run(
@@ -294,20 +314,20 @@ class Server:
         counts: Mapping[int, int],
         drafts: Mapping[int, NDArray[np.int32]],
         clock: PhaseClock,
-    ) -> tuple[StepPlan, _Made]:
-        """Send one step to the device; the requests' rows are in the order of ``counts``."""
+    ) -> tuple[ShardedPlan, _Made]:
+        """Send one step to the device; the plan's requests are in the order of ``counts``."""
         compiled, start = self._compiled(), time.perf_counter()
         if self.prefixes:
             self.cache = self.prefixes.transfer(self.cache)
         guessed = {handle: some.size for handle, some in drafts.items()}
         plan = self.manager.prepare_forward(counts, drafts=guessed or None)
-        parts, seeds = [], np.zeros(plan.layout.requests, np.uint32)
-        for row, (handle, count) in enumerate(counts.items()):
+        parts, seeds = [], np.zeros(self.placement.shards * plan.layout.requests, np.uint32)
+        for row, (handle, count) in zip(plan.rows.tolist(), counts.items(), strict=True):
             one = running[handle]
             certain = np.asarray(one.tokens[one.done : one.done + count], np.int32)
             parts.append(np.concatenate([certain, drafts.get(handle, NO_DRAFTS)]))
             seeds[row] = one.request.seed
-        self.cache, *made = self._step(self.weights, self.cache, plan, plan.pack_tokens(parts), seeds)
+        self.cache, *made = self._step(self.cache, plan.step_plan, self.weights, plan.pack_tokens(parts), seeds)
         if self._compiled() > compiled:
             elapsed = time.perf_counter() - start
             self.compile_seconds += elapsed
@@ -358,7 +378,7 @@ class Server:
             listener.chose(one.number, token)
         return True
 
-    def _settle(self, plan: StepPlan, running: Mapping[int, Served], starts: Mapping[int, int]) -> None:
+    def _settle(self, plan: ShardedPlan, running: Mapping[int, Served], starts: Mapping[int, int]) -> None:
         """Tell the manager how far each request of a step came, and with which tokens if others are to share them."""
         ends = [running[handle].done for handle in starts]
         tokens = None

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from dsv4_jax import Cache, CacheManager, Transfers, apply_transfers
+from dsv4_jax import Cache, ShardedManager, Transfers, apply_transfers
 from dsv4_jax.deepseek_v4.model import Implementation
+from dsv4_jax.deepseek_v4.placement import Placement
 
 if TYPE_CHECKING:
     from dsv4_jax.deepseek_v4.serve import Served, StepRecord
@@ -24,6 +24,7 @@ class PrefixSharing:
 
     Args:
       manager: of a schema with snapshots.
+      placement: of the cache.
       implementation: of the transfers.
 
     Attributes:
@@ -34,7 +35,7 @@ class PrefixSharing:
       compiles: of the program that runs transfers.
     """
 
-    def __init__(self, manager: CacheManager, implementation: Implementation) -> None:
+    def __init__(self, manager: ShardedManager, placement: Placement, implementation: Implementation) -> None:
         self.requests, self.hits, self.copies, self.bytes_moved, self.compiles = 0, 0, 0, 0, 0
         self._manager = manager
 
@@ -42,7 +43,7 @@ class PrefixSharing:
             self.compiles += 1  # runs while tracing
             return apply_transfers(cache, transfers, implementation=implementation)
 
-        self._transfer = jax.jit(run, donate_argnums=0)
+        self._transfer = placement.program(run)
 
     def waits(self, prompt: NDArray[np.int32], running: Iterable[Served]) -> bool:
         """Whether a request had better wait: one that is being prefilled may leave what this one begins with."""

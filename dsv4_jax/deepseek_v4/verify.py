@@ -14,6 +14,7 @@ import numpy as np
 from dsv4_jax import CacheFormats
 from dsv4_jax.deepseek_v4.full_context import ChoiceCheck, full_context
 from dsv4_jax.deepseek_v4.model import Choices
+from dsv4_jax.deepseek_v4.placement import on_one_device
 from dsv4_jax.deepseek_v4.serve import Served, Server
 
 _full_context = jax.jit(full_context, static_argnames=("config", "formats", "dtype"))
@@ -154,7 +155,7 @@ def verify(
       weights: to recompute with, instead of the server's.
       progress: called after each request.
     """
-    schema, weights = server.schema, server.weights if weights is None else weights
+    schema, weights = server.schema, on_one_device(server.weights if weights is None else weights)
     result = tolerances(schema.formats, server.dtype)
     # Padded to the same lengths, so that one compilation serves all.
     most = max((sum(record.judged for record in one.steps) for one in served), default=0)

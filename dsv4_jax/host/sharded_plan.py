@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,11 +36,20 @@ class ShardedPlan:
     @property
     def rows(self) -> NDArray[np.int64]:
         """int64 [n]: where each request's results are in what comes out of all shards, [shards * R, ...]."""
-        rows = np.zeros(self.handles.size, np.int64)
-        for shard in range(len(self.parts)):
+        return self._over_shards(lambda part, count: np.arange(count), self.layout.requests)
+
+    @property
+    def columns(self) -> NDArray[np.int64]:
+        """int64 [n]: where each request's tokens begin among those of all shards, [shards * T, ...]; of one step."""
+        return self._over_shards(lambda part, count: part.query_start[:count], self.layout.tokens)
+
+    def _over_shards(self, places: Callable[[StepPlan, int], NDArray[np.integer]], size: int) -> NDArray[np.int64]:
+        """For each request its place in its shard's part, of which each is as long as ``size``."""
+        made = np.zeros(self.handles.size, np.int64)
+        for shard, part in enumerate(self.parts):
             members = self.members(shard)
-            rows[members] = shard * self.layout.requests + np.arange(members.size)
-        return rows
+            made[members] = shard * size + places(part, members.size)
+        return made
 
     def pack_tokens(self, tokens: Sequence[ArrayLike]) -> NDArray[np.int32]:
         """Token ids for all shards, int32 [shards * T], of one sequence (or one integer) for each request, in order."""

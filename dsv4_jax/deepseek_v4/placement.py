@@ -1,0 +1,135 @@
+"""Where a server's model and its cache lie: on one device, or on the devices of a mesh.
+
+The mesh has two axes. Along ``data`` lie shards of the cache, each with requests of its own; along ``tensor`` the
+devices that share a shard, of which each has some of the query heads: their rows of the query projection, their sinks,
+and their part of the output projection, whose products are summed over the axis. All else is whole on every device:
+the cache (one key and value head), the indexer (scores of its heads are added up), and the mixture of experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from dsv4_jax import Cache, CacheSchema, ConfigError, init_cache, over_shards
+from dsv4_jax.deepseek_v4.config import DeepseekV4Config
+from dsv4_jax.deepseek_v4.quantized import FP8_BLOCK
+from dsv4_jax.deepseek_v4.weights import ModelWeights
+
+DATA, TENSOR = "data", "tensor"
+
+# Of a weight that is split over ``tensor``: the axis. Of quantized ones codes and scales are split alike.
+_SPLIT = {"attention.wq_b": 0, "attention.sinks": 0, "attention.wo_a": 0, "attention.wo_b": 1}
+
+
+def tensor_sizes(config: DeepseekV4Config) -> list[int]:
+    """Over how many devices a model's query heads can be split: whole groups of the output projection, and whole blocks
+    of 128 of their ranks, which have a scale each.
+    """
+    groups, rank = config.o_groups, config.o_lora_rank
+    return [n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or groups // n * rank % FP8_BLOCK == 0)]
+
+
+def server_mesh(config: DeepseekV4Config, *, data: int = 1, tensor: int = 1) -> Mesh:
+    """The first devices of JAX, [data, tensor].
+
+    Raises:
+      ConfigError: the model's heads cannot be split so, or there are fewer devices.
+    """
+    if tensor not in (sizes := tensor_sizes(config)):
+        raise ConfigError(
+            f"{config.spec.num_heads} query heads in {config.o_groups} groups cannot be split over {tensor} devices; "
+            f"tensor can be {', '.join(map(str, sizes))}."
+        )
+    devices, wanted = jax.devices(), data * tensor
+    if wanted > len(devices):
+        mend = (
+            f" Start with XLA_FLAGS=--xla_force_host_platform_device_count={wanted} for as many on this host."
+            if devices[0].platform == "cpu"
+            else ""
+        )
+        raise ConfigError(f"data={data},tensor={tensor} takes {wanted} devices; JAX has {len(devices)}.{mend}")
+    return jax.make_mesh((data, tensor), (DATA, TENSOR), devices=devices[:wanted], axis_types=(AxisType.Auto,) * 2)
+
+
+def weight_sharding(mesh: Mesh | None) -> Callable[[str, tuple[int, ...]], NamedSharding | None]:
+    """Where a weight goes by its path and shape, for ``load_checkpoint``; None for JAX's default device."""
+    return lambda path, shape: None if mesh is None else NamedSharding(mesh, _spec(path, len(shape)))
+
+
+def _spec(path: str, axes: int) -> PartitionSpec:
+    split = next((axis for name, axis in _SPLIT.items() if f".{name}." in f"{path}."), None)
+    return PartitionSpec() if split is None or split >= axes else PartitionSpec(*[None] * split, TENSOR)
+
+
+class Placement:
+    """Puts what a server has where it belongs, and makes programs that run there.
+
+    Args:
+      mesh: from ``server_mesh``; None is JAX's default device.
+
+    Attributes:
+      shards: of the cache.
+      heads_axis: the mesh axis over which query heads are split; None if they are not.
+    """
+
+    def __init__(self, mesh: Mesh | None = None) -> None:
+        if mesh is not None and set(mesh.shape) != {DATA, TENSOR}:
+            raise ValueError(f"a server's mesh has the axes {DATA} and {TENSOR}, got {', '.join(mesh.shape)}")
+        self.mesh = mesh
+        self.shards: int = 1 if mesh is None else mesh.shape[DATA]
+        self.heads_axis = TENSOR if mesh is not None and mesh.shape[TENSOR] > 1 else None
+
+    def cache(self, schema: CacheSchema) -> Cache:
+        """An empty cache, of a schema in each shard."""
+        return init_cache(schema) if self.mesh is None else init_cache(schema, mesh=self.mesh, axis=DATA)
+
+    def weights(self, weights: ModelWeights) -> ModelWeights:
+        """The weights, each where it belongs; nothing moves that is there already."""
+        if self.mesh is None:
+            return weights
+        sharding = weight_sharding(self.mesh)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jax.device_put(leaf, sharding(_name(path), leaf.shape)), weights
+        )
+
+    def program(
+        self,
+        function: Callable[..., Any],
+        in_specs: Sequence[Any] = (),
+        out_specs: Sequence[Any] | None = None,
+    ) -> Callable[..., Any]:
+        """A jitted function on the whole cache, which it is to donate, from one of a shard; all as ``over_shards``."""
+        if self.mesh is None:
+            return jax.jit(function, donate_argnums=0)
+        return over_shards(function, self.mesh, axis=DATA, in_specs=in_specs, out_specs=out_specs)
+
+
+def weight_specs(weights: Any) -> Any:
+    """A tree of ``PartitionSpec`` for a model's weights."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(_name(path), leaf.ndim), weights)
+
+
+def on_one_device(tree: Any) -> Any:
+    """Arrays of a mesh on one device of it; those that are whole there stay, and others are gathered."""
+
+    def gather(array: Any) -> Any:
+        if not isinstance(array, jax.Array):
+            return array
+        alone = SingleDeviceSharding(min(array.sharding.device_set, key=lambda device: device.id))
+        return jax.device_put(array.addressable_data(0) if array.is_fully_replicated else array, alone)
+
+    return jax.tree.map(gather, tree)
+
+
+def bytes_of_a_device(tree: Any) -> int:
+    """What arrays that all devices have alike parts of take on each."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
