@@ -58,12 +58,14 @@ def server_mesh(config: DeepseekV4Config, *, data: int = 1, tensor: int = 1) -> 
 
 def weight_sharding(mesh: Mesh | None) -> Callable[[str, tuple[int, ...]], NamedSharding | None]:
     """Where a weight goes by its path and shape, for ``load_checkpoint``; None for JAX's default device."""
-    return lambda path, shape: None if mesh is None else NamedSharding(mesh, _spec(path, len(shape)))
+    return lambda path, shape: None if mesh is None else NamedSharding(mesh, _spec(mesh, path, len(shape)))
 
 
-def _spec(path: str, axes: int) -> PartitionSpec:
+def _spec(mesh: Mesh, path: str, axes: int) -> PartitionSpec:
     split = next((axis for name, axis in _SPLIT.items() if f".{name}." in f"{path}."), None)
-    return PartitionSpec() if split is None or split >= axes else PartitionSpec(*[None] * split, TENSOR)
+    if split is None or split >= axes or mesh.shape[TENSOR] == 1:
+        return PartitionSpec()
+    return PartitionSpec(*[None] * split, TENSOR)
 
 
 class Placement:
@@ -93,9 +95,15 @@ class Placement:
         if self.mesh is None:
             return weights
         sharding = weight_sharding(self.mesh)
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: jax.device_put(leaf, sharding(_name(path), leaf.shape)), weights
-        )
+        placed = jax.tree_util.tree_map_with_path(lambda path, leaf: sharding(_name(path), leaf.shape), weights)
+        return jax.device_put(weights, placed)
+
+    def weight_specs(self, weights: ModelWeights) -> Any:
+        """A ``PartitionSpec`` for every array of the weights, in their tree; None for those of one device."""
+        if self.mesh is None:
+            return None
+        mesh = self.mesh
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(mesh, _name(path), leaf.ndim), weights)
 
     def program(
         self,
@@ -109,18 +117,13 @@ class Placement:
         return over_shards(function, self.mesh, axis=DATA, in_specs=in_specs, out_specs=out_specs)
 
 
-def weight_specs(weights: Any) -> Any:
-    """A tree of ``PartitionSpec`` for a model's weights."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(_name(path), leaf.ndim), weights)
-
-
 def on_one_device(tree: Any) -> Any:
     """Arrays of a mesh on one device of it; those that are whole there stay, and others are gathered."""
 
     def gather(array: Any) -> Any:
         if not isinstance(array, jax.Array):
             return array
-        alone = SingleDeviceSharding(min(array.sharding.device_set, key=lambda device: device.id))
+        alone = SingleDeviceSharding(array.addressable_shards[0].device)
         return jax.device_put(array.addressable_data(0) if array.is_fully_replicated else array, alone)
 
     return jax.tree.map(gather, tree)

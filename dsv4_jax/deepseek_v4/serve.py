@@ -25,7 +25,7 @@ from dsv4_jax.deepseek_v4.config import DeepseekV4Config
 from dsv4_jax.deepseek_v4.drafters import Drafter, PromptLookup
 from dsv4_jax.deepseek_v4.model import Choices, Implementation, last_tokens, step
 from dsv4_jax.deepseek_v4.phases import Phase, PhaseClock, PhaseStatistics
-from dsv4_jax.deepseek_v4.placement import DATA, Placement, weight_specs
+from dsv4_jax.deepseek_v4.placement import DATA, Placement
 from dsv4_jax.deepseek_v4.sampling import Sampling, next_tokens
 from dsv4_jax.deepseek_v4.sharing import PrefixSharing, shared_steps
 from dsv4_jax.deepseek_v4.speculation import NO_DRAFTS, Speculation
@@ -211,8 +211,8 @@ class Server:
         of_requests, of_tokens = PartitionSpec(DATA), PartitionSpec(None, DATA)
         self._step = self.placement.program(
             run,
-            in_specs=(weight_specs(self.weights), PartitionSpec(DATA), of_requests),
-            out_specs=(of_requests, of_requests, Choices(of_tokens, of_tokens)),
+            in_specs=(self.placement.weight_specs(self.weights), PartitionSpec(DATA), of_requests),
+            out_specs=(of_requests, of_requests, of_tokens),
         )
 
     def serve(self, requests: Sequence[Request], listener: Listener | None = None) -> list[Served]:

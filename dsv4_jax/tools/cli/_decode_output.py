@@ -12,6 +12,8 @@ from rich.table import Table
 from dsv4_jax import CacheSchema
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from dsv4_jax.deepseek_v4.serve import Phase, Server
     from dsv4_jax.deepseek_v4.tokens import Tokenizer
     from dsv4_jax.deepseek_v4.verify import Verification
@@ -77,8 +79,9 @@ class StreamedText:
 
 def run_table(server: Server, requests: int) -> Table:
     """Steps, tokens and time by phase, and what was compiled."""
-    device = jax.devices()[0]
-    table = Table("", "steps", "tokens", "seconds", "tokens/s", title=f"{requests} requests on {device.device_kind}")
+    kind, mesh = jax.devices()[0].device_kind, server.placement.mesh
+    where = kind if mesh is None else f"{mesh.size} x {kind} ({_axes(mesh)})"
+    table = Table("", "steps", "tokens", "seconds", "tokens/s", title=f"{requests} requests on {where}")
     _numbers_right(table)
     for phase, one in server.statistics.items():
         table.add_row(phase, str(one.steps), str(one.tokens), f"{one.seconds:.2f}", f"{one.tokens_per_second:,.0f}")
@@ -111,13 +114,16 @@ def savings_table(server: Server) -> Table:
 
 
 def memory_table(server: Server) -> Table:
-    """Bytes of the weights, of the cache, and of requests by their context."""
-    schema = server.schema
-    table = Table("memory", "bytes", title=f"Memory of {schema.slots} slots of {schema.max_context:,} tokens")
+    """Bytes of the weights, of the cache, and of requests by their context; of several devices, on each."""
+    from dsv4_jax.deepseek_v4.placement import bytes_of_a_device
+
+    schema, placement = server.schema, server.placement
+    each = "" if placement.mesh is None else f" on each of {placement.mesh.size} devices"
+    table = Table("memory", "bytes", title=f"Memory of {schema.slots} slots of {schema.max_context:,} tokens{each}")
     _numbers_right(table)
-    table.add_row("weights", f"{sum(leaf.nbytes for leaf in jax.tree.leaves(server.weights)):,}")
+    table.add_row("weights", f"{bytes_of_a_device(server.weights):,}")
     table.add_section()
-    components = server.cache.memory_bytes()
+    components = {name: size // placement.shards for name, size in server.cache.memory_bytes().items()}
     for name, size in components.items():
         table.add_row(name, f"{size:,}")
     table.add_section()
@@ -155,6 +161,10 @@ def verification_table(result: Verification) -> Table:
         table.add_row("  by how much they score lower, at most", f"{one.gap:.3g}", f"{one.score_tolerance:.3g}")
         table.add_row("  tokens with an impossible choice", f"{one.malformed}", "0")
     return table
+
+
+def _axes(mesh: Mesh) -> str:
+    return ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
 
 
 def _numbers_right(table: Table) -> None:

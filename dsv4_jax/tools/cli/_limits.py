@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 import typer
+
+from dsv4_jax import CacheFormats
+from dsv4_jax.layout.schema import SchemaError
+
+if TYPE_CHECKING:
+    from dsv4_jax.deepseek_v4.config import DeepseekV4Config
 
 LONGEST_CONTEXT = 2**20
 """Tokens of a request that any of the models takes."""
@@ -41,3 +49,51 @@ def require_memory(needed: int, what: str, advice: str) -> None:
     if memory is not None and needed > memory:
         device = jax.devices()[0].device_kind
         raise typer.BadParameter(f"{what} {needed:,} bytes; {device} has {memory:,}. {advice}")
+
+
+def require_room_to_serve(
+    config: DeepseekV4Config,
+    formats: CacheFormats,
+    checkpoint: Path | None,
+    *,
+    requests: int,
+    slots: int,
+    longest: int,
+    check: bool,
+    devices: int,
+    extras: dict[str, Any],
+) -> None:
+    """Refuses what a device, or the model, has no room for.
+
+    Args:
+      config: of the model.
+      formats: of its cache.
+      checkpoint: the weights' folder, if it is not the small random one.
+      requests: how many there are.
+      slots: of them at once, on each device.
+      longest: tokens of a request.
+      check: whether all is recomputed without a cache.
+      devices: how many there are.
+      extras: further options of ``server_schema``.
+
+    Raises:
+      typer.BadParameter: something does not fit.
+    """
+    from dsv4_jax.deepseek_v4.serve import server_schema
+
+    try:
+        schema = server_schema(config.spec, formats, slots=slots, max_context=longest, **extras)
+    except SchemaError as error:
+        raise typer.BadParameter(f"prompt and --new-tokens make {longest:,} tokens: {error}") from error
+    # CPU devices have one memory between them.
+    here = devices if jax.default_backend() == "cpu" else 1
+    fewer = "Fewer --slots, --prompt-tokens or --new-tokens take less."
+    require_memory(here * schema.memory_bytes, f"A cache of {slots:,} slots of {longest:,} tokens takes", fewer)
+    if checkpoint is not None:
+        weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+        require_memory(here * (weights + schema.memory_bytes), f"{checkpoint} and the cache take", fewer)
+    if check:
+        # Every head's scores of queries by keys in float32, before and after the softmax.
+        scores = 2 * 4 * config.spec.num_heads * schema.max_context**2
+        require_memory(scores, f"--verify of {longest:,} tokens, which compares all with all, takes", fewer)
+    require_memory(8 * requests * longest, f"The text of {requests:,} requests takes", "Fewer --requests take less.")

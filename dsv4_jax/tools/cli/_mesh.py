@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import typer
+
+from dsv4_jax import ConfigError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from dsv4_jax.deepseek_v4.config import DeepseekV4Config
 
 
 class MeshSize(NamedTuple):
@@ -45,3 +52,17 @@ def parse_mesh(text: str | None) -> MeshSize:
             )
         sizes[match[1]] = int(match[2])
     return MeshSize(**sizes)
+
+
+def model_mesh(config: DeepseekV4Config, size: MeshSize) -> Mesh:
+    """The devices to run a model on.
+
+    Raises:
+      typer.BadParameter: they are not there, or the model's heads cannot be split so.
+    """
+    from dsv4_jax.deepseek_v4.placement import server_mesh
+
+    try:
+        return server_mesh(config, **size._asdict())
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint="--mesh") from error

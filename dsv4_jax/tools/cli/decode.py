@@ -14,12 +14,14 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 
 from dsv4_jax import CacheFormats, ConfigError
 from dsv4_jax.layout.formats import ENTRY_FORMATS, HCA_TAILS, KEY_FORMATS, WINDOW_FORMATS
-from dsv4_jax.layout.schema import SchemaError
 from dsv4_jax.tools.cli._decode_output import StreamedText, memory_table, run_table, savings_table, verification_table
-from dsv4_jax.tools.cli._limits import LONGEST_CONTEXT, MOST_DRAFTS, MOST_REQUESTS, require_memory
+from dsv4_jax.tools.cli._limits import LONGEST_CONTEXT, MOST_DRAFTS, MOST_REQUESTS, require_room_to_serve
+from dsv4_jax.tools.cli._mesh import model_mesh, parse_mesh
 from dsv4_jax.tools.cli._output import print_table
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from dsv4_jax.deepseek_v4.config import DeepseekV4Config
     from dsv4_jax.deepseek_v4.serve import Listener, Phase, Request, Served, Server
     from dsv4_jax.deepseek_v4.tokens import Tokenizer
@@ -93,7 +95,10 @@ def decode(
         int, typer.Option(min=1, max=MOST_REQUESTS, help="Requests over the text, each at its own place.")
     ] = 6,
     slots: Annotated[
-        int, typer.Option(min=1, max=MOST_REQUESTS, help="Requests served at once; the others wait for a slot.")
+        int,
+        typer.Option(
+            min=1, max=MOST_REQUESTS, help="Requests that a shard serves at once; the others wait for a slot."
+        ),
     ] = 4,
     prompt_tokens: Annotated[
         int, typer.Option(min=1, max=LONGEST_CONTEXT, help="The text's longest prompt; others have 3/7 of it or more.")
@@ -102,7 +107,10 @@ def decode(
         int, typer.Option(min=1, max=LONGEST_CONTEXT, help="The most tokens after each prompt.")
     ] = 40,
     chunk: Annotated[
-        int, typer.Option(min=1, max=LONGEST_CONTEXT, help="The most tokens of a step, prompts and new ones together.")
+        int,
+        typer.Option(
+            min=1, max=LONGEST_CONTEXT, help="The most tokens of a shard in a step, prompts and new ones together."
+        ),
     ] = 256,
     tokens_from: Annotated[
         NewTokens | None,
@@ -153,6 +161,13 @@ def decode(
     attention: Annotated[
         Attention, typer.Option(help="attend: over rows where they lie. gather: rows are read out first, in jax.numpy.")
     ] = Attention.ATTEND,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            help="Several devices, as data=2,tensor=2: shards of the cache with requests of their own, times devices "
+            "that share a shard's query heads."
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of activations; by default float32 on CPUs and with --verify, else bfloat16.")
     ] = None,
@@ -160,7 +175,8 @@ def decode(
     """Serve several concurrent requests with a DeepSeek-V4 checkpoint.
 
     Requests are admitted as slots become free, their prompts are prefilled in chunks, each then decodes one token a
-    step, or more with --speculate, in a jitted step that owns the cache, and is released. Text is split by the
+    step, or more with --speculate, in a jitted step that owns the cache, and is released. With --mesh one step runs on
+    several devices, and requests are spread over them. Text is split by the
     checkpoint's tokenizer.json, and into bytes where there is none. The random checkpoint has a release's form:
     quantized weights, hyper-connections, experts, and the cache geometry of the real models. Runs on the GPU if JAX
     has one.
@@ -175,12 +191,14 @@ def decode(
             param_hint="--speculate",
         )
     config = _config(checkpoint)
+    size = parse_mesh(mesh)
+    devices = None if mesh is None else model_mesh(config, size)
     tokenizer = _tokenizer(checkpoint, config)
     prompts = [_encoded(tokenizer, one) for one in prompt or []]
     longest = max(map(len, prompts)) if prompts else prompt_tokens
     formats = CacheFormats(str(entries), str(window), str(keys), keys_hadamard=hadamard, hca_tail=str(hca_tail))
     extras = {"share_prefix": share_prefix, "speculate": speculate or 0}
-    _require_room(
+    require_room_to_serve(
         config,
         formats,
         checkpoint,
@@ -188,10 +206,11 @@ def decode(
         slots=slots,
         longest=longest + new_tokens,
         check=check,
+        devices=size.devices,
         extras=extras,
     )
     work = _work(tokenizer, prompts, text, requests, longest, new_tokens, seed, forced, alike=share_prefix)
-    weights = _load(console, checkpoint, seed)
+    weights = _load(console, checkpoint, seed, devices)
     on_cpu = jax.devices()[0].platform == "cpu"
     chosen = dtype or (Dtype.FLOAT32 if on_cpu or check else Dtype.BFLOAT16)
 
@@ -212,6 +231,7 @@ def decode(
         record=check,
         share_prefix=share_prefix,
         speculate=speculate or 0,
+        mesh=devices,
     )
     try:
         if forced:
@@ -275,36 +295,6 @@ def _encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return tokens
 
 
-def _require_room(
-    config: DeepseekV4Config,
-    formats: CacheFormats,
-    checkpoint: Path | None,
-    *,
-    requests: int,
-    slots: int,
-    longest: int,
-    check: bool,
-    extras: dict[str, Any],
-) -> None:
-    """Refuses what the device, or the model, has no room for."""
-    from dsv4_jax.deepseek_v4.serve import server_schema
-
-    try:
-        schema = server_schema(config.spec, formats, slots=slots, max_context=longest, **extras)
-    except SchemaError as error:
-        raise typer.BadParameter(f"prompt and --new-tokens make {longest:,} tokens: {error}") from error
-    fewer = "Fewer --slots, --prompt-tokens or --new-tokens take less."
-    require_memory(schema.memory_bytes, f"A cache of {slots:,} slots of {longest:,} tokens takes", fewer)
-    if checkpoint is not None:
-        weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-        require_memory(weights + schema.memory_bytes, f"{checkpoint} and the cache take", fewer)
-    if check:
-        # Every head's scores of queries by keys in float32, before and after the softmax.
-        scores = 2 * 4 * config.spec.num_heads * schema.max_context**2
-        require_memory(scores, f"--verify of {longest:,} tokens, which compares all with all, takes", fewer)
-    require_memory(8 * requests * longest, f"The text of {requests:,} requests takes", "Fewer --requests take less.")
-
-
 def _work(
     tokenizer: Tokenizer,
     prompts: list[list[int]],
@@ -329,10 +319,11 @@ def _work(
     return text_requests(read, requests, forced=forced, alike=alike, **options)
 
 
-def _load(console: Console, checkpoint: Path | None, seed: int) -> ModelWeights:
+def _load(console: Console, checkpoint: Path | None, seed: int, mesh: Mesh | None) -> ModelWeights:
     """The weights, with a bar of the bytes read."""
     from dsv4_jax.deepseek_v4.checkpoint import load_checkpoint
     from dsv4_jax.deepseek_v4.checkpoint_folder import CheckpointError
+    from dsv4_jax.deepseek_v4.placement import weight_sharding
     from dsv4_jax.deepseek_v4.random_checkpoint import random_checkpoint
 
     columns = (TextColumn("{task.description:8}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
@@ -341,7 +332,7 @@ def _load(console: Console, checkpoint: Path | None, seed: int) -> ModelWeights:
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("load", total=None)
             read = lambda path, done, total: progress.update(task, completed=done, total=total)  # noqa: E731
-            return load_checkpoint(folder, progress=read)[1]
+            return load_checkpoint(folder, sharding=weight_sharding(mesh), progress=read)[1]
     except (CheckpointError, ConfigError, OSError) as error:
         raise typer.BadParameter(str(error), param_hint="--checkpoint") from error
 
