@@ -2,7 +2,7 @@
 
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,13 @@ VOCABULARY = 250  # of the tokens that tests make up, and that a cheap step can 
 
 @functools.cache
 def model(seed: int) -> tuple[DeepseekV4Config, ModelWeights]:
+    return model_of(TINY_CONFIG, seed)
+
+
+def model_of(config: Mapping[str, Any], seed: int) -> tuple[DeepseekV4Config, ModelWeights]:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint"
-        write_random_checkpoint(checkpoint, TINY_CONFIG, seed)
+        write_random_checkpoint(checkpoint, config, seed)
         return load_checkpoint(checkpoint)
 
 
