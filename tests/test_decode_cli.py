@@ -115,6 +115,16 @@ def test_says_nothing_of_savings_that_were_not_asked_for(run, checkpoint, seed, 
     assert plain.output.split("requests on")[0][:-2] == guessed.output.split("requests on")[0][:-2]
 
 
+def test_the_summary_names_the_mesh(run, checkpoint, seed, monkeypatch):
+    monkeypatch.setattr(serve, "step", cheap_step(seed))
+    arguments = ["--checkpoint", str(checkpoint), "--prompt", "ab" * 20, "--new-tokens", "4", "--slots", "1"]
+    plain, meshed = run(*arguments), run(*arguments, "--mesh", "data=1,tensor=1")
+    assert plain.exit_code == meshed.exit_code == 0, meshed.output
+    assert "(data=1, tensor=1)" not in plain.output
+    assert re.search(r"requests on 1 x .* \(data=1, tensor=1\)", meshed.output)
+    assert plain.output.split("1 requests on")[0].rstrip() == meshed.output.split("1 requests on")[0].rstrip()
+
+
 def texts_of(output: str) -> list[str]:
     """What stands below each request's title, before the tables."""
     spoken = output[: output.index("2 requests on")]
@@ -144,6 +154,9 @@ def test_fails_when_the_logits_differ(monkeypatch):
         (["--prompt", "a", "--tokens-from", "text"], "tokens-from"),
         (["--temperature", "1", "--tokens-from", "text"], "temperature"),
         (["--prompt", "a", "--new-tokens", "1048576"], "1,048,577"),
+        (["--mesh", "tensor=3"], "tensor can be 1, 2."),
+        (["--mesh", "data=9999"], "takes 9999 devices; JAX has"),
+        (["--mesh", "data=2,model=2"], "is no mesh"),
         (["--speculate", "0"], "speculate"),
         (["--speculate", "-3"], "speculate"),
         (["--speculate", "65", "--new-tokens", "100"], "speculate"),

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from dsv4_jax.native import compatibility
-from dsv4_jax.tools.cli import doctor
+from dsv4_jax.tools.cli import _topology, doctor
 from dsv4_jax.tools.cli.main import application
 
 TARGETS = {
@@ -192,6 +192,75 @@ def test_doctor_diagnoses_a_native_module_that_does_not_load():
     assert result.returncode == 1, result.stdout + result.stderr
     assert "does not load" in result.stdout
     assert compatibility.REBUILD in result.stdout
+
+
+# What nvidia-smi prints of two H100 with 18 NVLinks and two NICs between them and the network.
+TWO_GPUS = """
+\t\x1b[4mGPU0\tGPU1\tNIC0\tNIC1\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m
+GPU0\t X \tNV18\tPIX\tSYS\t0-51,104-155\t0\t\tN/A
+GPU1\tNV18\t X \tSYS\tPIX\t52-103,156-207\t1\t\tN/A
+NIC0\tPIX\tSYS\t X \tSYS\t\t\t\t
+NIC1\tSYS\tPIX\tSYS\t X \t\t\t\t
+
+Legend:
+
+  X    = Self
+  SYS  = Connection traversing PCIe as well as the SMP interconnect between NUMA nodes (e.g., QPI/UPI)
+  PIX  = Connection traversing at most a single PCIe bridge
+  NV#  = Connection traversing a bonded set of # NVLinks
+
+NIC Legend:
+
+  NIC0: mlx5_0
+  NIC1: mlx5_1
+"""
+ONE_GPU = "\t\x1b[4mGPU0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m\nGPU0\t X \t0-15\t0\t\tN/A\n"
+PAIRS_OVER_PCIE = """\tGPU0\tGPU1\tGPU2\tGPU3\tCPU Affinity\tNUMA Affinity
+GPU0\t X \tNV4\tSYS\tSYS\t0-31\t0
+GPU1\tNV4\t X \tSYS\tSYS\t0-31\t0
+GPU2\tSYS\tSYS\t X \tNV4\t32-63\t1
+GPU3\tSYS\tSYS\tNV4\t X \t32-63\t1
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "lines"),
+    [
+        (TWO_GPUS, ["18 NVLinks (NV18): 0-1"]),
+        (ONE_GPU, []),
+        (
+            PAIRS_OVER_PCIE,
+            ["PCIe and the link between NUMA nodes (SYS): 0-2, 0-3, 1-2, 1-3", "4 NVLinks (NV4): 0-1, 2-3"],
+        ),
+        (PAIRS_OVER_PCIE.replace("SYS", "NV4"), ["4 NVLinks (NV4): all pairs"]),
+        ("Failed to initialize NVML: Driver/library version mismatch\n", []),
+        ("", []),
+    ],
+)
+def test_what_is_between_gpus_is_shown(said, lines, monkeypatch):
+    """Whatever nvidia-smi says; nothing where it is missing, fails or hangs."""
+    ran = []
+
+    def run(command, **options):
+        ran.append((command, options["timeout"] > 0))
+        return subprocess.CompletedProcess(command, 0, said, "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert list(_topology.gpu_links()) == lines
+    assert ran == [(["nvidia-smi", "topo", "-m"], True)]
+    shown = dict(doctor._rows(dataclasses.replace(HEALTHY, links=tuple(lines))))
+    assert shown.get("between GPUs", "").splitlines() == lines
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(), subprocess.TimeoutExpired("nvidia-smi", 1), PermissionError()])
+def test_a_machine_that_does_not_say_has_nothing_between_gpus(error, monkeypatch):
+    def run(*_, **__):
+        raise error
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert _topology.gpu_links() == ()
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 9, TWO_GPUS, ""))
+    assert _topology.gpu_links() == ()
 
 
 def test_every_target_is_registered_and_again_is_harmless():

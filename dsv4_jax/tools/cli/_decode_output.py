@@ -118,7 +118,8 @@ def memory_table(server: Server) -> Table:
     from dsv4_jax.deepseek_v4.placement import bytes_of_a_device
 
     schema, placement = server.schema, server.placement
-    each = "" if placement.mesh is None else f" on each of {placement.mesh.size} devices"
+    devices = 1 if placement.mesh is None else placement.mesh.size
+    each = f" on each of {devices} devices" if devices > 1 else ""
     table = Table("memory", "bytes", title=f"Memory of {schema.slots} slots of {schema.max_context:,} tokens{each}")
     _numbers_right(table)
     table.add_row("weights", f"{bytes_of_a_device(server.weights):,}")

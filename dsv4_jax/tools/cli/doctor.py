@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv4_jax.native import compatibility
+from dsv4_jax.tools.cli._topology import gpu_links
 
 PACKAGES = ("dsv4-jax", "jax", "jaxlib", "numpy")
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt")
@@ -49,6 +50,8 @@ class Facts:
         architectures: what its kernels were compiled for: "90" and "90a" are machine code, "90-virtual" is PTX; None if
             unknown.
         capabilities: compute capability of each GPU that JAX uses, as "9.0".
+        links: what lies between the machine's GPUs, by their numbers in nvidia-smi; empty if there are not several, or
+            it is not known.
         targets: names of the registered FFI targets by platform.
         jax_platforms: the environment variable JAX_PLATFORMS, empty if unset.
     """
@@ -66,6 +69,7 @@ class Facts:
     native_file: str | None = None
     architectures: tuple[str, ...] | None = None
     capabilities: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
     targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     jax_platforms: str = ""
 
@@ -92,6 +96,7 @@ def examine() -> Facts:
         "versions": {package: _version(package) for package in PACKAGES + PLUGINS},
         "gpu_present": Path("/dev/nvidiactl").exists(),
         "driver_cuda": _driver_cuda(),
+        "links": gpu_links(),
         "jax_platforms": os.environ.get("JAX_PLATFORMS", ""),
     }
     try:
@@ -224,6 +229,8 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
     rows += [(package, facts.versions[package] or "not installed") for package in PACKAGES]
     rows += [(plugin, version) for plugin in PLUGINS if (version := facts.versions[plugin])]
     rows.append(("devices", "\n".join(facts.devices) or "none"))
+    if facts.links:
+        rows.append(("between GPUs", "\n".join(facts.links)))
     rows.append(("driver", f"up to CUDA {_cuda(facts.driver_cuda)}" if facts.driver_cuda else "none"))
     built = f"CUDA {_cuda(facts.cuda_built)}" if facts.cuda_built else "built without CUDA"
     built = "unknown" if facts.cuda_built is None else built
