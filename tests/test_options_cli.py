@@ -42,6 +42,7 @@ REFUSED = {
         "--dtype": ["float16"],
         "--speculate": ["0", "40", "65", "some", *BELOW, *HUGE],
         "--temperature": ["-1", "nan", "inf", "1e9", "hot"],
+        "--mesh": ["", "4", "data=0", "model=2", "tensor=3", "data=9999", *HUGE],
         "--top-p": ["-1", "0", "1.1", "nan", "all"],
     },
     "capacity": {

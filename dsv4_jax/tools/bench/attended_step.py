@@ -5,14 +5,16 @@ The shares of the three come from three steps that are measured alike: with the 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
 from dsv4_jax.cache.pools import Cache
 from dsv4_jax.cache.rotary import token_rotary
@@ -112,6 +114,80 @@ def step_traffic(schema: CacheSchema, shape: StepShape) -> tuple[int, int]:
     return moved, operations
 
 
+class Decoding(NamedTuple):
+    """Requests in long contexts, and how often steps of theirs are dispatched in a measurement."""
+
+    schema: CacheSchema
+    lengths: NDArray[np.int64]  # [requests], before the first step
+    replays: int
+    trials: int
+
+    @property
+    def dispatches(self) -> int:
+        """Steps of a measurement, each with a plan of its own."""
+        return (self.replays + self.replays // 3) * (self.trials + 1)
+
+
+def decoding(requests: int, scale: Scale, measurements: int) -> Decoding:
+    """As many requests as are asked for, for that many measurements one after the other."""
+    full = scale.name == "full"
+    spec = deepseek_v4_flash() if full else tiny_spec()
+    trials, replays = (max(scale.trials // 2, 2), MOST_REPLAYS) if full else (1, 3)
+    planned = (replays + replays // 3) * (trials + 1) * measurements
+    first = scale.gather_context - (planned + 128) // 2
+    schema = schema_of(spec, requests, -(-(first + planned + 128) // 128) * 128)
+    return Decoding(schema, first + np.arange(requests) * 128 // requests, replays, trials)
+
+
+def measured(
+    work: Decoding, run: Callable[..., Cache], cache: Cache, plans: Sequence[StepPlan], inputs: Any
+) -> tuple[Timing, Cache, dict[str, Any]]:
+    """Times a step, one dispatched behind the other.
+
+    Args:
+      work: what is measured.
+      run: (cache, plan, inputs) -> cache.
+      cache: given up.
+      plans: of ``work.dispatches`` steps, on the device.
+      inputs: of every step.
+
+    Returns:
+      The time of a step; the cache; CUDA graphs, native calls, layers, and megabytes of temporaries.
+    """
+    compiled, graphs, compile_seconds = compile_step(run, cache, plans[0], inputs)
+    left = iter(plans)
+
+    def seconds(dispatches: int) -> tuple[float, float]:
+        nonlocal cache
+        begun = time.perf_counter()
+        for plan in itertools.islice(left, dispatches):
+            cache = compiled(cache, plan, inputs)
+        dispatched = time.perf_counter()
+        jax.block_until_ready(cache)
+        return time.perf_counter() - begun, dispatched - begun
+
+    timing = time_dispatches(seconds, work.replays, work.trials, compile_seconds=compile_seconds)
+    memory = compiled.memory_analysis()
+    return (
+        timing,
+        cache,
+        {
+            "cuda_graphs": graphs,
+            "native_calls": native_calls(compiled),
+            "layers": len(work.schema.spec.layers),
+            "temporary_megabytes": None if memory is None else round(memory.temp_size_in_bytes / 1e6, 2),
+        },
+    )
+
+
+def counted(schema: CacheSchema, plans: Sequence[StepPlan]) -> dict[str, Any]:
+    """The bytes and operations of an average step of these, a token of each request, as ``Outcome`` has them."""
+    ones = np.ones(schema.slots, np.int64)
+    shapes = [StepShape(np.array(plan.token_position, np.int64), ones) for plan in plans]
+    moved, operations = np.mean([step_traffic(schema, shape) for shape in shapes], axis=0)
+    return {"bytes_moved": int(moved), "operations": int(operations), "reads": True}
+
+
 def whole_decode(requests: int, scale: Scale, implementation: Implementation) -> Outcome:
     """Microseconds of a decode step of requests in long contexts, steps dispatched back to back.
 
@@ -120,48 +196,21 @@ def whole_decode(requests: int, scale: Scale, implementation: Implementation) ->
     Remarks: CUDA graphs, native calls, megabytes of temporaries, and what each part adds to the step, in microseconds
     and as a share of it.
     """
-    full = scale.name == "full"
-    spec = deepseek_v4_flash() if full else tiny_spec()
-    trials, replays = (max(scale.trials // 2, 2), MOST_REPLAYS) if full else (1, 3)
-    dispatches = (replays + replays // 3) * (trials + 1)
-    planned = dispatches * len(PARTS)
-    first = scale.gather_context - (planned + 128) // 2
-    schema = schema_of(spec, requests, -(-(first + planned + 128) // 128) * 128)
-    manager = CacheManager(schema, token_buckets=(requests, scale.gather_context))
-    handles = admit(manager, first + np.arange(requests) * 128 // requests)
-    plans = [manager.prepare_forward((handles, np.ones(requests, np.int64))) for _ in range(planned)]
-    cache, inputs = placed_cache(schema, plans[0]), attended_inputs(spec, plans[0])
-    on_device = iter([sent(plan) for plan in plans])
+    work = decoding(requests, scale, len(PARTS))
+    manager = CacheManager(work.schema, token_buckets=(requests, scale.gather_context))
+    tokens = admit(manager, work.lengths), np.ones(requests, np.int64)
+    plans = [manager.prepare_forward(tokens) for _ in range(len(PARTS) * work.dispatches)]
+    cache, inputs = placed_cache(work.schema, plans[0]), attended_inputs(work.schema.spec, plans[0])
+    on_device = [sent(plan) for plan in plans]
     timings: list[Timing] = []
     remarks: dict[str, Any] = {}
-    for count in range(1, len(PARTS) + 1):
-
-        def run(cache: Cache, plan: StepPlan, inputs: Any, parts: Any = PARTS[:count]) -> Cache:
-            return attended_step(cache, plan, inputs, parts)
-
-        compiled, graphs, compile_seconds = compile_step(run, cache, plans[0], inputs)
-
-        def seconds(dispatches: int, compiled: Any = compiled) -> tuple[float, float]:
-            nonlocal cache
-            begun = time.perf_counter()
-            for plan in itertools.islice(on_device, dispatches):
-                cache = compiled(cache, plan, inputs)
-            dispatched = time.perf_counter()
-            jax.block_until_ready(cache)
-            return time.perf_counter() - begun, dispatched - begun
-
-        timings.append(time_dispatches(seconds, replays, trials, compile_seconds=compile_seconds))
-        memory = compiled.memory_analysis()
-        remarks = {
-            "cuda_graphs": graphs,
-            "native_calls": native_calls(compiled),
-            "layers": len(spec.layers),
-            "temporary_megabytes": None if memory is None else round(memory.temp_size_in_bytes / 1e6, 2),
-        }
-    shapes = [StepShape(np.array(plan.token_position, np.int64), np.ones(requests, np.int64)) for plan in plans]
-    moved, operations = np.mean([step_traffic(schema, shape) for shape in shapes[-dispatches:]], axis=0)
+    for index in range(len(PARTS)):
+        run = functools.partial(attended_step, parts=PARTS[: index + 1])
+        mine = on_device[index * work.dispatches :][: work.dispatches]
+        timing, cache, remarks = measured(work, run, cache, mine, inputs)
+        timings.append(timing)
     remarks |= added([timing.microseconds for timing in timings])
-    return Outcome(timings[-1], remarks, int(moved), int(operations), reads=True)
+    return Outcome(timings[-1], remarks, **counted(work.schema, plans[-work.dispatches :]))
 
 
 def added(microseconds: Sequence[float]) -> dict[str, float]:

@@ -8,6 +8,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+
 from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS
 from dsv4_jax.ops import Implementation
 from dsv4_jax.spec.kinds import LayerKind
@@ -15,6 +17,7 @@ from dsv4_jax.tools.bench import attention, decode, formats, reads
 from dsv4_jax.tools.bench.attended_step import whole_decode
 from dsv4_jax.tools.bench.attention import chunk_shape, decode_shape
 from dsv4_jax.tools.bench.measure import Outcome
+from dsv4_jax.tools.bench.mesh_step import step_of_shards
 from dsv4_jax.tools.bench.model_step import whole_model
 from dsv4_jax.tools.bench.step import floor, host_part, prepare_forward, reset_slots, whole_step
 from dsv4_jax.tools.bench.targets import TARGETS, Target
@@ -62,6 +65,7 @@ def all_cases(scale: Scale) -> list[Case]:
         *_index_topk(scale),
         *_formats(),
         *_steps(scale),
+        *_meshes(scale),
         *_models(scale),
     ]
 
@@ -219,6 +223,14 @@ def _steps(scale: Scale) -> Iterator[Case]:
         yield Case(f"host/step/b{scale.step_requests}/{part}", run=run, has_reference=False)
     name = f"host/prepare_forward/{scale.host_requests}"
     yield Case(name, run=prepare_forward, quick=True, has_reference=False)
+
+
+def _meshes(scale: Scale) -> Iterator[Case]:
+    """A shard on each device, where there are several."""
+    devices, batch = jax.device_count(), max(scale.step_batches)
+    if devices > 1:
+        run = functools.partial(step_of_shards, batch)
+        yield Case(f"mesh/flash/b{batch}x{devices}", run=run, quick=True, has_reference=False)
 
 
 def _models(scale: Scale) -> Iterator[Case]:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv4_jax.tools.bench.targets import Target
 from dsv4_jax.tools.bench.workload import Scale, Workload, noise
 
 MOST_REPLAYS = 24
@@ -65,7 +66,8 @@ class Timing:
 class Outcome:
     """What a case that measures by itself found, remarks on it, and its bytes and operations where they are counted.
 
-    ``bytes_moved``, ``operations`` and ``reads`` are as in ``Workload``.
+    ``bytes_moved``, ``operations`` and ``reads`` are as in ``Workload``. ``target`` is what else was measured has it
+    held to, if the case has none.
     """
 
     timing: Timing
@@ -73,6 +75,7 @@ class Outcome:
     bytes_moved: int | None = None
     operations: int = 0
     reads: bool = False
+    target: Target | None = None
 
 
 def make_scratch(scale: Scale) -> jax.Array:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from rich.table import Table
 
+from dsv4_jax.tools.bench.mesh_step import MOST
 from dsv4_jax.tools.bench.runner import Result, Run
 from dsv4_jax.tools.cli.doctor import examine
 
@@ -30,8 +31,8 @@ def table(run: Run) -> Table:
         made.add_row(*_cells(result, run, with_reference))
     made.caption = (
         "bytes: the fewest that the op must move, read and written. copy: a device copy in the same run; for attend, "
-        "index_topk, step/flash and model a device read. matmul: a product of bfloat16 matrices in the same run. "
-        "step/, model/ and host/: what host and device take together, and the host alone."
+        "index_topk, step/flash, mesh and model a device read. matmul: a product of bfloat16 matrices in the same run. "
+        "step/, mesh/, model/ and host/: what host and device take together, and the host alone."
     )
     return made
 
@@ -75,6 +76,26 @@ def model_table(run: Run) -> Table | None:
                 str(found["experts_chosen"]),
                 f"{found['weight_bytes'] / 1e9:.1f}",
                 f"{found['cache_bytes'] / 1e9:.1f}",
+            )
+    return made if made.rows else None
+
+
+def mesh_table(run: Run) -> Table | None:
+    """The cases of several devices beside one device; None if there are none."""
+    made = Table("case", title="A shard on each of several devices, beside one alone")
+    for column in ["devices", "µs on all", "µs on one", "times as long", "at most"]:
+        made.add_column(column, justify="right", no_wrap=True)
+    for result in run.results:
+        if result.timing is not None and "one_device_microseconds" in result.remarks:
+            found = result.remarks
+            times, one = found["times_one_device"], found["one_device_microseconds"]
+            made.add_row(
+                result.name,
+                str(found["devices"]),
+                _number(result.timing.microseconds),
+                _number(one),
+                "" if times is None else f"{times:.3f}",
+                f"{MOST:.2f}",
             )
     return made if made.rows else None
 

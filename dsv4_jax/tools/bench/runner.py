@@ -183,6 +183,7 @@ def _run(case: Case, scale: Scale, states: _States, reference: bool) -> Result:
             states.drop()
             outcome = case.run(scale, implementation)
             timings[implementation], remarks = outcome.timing, remarks or outcome.remarks
+            target = target or (outcome.target if scale.name == "full" else None)
             counted = {name: getattr(outcome, name) for name in COUNTED}
         elif case.build is not None:
             workload = case.build(scale, implementation)

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from dsv4_jax.tools.bench.cases import all_cases
-from dsv4_jax.tools.bench.report import draw, model_table, table, write_json
+from dsv4_jax.tools.bench.report import draw, mesh_table, model_table, table, write_json
 from dsv4_jax.tools.bench.runner import Result, run_cases
 from dsv4_jax.tools.bench.workload import FULL, TINY
 from dsv4_jax.tools.cli._output import print_table, writable_file, writable_picture
@@ -39,7 +39,7 @@ def bench(
     of calls; on a GPU each program is a CUDA graph. What the host was too slow to measure, or what came out faster than
     a copy (or, where an op reads, a read) of the same bytes, a matrix product of as many operations, or the smallest
     call, has no figure. Memory: about 40 GB on a GPU; `model/…` takes as many experts of DeepSeek-V4-Flash as fit into
-    what is there. Exits with 1 if a case failed or has no figure.
+    what is there. `mesh/…` takes all devices, where there are several. Exits with 1 if a case failed or has no figure.
     """
     # Piped into a file, rich would assume 80 columns, too few for the table.
     console = Console(width=None if sys.stdout.isatty() else 132)
@@ -67,8 +67,9 @@ def bench(
     with console.status("copy") as status:
         run = run_cases(cases, scale, reference=reference, progress=status.update, found=found)
     print_table(console, table(run))
-    if (models := model_table(run)) is not None:
-        print_table(console, models)
+    for more in (model_table(run), mesh_table(run)):
+        if more is not None:
+            print_table(console, more)
     for result in run.results:
         if result.error:
             console.print(f"{result.name}: {result.error}", style="red", markup=False, highlight=False)
