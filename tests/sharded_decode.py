@@ -1,6 +1,7 @@
 """The model's serving run on meshes of CPU devices, beside the same requests of each shard served on one device.
 
 Run by test_sharded_decode.py with a seed, in a process of its own: JAX settles the number of devices when it starts.
+By itself, with GPUs: ``python tests/sharded_decode.py SEED``.
 """
 
 import re
@@ -17,8 +18,9 @@ from dsv4_jax.deepseek_v4.placement import server_mesh
 from dsv4_jax.deepseek_v4.serve import Request, Server
 from dsv4_jax.deepseek_v4.verify import verify
 
-MESHES = ((1, 2), (2, 2), (4, 2), (8, 1))
-CONFIG = TINY_CONFIG | {"o_lora_rank": 256}  # whole blocks of 128 for each group; no array of a step is like a pool
+MESHES = ((1, 2), (2, 2), (4, 2), (8, 1))  # of 8 devices
+# Whole blocks of 128 of what is split over two devices; and no array of a step has the shape of a pool.
+CONFIG = TINY_CONFIG | {"o_lora_rank": 256, "moe_intermediate_size": 256}
 # A shard's requests, one more than there are slots. One fills a window of 128, an entry of each kind and a ring.
 LENGTHS = ((126, 5), (61, 3), (30, 3))
 COLLECTIVES = r"\b(all-gather|all-reduce|all-to-all|reduce-scatter|collective-[a-z]+)(?:-start)?\("
@@ -69,8 +71,8 @@ def check_programs(server, single, tensor):
     assert set(server.compiles) == set(programs) == set(alone)
     for layout, compiled in programs.items():
         found = re.findall(COLLECTIVES, compiled.as_text())
-        # The heads' parts of each layer's output, summed up, and nothing else.
-        assert found == ["all-reduce"] * (len(server.schema.spec.layers) if tensor > 1 else 0), (layout, found)
+        # In each layer the heads' parts are summed up, and the experts', and nothing else.
+        assert found == ["all-reduce"] * (2 * len(server.schema.spec.layers) if tensor > 1 else 0), (layout, found)
         # As the same step takes on one device, but for how XLA lays buffers out: less than any large pool.
         temporary = alone[layout].memory_analysis().temp_size_in_bytes + (1 << 17)
         assert_in_place(compiled, dict(server.schema.arrays), temporary_bytes=temporary)
@@ -124,10 +126,10 @@ def run(rng, model, single, data, tensor):
 
 
 def main(seed):
-    assert len(jax.devices()) == 8
+    devices = jax.device_count()
     rng, model = np.random.default_rng(seed), model_of(CONFIG, seed)
     single = make(model)
-    for data, tensor in MESHES:
+    for data, tensor in MESHES if devices == 8 else ((1, 2), (devices, 1)):
         run(rng, model, single, data, tensor)
 
 

@@ -23,7 +23,7 @@ def attend(
     weights: AttentionWeights,
     made: Projections,
     attention: Attention,
-    heads_axis: str | None = None,
+    tensor_axis: str | None = None,
 ) -> tuple[LayerCache, jax.Array, jax.Array | None]:
     """Put the step's tokens into the layer's cache and attend.
 
@@ -32,7 +32,7 @@ def attend(
       weights: of the layer.
       made: of the step's tokens.
       attention: how rows are attended to.
-      heads_axis: the mesh axis over which query heads are split, if they are; the output is the sum over it.
+      tensor_axis: the mesh axis over which query heads are split, if they are; the output is the sum over it.
 
     Returns:
       The handle; the sublayer's output [T, hidden]; a CSA layer's choice of entries, int32 [T, K] (-1 = none).
@@ -50,4 +50,4 @@ def attend(
                 layer, selected = layer.index_topk(*made.index_query)
         with jax.named_scope(f"{kind}.attend"):
             layer, (output, _) = layer.attend(made.queries, weights.sinks, indices=selected, rotary=tokens, dtype=dtype)
-    return layer, merge_heads(weights, output, heads_axis), selected
+    return layer, merge_heads(weights, output, tensor_axis), selected

@@ -82,7 +82,10 @@ def block_fp8_products(
     sums = pl.pallas_call(
         functools.partial(_multiply, blocks=blocks, interpret=interpret),
         grid=(programs, splits),
-        out_shape=[kernel_output((splits, tile, weight.shape[0]), jnp.float32, operands) for weight in weights],
+        out_shape=[
+            kernel_output((splits, tile, weight.shape[0]), jnp.float32, (x, weight.codes, weight.scales))
+            for weight in weights  # of which one may be split over devices, and another not
+        ],
         compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name="block_fp8_products",

@@ -29,9 +29,20 @@ class Routing(NamedTuple):
 
 
 @jax.named_scope("model.shared_expert")
-def mixture(weights: MixtureWeights, config: DeepseekV4Config, x: jax.Array, routing: Routing) -> jax.Array:
-    """The sublayer: routed experts and the shared one, [T, hidden] to the same; x is normed."""
+def mixture(
+    weights: MixtureWeights,
+    config: DeepseekV4Config,
+    x: jax.Array,
+    routing: Routing,
+    tensor_axis: str | None = None,
+) -> jax.Array:
+    """The sublayer: routed experts and the shared one, [T, hidden] to the same; x is normed.
+
+    Where a device has a part of every expert's width alone, the parts are summed over the mesh axis, in fp32.
+    """
     routed = apply_experts(weights.experts, x, routing, config.swiglu_limit)
+    if tensor_axis is not None and weights.experts.gate.shape[1] < config.expert_width:
+        routed = jax.lax.psum(routed, tensor_axis)
     shared = swiglu(weights.shared, x, config.swiglu_limit)
     return (routed + shared.astype(jnp.float32)).astype(x.dtype)
 

@@ -37,7 +37,7 @@ def step(
     attention: Attention = "attend",
     dtype: Any = jnp.bfloat16,
     last: int = 1,
-    heads_axis: str | None = None,
+    tensor_axis: str | None = None,
 ) -> tuple[Cache, jax.Array, Choices]:
     """Run the tokens of one plan through the model. Jit it with the cache donated.
 
@@ -51,8 +51,8 @@ def step(
       attention: how rows are attended to (static).
       dtype: of activations, bfloat16 or float32; weights are rounded to it (static).
       last: after how many of each request's last tokens there are to be logits (static).
-      heads_axis: inside ``jax.shard_map``, the mesh axis over which query heads are split, see ``placement.py``; None
-        if each device has all (static).
+      tensor_axis: inside ``jax.shard_map``, the mesh axis over which query heads and experts are split, see
+        ``placement.py``; None if each device has all (static).
 
     Returns:
       The cache; fp32 logits [R * last, vocabulary] after ``last_tokens``; what was chosen on the way.
@@ -61,7 +61,9 @@ def step(
       ConfigError: the cache is of another model.
     """
     options: dict[str, Any] = {"implementation": implementation, "attention": attention, "dtype": dtype}
-    cache, streams, choices = run_layers(weights, cache, plan, tokens, config=config, heads_axis=heads_axis, **options)
+    cache, streams, choices = run_layers(
+        weights, cache, plan, tokens, config=config, tensor_axis=tensor_axis, **options
+    )
     return cache, logits(weights, config, streams[last_tokens(plan, last)]), choices
 
 
@@ -86,7 +88,7 @@ def run_layers(
     implementation: Implementation = "native",
     attention: Attention = "attend",
     dtype: Any = jnp.bfloat16,
-    heads_axis: str | None = None,
+    tensor_axis: str | None = None,
 ) -> tuple[Cache, jax.Array, Choices]:
     """As ``step``, but up to the residual streams of every token behind the last layer, ``dtype`` [T, n, hidden]."""
     spec = config.spec
@@ -108,7 +110,7 @@ def run_layers(
             x = rms_norm(collapse(streams, mixed.into), spec.norm_eps, layer_weights.attn_norm)
             made = project(layer_weights.attention, config, x, *angles[layer])
             layer_cache, of_attention = cache_step.layer(index), layer_weights.attention
-            handle, output, selected = attend(layer_cache, of_attention, made, attention, heads_axis)
+            handle, output, selected = attend(layer_cache, of_attention, made, attention, tensor_axis)
             cache_step = handle.step
             if selected is not None:
                 selections.append(selected)
@@ -118,7 +120,7 @@ def run_layers(
             x = rms_norm(collapse(streams, mixed.into), spec.norm_eps, layer_weights.ffn_norm)
             routing = route(layer_weights.ffn, config, x, tokens)
             experts.append(routing.experts)
-            streams = connect(streams, mixture(layer_weights.ffn, config, x, routing), mixed)
+            streams = connect(streams, mixture(layer_weights.ffn, config, x, routing, tensor_axis), mixed)
         entries = jnp.stack(selections) if selections else jnp.zeros((0, tokens.shape[0], spec.index_topk), jnp.int32)
         return cache_step.end(), streams, Choices(entries, jnp.stack(experts))
 

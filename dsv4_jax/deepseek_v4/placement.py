@@ -1,9 +1,10 @@
 """Where a server's model and its cache lie: on one device, or on the devices of a mesh.
 
 The mesh has two axes. Along ``data`` lie shards of the cache, each with requests of its own; along ``tensor`` the
-devices that share a shard, of which each has some of the query heads: their rows of the query projection, their sinks,
-and their part of the output projection, whose products are summed over the axis. All else is whole on every device:
-the cache (one key and value head), the indexer (scores of its heads are added up), and the mixture of experts.
+devices that share a shard. Each of these has some of the query heads: their rows of the query projection, their sinks,
+and their columns of the output projection, whose products are summed over the axis. Routed experts are split likewise,
+a part of every expert's width to each device, if that is whole blocks of 128. All else is whole on every device: the
+cache, since there is one key and value head; the indexer, since scores of its heads are added up; the shared expert.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from dsv4_jax.deepseek_v4.weights import ModelWeights
 DATA, TENSOR = "data", "tensor"
 
 # Of a weight that is split over ``tensor``: the axis. Of quantized ones codes and scales are split alike.
-_SPLIT = {"attention.wq_b": 0, "attention.sinks": 0, "attention.wo_a": 0, "attention.wo_b": 1}
+_BY_HEADS = {"attention.wq_b": 0, "attention.sinks": 0, "attention.wo_a": 0, "attention.wo_b": 1}
+_BY_WIDTH = {"experts.gate": 1, "experts.up": 1, "experts.down": 2}
 
 
 def tensor_sizes(config: DeepseekV4Config) -> list[int]:
@@ -56,16 +58,20 @@ def server_mesh(config: DeepseekV4Config, *, data: int = 1, tensor: int = 1) -> 
     return jax.make_mesh((data, tensor), (DATA, TENSOR), devices=devices[:wanted], axis_types=(AxisType.Auto,) * 2)
 
 
-def weight_sharding(mesh: Mesh | None) -> Callable[[str, tuple[int, ...]], NamedSharding | None]:
+def weight_sharding(
+    config: DeepseekV4Config, mesh: Mesh | None
+) -> Callable[[str, tuple[int, ...]], NamedSharding | None]:
     """Where a weight goes by its path and shape, for ``load_checkpoint``; None for JAX's default device."""
-    return lambda path, shape: None if mesh is None else NamedSharding(mesh, _spec(mesh, path, len(shape)))
+    return lambda path, shape: None if mesh is None else NamedSharding(mesh, _spec(config, mesh, path, len(shape)))
 
 
-def _spec(mesh: Mesh, path: str, axes: int) -> PartitionSpec:
-    split = next((axis for name, axis in _SPLIT.items() if f".{name}." in f"{path}."), None)
-    if split is None or split >= axes or mesh.shape[TENSOR] == 1:
+def _spec(config: DeepseekV4Config, mesh: Mesh, path: str, axes: int) -> PartitionSpec:
+    devices = mesh.shape[TENSOR]
+    if devices == 1:
         return PartitionSpec()
-    return PartitionSpec(*[None] * split, TENSOR)
+    names = _BY_HEADS | (_BY_WIDTH if config.expert_width % (devices * FP8_BLOCK) == 0 else {})
+    split = next((axis for name, axis in names.items() if f".{name}." in f"{path}."), axes)
+    return PartitionSpec(*[None] * split, TENSOR) if split < axes else PartitionSpec()
 
 
 class Placement:
@@ -76,7 +82,7 @@ class Placement:
 
     Attributes:
       shards: of the cache.
-      heads_axis: the mesh axis over which query heads are split; None if they are not.
+      tensor_axis: the mesh axis over which query heads and experts are split; None if they are not.
     """
 
     def __init__(self, mesh: Mesh | None = None) -> None:
@@ -84,26 +90,26 @@ class Placement:
             raise ValueError(f"a server's mesh has the axes {DATA} and {TENSOR}, got {', '.join(mesh.shape)}")
         self.mesh = mesh
         self.shards: int = 1 if mesh is None else mesh.shape[DATA]
-        self.heads_axis = TENSOR if mesh is not None and mesh.shape[TENSOR] > 1 else None
+        self.tensor_axis = TENSOR if mesh is not None and mesh.shape[TENSOR] > 1 else None
 
     def cache(self, schema: CacheSchema) -> Cache:
         """An empty cache, of a schema in each shard."""
         return init_cache(schema) if self.mesh is None else init_cache(schema, mesh=self.mesh, axis=DATA)
 
-    def weights(self, weights: ModelWeights) -> ModelWeights:
-        """The weights, each where it belongs; nothing moves that is there already."""
+    def weights(self, config: DeepseekV4Config, weights: ModelWeights) -> ModelWeights:
+        """The weights of a model, each where it belongs; nothing moves that is there already."""
         if self.mesh is None:
             return weights
-        sharding = weight_sharding(self.mesh)
+        sharding = weight_sharding(config, self.mesh)
         placed = jax.tree_util.tree_map_with_path(lambda path, leaf: sharding(_name(path), leaf.shape), weights)
         return jax.device_put(weights, placed)
 
-    def weight_specs(self, weights: ModelWeights) -> Any:
+    def weight_specs(self, config: DeepseekV4Config, weights: ModelWeights) -> Any:
         """A ``PartitionSpec`` for every array of the weights, in their tree; None for those of one device."""
         if self.mesh is None:
             return None
         mesh = self.mesh
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(mesh, _name(path), leaf.ndim), weights)
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(config, mesh, _name(path), leaf.ndim), weights)
 
     def program(
         self,

@@ -67,7 +67,7 @@ def project(
 
 
 @jax.named_scope("model.projections")
-def merge_heads(weights: AttentionWeights, attended: jax.Array, heads_axis: str | None = None) -> jax.Array:
+def merge_heads(weights: AttentionWeights, attended: jax.Array, tensor_axis: str | None = None) -> jax.Array:
     """The sublayer's output [T, hidden] from the attention's [T, heads, 512], which is rotated back.
 
     Every group of heads has a low-rank projection of its own; one matrix makes the output of them all. Where heads are
@@ -76,8 +76,8 @@ def merge_heads(weights: AttentionWeights, attended: jax.Array, heads_axis: str 
     tokens = len(attended)
     low_rank = grouped_linear(attended.reshape(tokens, -1, weights.wo_a.shape[-1]), weights.wo_a)
     output = linear(low_rank.reshape(tokens, -1), weights.wo_b, dtype=jnp.float32)
-    if heads_axis is not None:
-        output = jax.lax.psum(output, heads_axis)
+    if tensor_axis is not None:
+        output = jax.lax.psum(output, tensor_axis)
     return output.astype(attended.dtype)
 
 

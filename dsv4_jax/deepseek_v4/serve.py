@@ -157,8 +157,8 @@ class Server:
         is kept where it is the token that would have come without, drawn or not, so texts are the same; but for
         rounding, since steps of another shape add in another order.
       drafter: who guesses them.
-      mesh: several devices, from ``server_mesh``: shards of the cache along its axis "data", and query heads split over
-        its axis "tensor". Weights that do not lie as ``weight_sharding`` has it are moved.
+      mesh: several devices, from ``server_mesh``: shards of the cache along its axis "data", query heads and experts split
+        over its axis "tensor". Weights that do not lie as ``weight_sharding`` has it are moved.
 
     Attributes:
       prefixes: what was shared, None if nothing is.
@@ -185,7 +185,7 @@ class Server:
         mesh: Mesh | None = None,
     ) -> None:
         self.placement = Placement(mesh)
-        self.config, self.weights, self.dtype = config, self.placement.weights(weights), dtype
+        self.config, self.weights, self.dtype = config, self.placement.weights(config, weights), dtype
         self.speculation, together = Speculation(drafter, speculate), 1 + speculate
         shapes = {"slots": slots, "max_context": max_context}
         self.schema = server_schema(config.spec, formats, **shapes, share_prefix=share_prefix, speculate=speculate)
@@ -199,19 +199,21 @@ class Server:
         self.compiles: collections.Counter[PlanLayout] = collections.Counter()
         self.compile_seconds = 0.0
 
-        heads_axis = self.placement.heads_axis
+        tensor_axis = self.placement.tensor_axis
 
         def run(cache, plan, weights, tokens, seeds):  # of a shard, on one device
             self.compiles[plan.layout] += 1  # runs while tracing, so once for each compilation
             options = {"implementation": implementation, "attention": attention, "dtype": dtype, "last": together}
-            cache, logits, choices = step(weights, cache, plan, tokens, config=config, heads_axis=heads_axis, **options)
+            cache, logits, choices = step(
+                weights, cache, plan, tokens, config=config, tensor_axis=tensor_axis, **options
+            )
             positions = jnp.asarray(plan.token_position)[last_tokens(plan, together)]
             return cache, next_tokens(logits, jnp.repeat(seeds, together), positions, sampling), logits, choices
 
         of_requests, of_tokens = PartitionSpec(DATA), PartitionSpec(None, DATA)
         self._step = self.placement.program(
             run,
-            in_specs=(self.placement.weight_specs(self.weights), PartitionSpec(DATA), of_requests),
+            in_specs=(self.placement.weight_specs(config, self.weights), PartitionSpec(DATA), of_requests),
             out_specs=(of_requests, of_requests, of_tokens),
         )
 

@@ -20,8 +20,7 @@ from dsv4_jax.tools.cli._mesh import model_mesh, parse_mesh
 from dsv4_jax.tools.cli._output import print_table
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
+    from dsv4_jax.deepseek_v4.checkpoint import ShardingOf
     from dsv4_jax.deepseek_v4.config import DeepseekV4Config
     from dsv4_jax.deepseek_v4.serve import Listener, Phase, Request, Served, Server
     from dsv4_jax.deepseek_v4.tokens import Tokenizer
@@ -190,6 +189,8 @@ def decode(
             f"{speculate} drafts are more than can be kept of {new_tokens:,} --new-tokens, of which the first is none.",
             param_hint="--speculate",
         )
+    from dsv4_jax.deepseek_v4.placement import weight_sharding
+
     config = _config(checkpoint)
     size = parse_mesh(mesh)
     devices = None if mesh is None else model_mesh(config, size)
@@ -210,7 +211,7 @@ def decode(
         extras=extras,
     )
     work = _work(tokenizer, prompts, text, requests, longest, new_tokens, seed, forced, alike=share_prefix)
-    weights = _load(console, checkpoint, seed, devices)
+    weights = _load(console, checkpoint, seed, weight_sharding(config, devices))
     on_cpu = jax.devices()[0].platform == "cpu"
     chosen = dtype or (Dtype.FLOAT32 if on_cpu or check else Dtype.BFLOAT16)
 
@@ -319,11 +320,10 @@ def _work(
     return text_requests(read, requests, forced=forced, alike=alike, **options)
 
 
-def _load(console: Console, checkpoint: Path | None, seed: int, mesh: Mesh | None) -> ModelWeights:
+def _load(console: Console, checkpoint: Path | None, seed: int, sharding: ShardingOf) -> ModelWeights:
     """The weights, with a bar of the bytes read."""
     from dsv4_jax.deepseek_v4.checkpoint import load_checkpoint
     from dsv4_jax.deepseek_v4.checkpoint_folder import CheckpointError
-    from dsv4_jax.deepseek_v4.placement import weight_sharding
     from dsv4_jax.deepseek_v4.random_checkpoint import random_checkpoint
 
     columns = (TextColumn("{task.description:8}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
@@ -332,7 +332,7 @@ def _load(console: Console, checkpoint: Path | None, seed: int, mesh: Mesh | Non
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("load", total=None)
             read = lambda path, done, total: progress.update(task, completed=done, total=total)  # noqa: E731
-            return load_checkpoint(folder, sharding=weight_sharding(mesh), progress=read)[1]
+            return load_checkpoint(folder, sharding=sharding, progress=read)[1]
     except (CheckpointError, ConfigError, OSError) as error:
         raise typer.BadParameter(str(error), param_hint="--checkpoint") from error
 
