@@ -61,9 +61,8 @@ def step(
       ConfigError: the cache is of another model.
     """
     options: dict[str, Any] = {"implementation": implementation, "attention": attention, "dtype": dtype}
-    cache, streams, choices = run_layers(
-        weights, cache, plan, tokens, config=config, tensor_axis=tensor_axis, **options
-    )
+    options |= {"config": config, "tensor_axis": tensor_axis}
+    cache, streams, choices = run_layers(weights, cache, plan, tokens, **options)
     return cache, logits(weights, config, streams[last_tokens(plan, last)]), choices
 
 

@@ -157,8 +157,8 @@ class Server:
         is kept where it is the token that would have come without, drawn or not, so texts are the same; but for
         rounding, since steps of another shape add in another order.
       drafter: who guesses them.
-      mesh: several devices, from ``server_mesh``: shards of the cache along its axis "data", query heads and experts split
-        over its axis "tensor". Weights that do not lie as ``weight_sharding`` has it are moved.
+      mesh: several devices, from ``server_mesh``: shards of the cache along its axis "data", query heads and experts
+        split over its axis "tensor". Weights that do not lie as ``weight_sharding`` has it are moved.
 
     Attributes:
       prefixes: what was shared, None if nothing is.
@@ -199,14 +199,11 @@ class Server:
         self.compiles: collections.Counter[PlanLayout] = collections.Counter()
         self.compile_seconds = 0.0
 
-        tensor_axis = self.placement.tensor_axis
-
         def run(cache, plan, weights, tokens, seeds):  # of a shard, on one device
             self.compiles[plan.layout] += 1  # runs while tracing, so once for each compilation
             options = {"implementation": implementation, "attention": attention, "dtype": dtype, "last": together}
-            cache, logits, choices = step(
-                weights, cache, plan, tokens, config=config, tensor_axis=tensor_axis, **options
-            )
+            options |= {"config": config, "tensor_axis": self.placement.tensor_axis}
+            cache, logits, choices = step(weights, cache, plan, tokens, **options)
             positions = jnp.asarray(plan.token_position)[last_tokens(plan, together)]
             return cache, next_tokens(logits, jnp.repeat(seeds, together), positions, sampling), logits, choices
 

@@ -11,6 +11,7 @@ import typer
 
 from dsv4_jax import CacheFormats
 from dsv4_jax.layout.schema import SchemaError
+from dsv4_jax.tools.cli._mesh import MeshSize
 
 if TYPE_CHECKING:
     from dsv4_jax.deepseek_v4.config import DeepseekV4Config
@@ -60,7 +61,7 @@ def require_room_to_serve(
     slots: int,
     longest: int,
     check: bool,
-    devices: int,
+    size: MeshSize,
     extras: dict[str, Any],
 ) -> None:
     """Refuses what a device, or the model, has no room for.
@@ -73,7 +74,7 @@ def require_room_to_serve(
       slots: of them at once, on each device.
       longest: tokens of a request.
       check: whether all is recomputed without a cache.
-      devices: how many there are.
+      size: of the mesh.
       extras: further options of ``server_schema``.
 
     Raises:
@@ -86,11 +87,12 @@ def require_room_to_serve(
     except SchemaError as error:
         raise typer.BadParameter(f"prompt and --new-tokens make {longest:,} tokens: {error}") from error
     # CPU devices have one memory between them.
-    here = devices if jax.default_backend() == "cpu" else 1
+    here = size.devices if jax.default_backend() == "cpu" else 1
     fewer = "Fewer --slots, --prompt-tokens or --new-tokens take less."
     require_memory(here * schema.memory_bytes, f"A cache of {slots:,} slots of {longest:,} tokens takes", fewer)
     if checkpoint is not None:
         weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+        weights //= size.tensor  # at least; what is not split lies on every device
         require_memory(here * (weights + schema.memory_bytes), f"{checkpoint} and the cache take", fewer)
     if check:
         # Every head's scores of queries by keys in float32, before and after the softmax.

@@ -207,7 +207,7 @@ def decode(
         slots=slots,
         longest=longest + new_tokens,
         check=check,
-        devices=size.devices,
+        size=size,
         extras=extras,
     )
     work = _work(tokenizer, prompts, text, requests, longest, new_tokens, seed, forced, alike=share_prefix)
