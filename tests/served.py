@@ -42,11 +42,12 @@ def model(seed: int) -> tuple[DeepseekV4Config, ModelWeights]:
     return model_of(TINY_CONFIG, seed)
 
 
-def model_of(config: Mapping[str, Any], seed: int) -> tuple[DeepseekV4Config, ModelWeights]:
+def model_of(config: Mapping[str, Any], seed: int, **options: Any) -> tuple[DeepseekV4Config, ModelWeights]:
+    """A random model, written and loaded with these options of ``load_checkpoint``."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint"
         write_random_checkpoint(checkpoint, config, seed)
-        return load_checkpoint(checkpoint)
+        return load_checkpoint(checkpoint, **options)
 
 
 def make_server(formats: CacheFormats, seed: int, **options: Any) -> Server:

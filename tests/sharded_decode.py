@@ -14,7 +14,7 @@ from aot import assert_in_place
 from served import EXACT, TINY_CONFIG, model_of
 
 from dsv4_jax import init_cache, shard_of
-from dsv4_jax.deepseek_v4.placement import server_mesh
+from dsv4_jax.deepseek_v4.placement import server_mesh, weight_sharding
 from dsv4_jax.deepseek_v4.serve import Request, Server
 from dsv4_jax.deepseek_v4.verify import verify
 
@@ -98,8 +98,9 @@ def check_copies(cache):
         assert all(len(bytes_of) == 1 for bytes_of in copies.values()), name
 
 
-def run(rng, model, single, data, tensor):
-    server, requests = make(model, server_mesh(model[0], data=data, tensor=tensor)), requests_of(rng, data)
+def run(rng, seed, single, data, tensor):
+    mesh, requests = server_mesh(single.config, data=data, tensor=tensor), requests_of(rng, data)
+    server = make(model_of(CONFIG, seed, sharding=weight_sharding(single.config, mesh)), mesh)
     served = server.serve(requests)
     assert [one.shard for one in served] == [number % data for number in range(len(requests))]
     check_copies(server.cache)
@@ -127,10 +128,9 @@ def run(rng, model, single, data, tensor):
 
 def main(seed):
     devices = jax.device_count()
-    rng, model = np.random.default_rng(seed), model_of(CONFIG, seed)
-    single = make(model)
+    rng, single = np.random.default_rng(seed), make(model_of(CONFIG, seed))
     for data, tensor in MESHES if devices == 8 else ((1, 2), (devices, 1)):
-        run(rng, model, single, data, tensor)
+        run(rng, seed, single, data, tensor)
 
 
 if __name__ == "__main__":
