@@ -37,7 +37,7 @@ def tensor_sizes(config: DeepseekV4Config) -> list[int]:
 
 
 def server_mesh(config: DeepseekV4Config, *, data: int = 1, tensor: int = 1) -> Mesh:
-    """The first devices of JAX, [data, tensor].
+    """The first devices of this process, [data, tensor].
 
     Raises:
       ConfigError: the model's heads cannot be split so, or there are fewer devices.
@@ -47,7 +47,7 @@ def server_mesh(config: DeepseekV4Config, *, data: int = 1, tensor: int = 1) -> 
             f"{config.spec.num_heads} query heads in {config.o_groups} groups cannot be split over {tensor} devices; "
             f"tensor can be {', '.join(map(str, sizes))}."
         )
-    devices, wanted = jax.devices(), data * tensor
+    devices, wanted = jax.local_devices(), data * tensor
     if wanted > len(devices):
         mend = (
             f" Start with XLA_FLAGS=--xla_force_host_platform_device_count={wanted} for as many on this host."
