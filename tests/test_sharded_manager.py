@@ -65,6 +65,7 @@ def test_rows_and_tokens_are_found_again_in_what_all_shards_return():
     plan = manager.prepare_forward((requests, [1, 2, 3, 1]))
     assert [part.layout for part in plan.parts] == [plan.layout] * 3
     assert plan.rows.tolist() == [4, 0, 5, 6]
+    assert plan.columns.tolist() == [8, 0, 9, 12]
     tokens = plan.pack_tokens([[10], [20, 21], [30, 31, 32], 40])
     assert tokens.reshape(3, 8).tolist() == [[20, 21] + [0] * 6, [10, 30, 31, 32, 40, 0, 0, 0], [0] * 8]
     with pytest.raises(ValueError, match="holds 4 requests, got tokens for 1"):
