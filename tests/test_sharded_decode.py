@@ -1,6 +1,7 @@
 """Serving a model on meshes of CPU devices, as on one."""
 
 import dataclasses
+import itertools
 import re
 import subprocess
 import sys
@@ -8,15 +9,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 from aot import assert_in_place, compile_traced, h200_mesh
 from cpu_devices import environment_of
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsv4_jax import CacheFormats, CacheSchema, PlanLayout, StepPlan, init_cache
+from dsv4_jax import CacheFormats, CacheSchema, ConfigError, PlanLayout, StepPlan, init_cache
 from dsv4_jax.cache.pools import slots_axis
-from dsv4_jax.deepseek_v4.config import read_config
+from dsv4_jax.deepseek_v4.config import flash_config, read_config
 from dsv4_jax.deepseek_v4.model import step
-from dsv4_jax.deepseek_v4.placement import DATA, TENSOR, Placement, weight_sharding
+from dsv4_jax.deepseek_v4.placement import DATA, TENSOR, Placement, server_mesh, tensor_sizes, weight_sharding
 from dsv4_jax.deepseek_v4.random_checkpoint import SMALL_CONFIG
 from dsv4_jax.deepseek_v4.random_weights import random_weights
 
@@ -37,6 +39,28 @@ def test_a_server_on_a_mesh_is_one_server_a_shard(seed):
     )
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.splitlines() == [f"equal: {mesh}" for mesh in ("1 x 2", "2 x 2", "4 x 2", "8 x 1")]
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (flash_config(), [1, 2, 4, 8]),  # 8 groups of 8 heads
+        (read_config(SMALL_CONFIG), [1, 2]),
+        (read_config(SMALL_CONFIG | {"o_lora_rank": 64}), [1]),  # half of them shares a scale with the other
+        (read_config(SMALL_CONFIG | {"num_attention_heads": 12, "o_groups": 6, "o_lora_rank": 64}), [1, 3]),
+    ],
+)
+def test_heads_are_split_in_whole_groups_and_blocks(config, sizes):
+    assert tensor_sizes(config) == sizes
+    refused = next(size for size in itertools.count(2) if size not in sizes)
+    with pytest.raises(ConfigError, match=f"over {refused} devices; tensor can be {', '.join(map(str, sizes))}."):
+        server_mesh(config, tensor=refused)
+
+
+def test_a_servers_mesh_has_two_axes():
+    mesh = Mesh(jax.devices()[:1], (DATA,))
+    with pytest.raises(ValueError, match="has the axes data and tensor, got data"):
+        Placement(mesh)
 
 
 def test_devices_of_h200s_tell_each_other_what_they_were_asked_to_alone(tmp_path):
