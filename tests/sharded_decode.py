@@ -1,8 +1,8 @@
 """The model's serving run on meshes of CPU devices, beside the same requests of each shard served on one device.
 
 Run by test_sharded_decode.py with a seed, in a process of its own: JAX settles the number of devices when it starts.
-By itself, with GPUs: ``XLA_FLAGS=--xla_gpu_autotune_level=0 python tests/sharded_decode.py SEED``. Two programs that choose
-their matrix products by timing them would differ in last bits.
+By itself, with GPUs: ``XLA_FLAGS=--xla_gpu_autotune_level=0 python tests/sharded_decode.py SEED``. Two programs that
+choose their matrix products by timing them would differ in last bits.
 """
 
 import re
