@@ -77,10 +77,18 @@ def all_logits(order: str, **options):
     return jax.jit(run, donate_argnums=1)
 
 
-def serve(order: str, steps: Iterable[list[int]], buckets: tuple[int, ...], formats: str = "exact", **options):
+def serve(
+    order: str,
+    steps: Iterable[list[int]],
+    buckets: tuple[int, ...],
+    device: jax.Device,
+    formats: str = "exact",
+    **options,
+):
     """Feed the prompts of ``expected`` in steps of so many tokens of each: the logits of all tokens, by request."""
     options = {"dtype": jnp.float32} | options
     chosen = model(order)
+    weights = jax.device_put(chosen.weights, device)
     schema = chosen.schema(formats)
     manager, cache = CacheManager(schema, token_buckets=buckets), init_cache(schema)
     handles, done, made = [manager.admit(), manager.admit()], [0, 0], ([], [])
@@ -88,7 +96,7 @@ def serve(order: str, steps: Iterable[list[int]], buckets: tuple[int, ...], form
         active = [request for request, count in enumerate(counts) if count]
         plan = manager.prepare_forward({handles[request]: counts[request] for request in active})
         parts = [expected()[f"tokens.{request}"][done[request] :][: counts[request]] for request in active]
-        cache, found = all_logits(order, **options)(chosen.weights, cache, plan, plan.pack_tokens(parts))
+        cache, found = all_logits(order, **options)(weights, cache, plan, plan.pack_tokens(parts))
         for row, request in enumerate(active):
             made[request].append(np.asarray(found)[plan.query_start[row] : plan.query_start[row + 1]])
             done[request] += counts[request]
@@ -136,25 +144,26 @@ def assert_hugging_faces(order: str, found: list[np.ndarray]) -> None:
     ],
     ids=["flash", "pro", "gather", "reference"],
 )
-def test_ragged_prefill_and_decode(order, options, buckets, rng):
+def test_ragged_prefill_and_decode(order, options, buckets, device, rng):
     steps = ragged(rng, buckets[-1] - 10)
-    found = serve(order, steps, buckets, **options)
+    found = serve(order, steps, buckets, device, **options)
     assert [len(ours) for ours in found] == lengths()
     assert_hugging_faces(order, found)
 
 
-def test_prefill_at_once():
-    assert_hugging_faces("flash", serve("flash", [[lengths()[0], 0]], (lengths()[0],)))
+def test_prefill_at_once(device):
+    assert_hugging_faces("flash", serve("flash", [[lengths()[0], 0]], (lengths()[0],), device))
 
 
-def test_decode_token_by_token():
+def test_decode_token_by_token(device):
     """From the first token on, both requests in step."""
-    assert_hugging_faces("flash", serve("flash", [[1, 1]] * min(lengths()), (2, 160)))
+    assert_hugging_faces("flash", serve("flash", [[1, 1]] * min(lengths()), (2, 160), device))
 
 
-def test_greedy_text_without_a_retrace():
+def test_greedy_text_without_a_retrace(device):
     """Hugging Face's tokens, in over 300 steps beside a neighbour that comes and goes, all of one trace."""
     chosen, text = model("flash"), expected()["flash.greedy"]
+    weights = jax.device_put(chosen.weights, device)
     schema, traced = chosen.schema(), []
     manager, cache = CacheManager(schema, token_buckets=(2,)), init_cache(schema)
     prompt = len(text) - 16
@@ -175,7 +184,7 @@ def test_greedy_text_without_a_retrace():
                 neighbour = None
         counts = {request: 1 for request in (handle, neighbour) if request is not None}
         plan, before = manager.prepare_forward(counts), cache
-        cache, found, _ = run(chosen.weights, cache, plan, plan.pack_tokens([[read[fed]]] * len(counts)))
+        cache, found, _ = run(weights, cache, plan, plan.pack_tokens([[read[fed]]] * len(counts)))
         assert all(array.is_deleted() for array in jax.tree.leaves(before))
         if fed == len(read) - 1:
             read.append(int(np.asarray(found)[0].argmax()))
@@ -183,9 +192,9 @@ def test_greedy_text_without_a_retrace():
     assert len(traced) == 1
 
 
-def test_bfloat16_activations_and_a_quantized_cache():
+def test_bfloat16_activations_and_a_quantized_cache(device):
     """As close as 8 bits of every activation and stored entries in fp8 and keys in fp4 go: 0.02 was measured."""
-    (found,) = serve("flash", [[160, 0]], (160,), formats="default", dtype=jnp.bfloat16)
+    (found,) = serve("flash", [[160, 0]], (160,), device, formats="default", dtype=jnp.bfloat16)
     theirs = expected()["flash.logits.0"][:160]
     assert np.sqrt(np.mean((found - theirs) ** 2)) < 0.08
 
