@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dsv4_jax import LayerKind
+from dsv4_jax import CacheFormats, CacheSchema, LayerKind, tiny_spec
 from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS, WINDOW_FORMATS
 from dsv4_jax.tools.bench import decode, formats, measure, reads, traffic
 from dsv4_jax.tools.bench.cases import all_cases
@@ -208,7 +208,7 @@ def test_bench_runs_every_case_and_writes_json_and_a_picture(run, tmp_path):
     for case in found["cases"]:
         assert {"microseconds", "spread", "bytes", "gigabytes_per_second"} <= case.keys()
         assert "error" not in case
-        attends = case["name"].startswith(("attend", "index_topk", "step/flash"))
+        attends = case["name"].startswith(("attend", "index_topk", "step/flash", "life/drafts"))
         reads = attends or case["name"].startswith("model")
         assert ("percent_of_read" if reads else "percent_of_copy") in case
         assert ("percent_of_matmul" in case) == attends
@@ -223,8 +223,24 @@ def test_bench_runs_every_case_and_writes_json_and_a_picture(run, tmp_path):
     assert model["tokens_per_second"] == pytest.approx(2e6 / model["microseconds"], abs=0.1)
     assert (model["layers"], model["experts"]) == (2, 8)
     assert 2 <= model["experts_chosen"] <= 4
+    check_lifecycle({case["name"]: case for case in found["cases"] if case["name"].startswith("life/")})
     assert "tokens/s" in result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def check_lifecycle(cases):
+    """A slot moves whole, but for its row of the table; a request's blocks do not move within the device."""
+    assert cases["life/drafts/2x4"]["native_calls"] == 1 + 3 * 2 + 2 * 2
+    schema = CacheSchema(tiny_spec(), CacheFormats(), 3, 15, 640, snapshots=2)
+    block, table_row = schema.bytes_per_block, 4 * schema.max_blocks
+    slot, snapshot = schema.bytes_per_slot - table_row, schema.bytes_per_snapshot - table_row
+    for tokens, blocks, padded in ((256, 3, 4), (512, 5, 8)):
+        moved = {name.split("/")[1]: case["bytes"] for name, case in cases.items() if name.endswith(f"/{tokens}")}
+        assert (moved["hit"], moved["fork"]) == (2 * snapshot, 2 * (slot + block))
+        assert moved["preempt"] == moved["resume"] == slot + padded * block
+        assert moved["save"] == moved["load"]
+        assert slot + blocks * block < moved["save"] < slot + blocks * block + 10_000
+        assert moved["recompute"] is None
 
 
 def test_bench_times_the_reference_too(run, tmp_path):

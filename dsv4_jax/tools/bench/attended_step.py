@@ -85,11 +85,11 @@ def attended_step(cache: Cache, plan: StepPlan, inputs: dict[str, Any], parts: t
 
 
 def placed_cache(schema: CacheSchema, plan: StepPlan) -> Cache:
-    """A noisy cache whose windows hold the rows before the plan's tokens: one token for each request, on the host."""
+    """A noisy cache whose windows hold the rows before the plan's tokens; the plan is full, and on the host."""
     cache, ring = noisy_cache(schema), np.arange(schema.ring)
-    before = plan.token_position[:, None] - 1
+    before = plan.request_start[:, None] - 1
     positions = np.full(cache.window_positions.shape, -1, np.int32)
-    positions[:, plan.token_slot] = before - (before - ring) % schema.ring
+    positions[:, plan.request_slot] = before - (before - ring) % schema.ring
     return cache.with_arrays({"window_positions": jnp.asarray(positions)})
 
 
@@ -128,14 +128,14 @@ class Decoding(NamedTuple):
         return (self.replays + self.replays // 3) * (self.trials + 1)
 
 
-def decoding(requests: int, scale: Scale, measurements: int) -> Decoding:
-    """As many requests as are asked for, for that many measurements one after the other."""
+def decoding(requests: int, scale: Scale, measurements: int, *, tokens: int = 1, lookahead: int = 0) -> Decoding:
+    """As many requests as are asked for, for that many measurements one after the other, of so many tokens of each."""
     full = scale.name == "full"
     spec = deepseek_v4_flash() if full else tiny_spec()
     trials, replays = (max(scale.trials // 2, 2), MOST_REPLAYS) if full else (1, 3)
-    planned = (replays + replays // 3) * (trials + 1) * measurements
-    first = scale.gather_context - (planned + 128) // 2
-    schema = schema_of(spec, requests, -(-(first + planned + 128) // 128) * 128)
+    brought = (replays + replays // 3) * (trials + 1) * measurements * tokens
+    first = scale.gather_context - (brought + 128) // 2
+    schema = schema_of(spec, requests, -(-(first + brought + 128) // 128) * 128, lookahead=lookahead)
     return Decoding(schema, first + np.arange(requests) * 128 // requests, replays, trials)
 
 
@@ -180,26 +180,30 @@ def measured(
     )
 
 
-def counted(schema: CacheSchema, plans: Sequence[StepPlan]) -> dict[str, Any]:
-    """The bytes and operations of an average step of these, a token of each request, as ``Outcome`` has them."""
-    ones = np.ones(schema.slots, np.int64)
-    shapes = [StepShape(np.array(plan.token_position, np.int64), ones) for plan in plans]
+def counted(schema: CacheSchema, plans: Sequence[StepPlan], tokens: int = 1) -> dict[str, Any]:
+    """The bytes and operations of an average step of these, of so many tokens of each request, for an ``Outcome``."""
+    counts = np.full(schema.slots, tokens)
+    shapes = [StepShape(np.array(plan.token_position, np.int64)[::tokens], counts) for plan in plans]
     moved, operations = np.mean([step_traffic(schema, shape) for shape in shapes], axis=0)
     return {"bytes_moved": int(moved), "operations": int(operations), "reads": True}
 
 
-def whole_decode(requests: int, scale: Scale, implementation: Implementation) -> Outcome:
+def whole_decode(
+    requests: int, scale: Scale, implementation: Implementation, *, tokens: int = 1, lookahead: int = 0
+) -> Outcome:
     """Microseconds of a decode step of requests in long contexts, steps dispatched back to back.
+
+    With several tokens of each request it is a step that verifies drafts.
 
     Every step has a plan of its own; all are on the device before.
 
     Remarks: CUDA graphs, native calls, megabytes of temporaries, and what each part adds to the step, in microseconds
     and as a share of it.
     """
-    work = decoding(requests, scale, len(PARTS))
-    manager = CacheManager(work.schema, token_buckets=(requests, scale.gather_context))
-    tokens = admit(manager, work.lengths), np.ones(requests, np.int64)
-    plans = [manager.prepare_forward(tokens) for _ in range(len(PARTS) * work.dispatches)]
+    work = decoding(requests, scale, len(PARTS), tokens=tokens, lookahead=lookahead)
+    manager = CacheManager(work.schema, token_buckets=(requests * tokens, work.schema.max_context))
+    brought = admit(manager, work.lengths), np.full(requests, tokens)
+    plans = [manager.prepare_forward(brought) for _ in range(len(PARTS) * work.dispatches)]
     cache, inputs = placed_cache(work.schema, plans[0]), attended_inputs(work.schema.spec, plans[0])
     on_device = [sent(plan) for plan in plans]
     timings: list[Timing] = []
@@ -210,7 +214,7 @@ def whole_decode(requests: int, scale: Scale, implementation: Implementation) ->
         timing, cache, remarks = measured(work, run, cache, mine, inputs)
         timings.append(timing)
     remarks |= added([timing.microseconds for timing in timings])
-    return Outcome(timings[-1], remarks, **counted(work.schema, plans[-work.dispatches :]))
+    return Outcome(timings[-1], remarks, **counted(work.schema, plans[-work.dispatches :], tokens))
 
 
 def added(microseconds: Sequence[float]) -> dict[str, float]:

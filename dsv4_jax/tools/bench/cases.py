@@ -16,6 +16,7 @@ from dsv4_jax.spec.kinds import LayerKind
 from dsv4_jax.tools.bench import attention, decode, formats, reads
 from dsv4_jax.tools.bench.attended_step import whole_decode
 from dsv4_jax.tools.bench.attention import chunk_shape, decode_shape
+from dsv4_jax.tools.bench.lifecycle import OPERATIONS, lifecycle
 from dsv4_jax.tools.bench.measure import Outcome
 from dsv4_jax.tools.bench.mesh_step import step_of_shards
 from dsv4_jax.tools.bench.model_step import whole_model
@@ -67,6 +68,7 @@ def all_cases(scale: Scale) -> list[Case]:
         *_steps(scale),
         *_meshes(scale),
         *_models(scale),
+        *_lifecycle(scale),
     ]
 
 
@@ -237,3 +239,14 @@ def _models(scale: Scale) -> Iterator[Case]:
     for batch, context in itertools.product(scale.model_batches, scale.model_contexts):
         run = functools.partial(whole_model, batch, context)
         yield Case(f"model/flash/b{batch}/{context}", run=run, has_reference=False)
+
+
+def _lifecycle(scale: Scale) -> Iterator[Case]:
+    for tokens in (scale.prefill, scale.gather_context):
+        for operation in OPERATIONS:
+            run = functools.partial(lifecycle, operation, tokens)
+            yield Case(f"life/{operation}/{tokens}", run=run, has_reference=False)
+    batch, drafts = scale.step_batches[-1], 3
+    for tokens in (1 + drafts, 1):  # what a step with drafts takes, and what each of as many steps without takes
+        run = functools.partial(whole_decode, batch, tokens=tokens, lookahead=drafts)
+        yield Case(f"life/drafts/{batch}x{tokens}", run=run, has_reference=False)
