@@ -31,8 +31,8 @@ def table(run: Run) -> Table:
         made.add_row(*_cells(result, run, with_reference))
     made.caption = (
         "bytes: the fewest that the op must move, read and written. copy: a device copy in the same run; for attend, "
-        "index_topk, step/flash, life/drafts, mesh and model a device read. matmul: a product of bfloat16 matrices in the "
-        "same run. step/, mesh/, model/, life/ and host/: what host and device take together, and the host alone."
+        "index_topk, step/flash, life/drafts, mesh and model a device read. matmul: a product of bfloat16 matrices in "
+        "the same run. step/, mesh/, model/, life/ and host/: what host and device take together, and the host alone."
     )
     return made
 
