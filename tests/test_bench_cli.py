@@ -229,11 +229,11 @@ def test_bench_runs_every_case_and_writes_json_and_a_picture(run, tmp_path):
 
 
 def check_lifecycle(cases):
-    """A slot moves whole, but for its row of the table; a request's blocks do not move within the device."""
+    """A slot moves whole, but for its rows of the tables; a request's blocks do not move within the device."""
     assert cases["life/drafts/2x4"]["native_calls"] == 1 + 3 * 2 + 2 * 2
     schema = CacheSchema(tiny_spec(), CacheFormats(), 3, 15, 640, snapshots=2)
-    block, table_row = schema.bytes_per_block, 4 * schema.max_blocks
-    slot, snapshot = schema.bytes_per_slot - table_row, schema.bytes_per_snapshot - table_row
+    block, tables = schema.bytes_per_block, schema.table_bytes
+    slot, snapshot = schema.bytes_per_slot - tables, schema.bytes_per_snapshot - tables
     for tokens, blocks, padded in ((256, 3, 4), (512, 5, 8)):
         moved = {name.split("/")[1]: case["bytes"] for name, case in cases.items() if name.endswith(f"/{tokens}")}
         assert (moved["hit"], moved["fork"]) == (2 * snapshot, 2 * (slot + block))
