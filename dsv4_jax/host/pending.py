@@ -30,9 +30,11 @@ class Pending(Generic[T]):
 
     def add(self, *things: T) -> tuple[Write, ...]:
         """Puts things at the end."""
+        if not things:
+            return ()
         first = self._number
         self._number = first + len(things)
-        return tuple((self._waiting, number, thing) for number, thing in enumerate(things, first))
+        return ((self._waiting, EACH, dict(enumerate(things, first))),)
 
     def take(self) -> tuple[tuple[T, ...], tuple[Write, ...]]:
         """Everything that waits, in order, and the writes after which nothing does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -208,12 +209,12 @@ class Telling:
         if not run or not self._prefix.tells:
             return
         first, salt = end - len(run), (chain.salt,) if chain.salt else None
-        tokens = np.frombuffer(b"".join(link.tokens for link in run), BLOCK_TOKEN)
+        hashes, tokens = zip(*run, strict=True)
         self._events.append(
             BlockStored(
-                block_hashes=tuple(link.hash for link in run),
+                block_hashes=hashes,
                 parent_block_hash=chain.links[first - 1].hash if first else None,
-                token_ids=tuple(tokens.tolist()),
+                token_ids=struct.unpack(f"<{BLOCK_TOKENS * len(run)}i", b"".join(tokens)),
                 block_size=BLOCK_TOKENS,
                 extra_keys=(salt,) * len(run),
             )

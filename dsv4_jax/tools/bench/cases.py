@@ -220,7 +220,7 @@ def _steps(scale: Scale) -> Iterator[Case]:
     for batch in scale.step_batches:
         run = functools.partial(whole_decode, batch)
         yield Case(f"step/flash/b{batch}", run=run, quick=True, has_reference=False)
-    for part in ("prepare_forward", "device_put", "dispatch"):
+    for part in ("prepare_forward", "device_put", "dispatch", "send_and_dispatch"):
         run = functools.partial(host_part, part)
         yield Case(f"host/step/b{scale.step_requests}/{part}", run=run, has_reference=False)
     name = f"host/prepare_forward/{scale.host_requests}"

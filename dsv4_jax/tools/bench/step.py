@@ -259,7 +259,8 @@ def host_part(part: str, scale: Scale, implementation: Implementation) -> Outcom
     """What the host alone spends on one part of a planned step, microseconds; the device is idle when it begins.
 
     Args:
-      part: "prepare_forward", "device_put" of its plan, or "dispatch" of a step whose plan is on the device.
+      part: "prepare_forward", "device_put" of its plan, "dispatch" of a step whose plan is on the device, or
+        "send_and_dispatch" of one whose plan is NumPy's: with "prepare_forward" that is a planned step.
       scale: sizes.
       implementation: of the ops.
     """
@@ -272,6 +273,7 @@ def host_part(part: str, scale: Scale, implementation: Implementation) -> Outcom
         "prepare_forward": step.plan,
         "device_put": lambda: sent(first),
         "dispatch": lambda: step.dispatch(on_device),
+        "send_and_dispatch": lambda: step.dispatch(first),
     }[part]
     times = []
     for trial in range(trials + 1):
