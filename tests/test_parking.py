@@ -93,6 +93,25 @@ class Pair:
         assert_same_bytes(self.driver.visible(request), self.alone.visible(self.twin[request]), f"request {request}")
 
 
+def test_a_resumed_request_compiles_no_step_again(device, rng):
+    """Arrays of the cache that came from the host are to JAX what the others are."""
+    schema = CacheSchema(SPEC, CacheFormats(), slots=2, blocks=8, max_context=512)
+    manager, cache = CacheManager(schema, token_buckets=(2, 256)), init_cache(schema)
+    step = jax.jit(lambda cache: jax.tree.map(lambda array: array + 0, cache), donate_argnums=0)
+    transfer = jax.jit(lambda cache, transfers: apply_transfers(cache, transfers), donate_argnums=0)
+    for _ in range(3):
+        request = manager.admit()
+        manager.prepare_forward({request: 200})
+        cache = step(cache)
+        state = preempt(cache, manager, request)
+        request, cache = resume(cache, manager, state)
+        twin = manager.fork(request)
+        cache = transfer(cache, manager.take_transfers())
+        manager.release(request)
+        manager.release(twin)
+    assert (step._cache_size(), transfer._cache_size()) == (1, 1)
+
+
 @pytest.mark.parametrize("through", [through_memory, through_bytes, through_a_file])
 @pytest.mark.parametrize("hca_tail", HCA_TAILS)
 def test_a_preempted_request_goes_on_bit_for_bit(device, rng, tmp_path, hca_tail, through):

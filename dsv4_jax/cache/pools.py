@@ -139,7 +139,8 @@ def init_cache(
 
     Args:
       schema: what to make; of one shard, where there are several.
-      device: a device, or a ``jax.sharding.Sharding`` that keeps every array whole; JAX's default device if None.
+      device: a device, or a ``jax.sharding.Sharding`` that keeps every array whole; JAX's default device if None. The
+        arrays are committed to it: a step whose other arguments are committed elsewhere is an error of JAX.
       mesh: the devices of a cache of several shards, for use inside ``jax.shard_map``; with ``axis`` and without
         ``device``.
       axis: name (or names) of the mesh axis along which shards lie side by side, on the slots' or blocks' axis of every
@@ -156,7 +157,7 @@ def init_cache(
     if mesh is not None and axis is not None:
         return _create_shards(schema, mesh, axis)
     if device is None:
-        return _create(schema)
+        device = _default_device()
     if isinstance(device, jax.Device):
         device = SingleDeviceSharding(device)
     if not isinstance(device, Sharding):
@@ -166,7 +167,23 @@ def init_cache(
             f"{device} splits arrays, and XLA would gather them for every op. For a cache of one shard per device use "
             f"init_cache(schema, mesh=mesh, axis='data'), and run the step inside jax.shard_map."
         )
-    return jax.jit(_empty, static_argnums=(0, 1), out_shardings=device)(schema)
+    return _creator(device)(schema)
+
+
+def _default_device() -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
+    """Named, so that the cache is committed to it: what a resumed request brings is, and to JAX the mixture of both is
+    another type of argument, for which it compiles every program that takes the cache again.
+    """
+    config: Any = jax.config
+    chosen = config.jax_default_device
+    if isinstance(chosen, jax.Device):
+        return chosen
+    return jax.local_devices(backend=chosen)[0]
+
+
+@functools.cache
+def _creator(device: Sharding) -> Any:
+    return jax.jit(_empty, static_argnums=(0, 1), out_shardings=device)
 
 
 def _create_shards(schema: CacheSchema, mesh: Mesh, axis: str | tuple[str, ...]) -> Cache:
@@ -202,9 +219,6 @@ def _empty(schema: CacheSchema, shards: int = 1) -> Cache:
             arrays[name] = jnp.full(shape, -1 if name in (*TABLES, "window_positions") else 0, array.dtype)
     shared: dict[str, Any] = {name: arrays.pop(name) for name in _SHARED}
     return Cache(**shared, pools=arrays, schema=schema, shards=shards)
-
-
-_create = jax.jit(_empty, static_argnums=(0, 1))
 
 
 # The pytree. JAX takes a cache apart and puts it together at every dispatch, so this is kept short: no shape is looked

@@ -55,8 +55,7 @@ class Server:
         context = blocks * BLOCK_TOKENS
         self.schema = CacheSchema(spec, CacheFormats(), _SLOTS, _SLOTS * blocks, context, snapshots=2)
         self.manager = CacheManager(self.schema, token_buckets=(scale.chunk, context))
-        # On a device by name, as what comes back from the host is: else programs are compiled again for the mixture.
-        self.cache: Cache = init_cache(self.schema, device=jax.devices()[0])
+        self.cache: Cache = init_cache(self.schema)
         self.chunk = scale.chunk
         self.compile_seconds = 0.0
 
