@@ -145,6 +145,15 @@ def softmax_attention(queries, rows, sinks, rotary, token) -> tuple[np.ndarray, 
     return output, (peak + np.log(total))[:, 0]
 
 
+def assert_as_tensor_cores(got, expected, what: str) -> None:
+    """Outputs [..., channels] differ by no more than what bfloat16 weights allow."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert np.isfinite(got).all()
+    wrong = np.abs(got - expected) > np.maximum(1e-3, 2.01 / 128 * np.abs(expected))
+    assert not wrong.any(), f"{what}: {wrong.sum()} of {wrong.size} are off, {np.argwhere(wrong)[0]} first"
+    assert 1 - 2 * (got * expected).sum() / ((got**2).sum() + (expected**2).sum()) <= 5e-6
+
+
 def assert_attended(attended: Attended, token: int, queries, rows, sinks, rotary, *, exact: bool) -> None:
     """Float32 is within 1e-5 of float64; what tensor cores multiply is within what bfloat16 weights allow."""
     output, lse = softmax_attention(queries, rows, sinks, rotary, token)
@@ -152,8 +161,5 @@ def assert_attended(attended: Attended, token: int, queries, rows, sinks, rotary
     if exact and attended.output.dtype == jnp.float32:
         np.testing.assert_allclose(got, output, rtol=0, atol=1e-5)
     else:
-        assert np.isfinite(got).all()
-        wrong = np.abs(got - output) > np.maximum(1e-3, 2.01 / 128 * np.abs(output))
-        assert not wrong.any(), f"token {token}: {wrong.sum()} of {wrong.size} are off, {np.argwhere(wrong)[0]} first"
-        assert 1 - 2 * (got * output).sum() / ((got**2).sum() + (output**2).sum()) <= 5e-6
+        assert_as_tensor_cores(got, output, f"token {token}")
     np.testing.assert_allclose(attended.lse[token], lse, rtol=0, atol=1e-5 if exact else 1e-3)

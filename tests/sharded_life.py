@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from aot import assert_in_place
+from attended import assert_as_tensor_cores
 from harness import SPEC, Driver, assert_same_bytes, inputs_of, random_tokens, random_weights
 from jax.sharding import AxisType, PartitionSpec
 
@@ -131,7 +132,11 @@ class Shards:
             alone.cache, outputs = alone._step(alone.cache, plan, self.weights, brought, queries)
             assert_same_bytes(view.visible(local), alone.visible(again), f"request {request} of {length}")
             if request in self.seen:
-                np.testing.assert_array_equal(self.seen[request], np.asarray(outputs)[:, length - 1])
+                expected = np.asarray(outputs)[:, length - 1]
+                if jax.default_backend() == "cpu":
+                    np.testing.assert_array_equal(self.seen[request], expected)
+                else:  # how a token's rows are split over blocks follows from how many tokens a step has
+                    assert_as_tensor_cores(self.seen[request], expected, f"request {request} of {length}")
             alone.manager.release(again)
 
 
