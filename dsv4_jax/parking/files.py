@@ -34,8 +34,9 @@ def encode(record: RequestRecord, slot: Rows, blocks: Sequence[Rows]) -> list[An
     tensors: dict[str, NDArray[Any]] = {"tokens": record.tokens.astype("<i4")}
     tensors |= {f"slot.{name}": np.asarray(array) for name, array in slot.items()}
     for name in blocks[0] if blocks else ():
-        chunks = np.concatenate([np.asarray(chunk[name]) for chunk in blocks], axis=1)
-        tensors[f"blocks.{name}"] = chunks[:, : record.blocks]
+        left = [record.blocks - first for first in range(0, record.blocks, CHUNK_BLOCKS)]
+        chunks = (np.asarray(chunk[name])[:, :count] for chunk, count in zip(blocks, left, strict=True))
+        tensors[f"blocks.{name}"] = np.concatenate([*chunks], axis=1)
     content = {
         "version": _VERSION,
         "made_for": record.made_for,
@@ -48,8 +49,8 @@ def encode(record: RequestRecord, slot: Rows, blocks: Sequence[Rows]) -> list[An
     return tensor_files.encode(tensors, {_KEY: text, _DIGEST: hashlib.sha256(text.encode()).hexdigest()})
 
 
-def decode(data: bytes | bytearray | memoryview, path: Path) -> tuple[RequestRecord, Rows, tuple[Rows, ...]]:
-    """What the bytes of a file, which errors call ``path``, hold.
+def decode(data: bytes, path: Path) -> tuple[RequestRecord, Rows, tuple[Rows, ...]]:
+    """What the bytes of a file, which errors call ``path``, hold; views of these but for tokens and the last chunk.
 
     Raises:
       TensorFileError: they are something else, or damaged.
@@ -105,10 +106,14 @@ def _record(content: Mapping[str, Any], tokens: NDArray[Any] | None, path: Path)
 def _chunked(pages: Rows, blocks: int) -> tuple[Rows, ...]:
     chunks = []
     for first in range(0, blocks, CHUNK_BLOCKS):
-        part = {name: array[:, first : first + CHUNK_BLOCKS] for name, array in pages.items()}
-        more = padded_size(min(CHUNK_BLOCKS, blocks - first)) - min(CHUNK_BLOCKS, blocks - first)
-        padding = lambda array, more=more: ((0, 0), (0, more), *[(0, 0)] * (array.ndim - 2))  # noqa: E731
-        chunks.append({name: np.pad(array, padding(array)) for name, array in part.items()})
+        count = min(CHUNK_BLOCKS, blocks - first)
+        part = {name: array[:, first : first + count] for name, array in pages.items()}
+        if more := padded_size(count) - count:  # of the last one alone
+            padding = {
+                name: np.zeros((len(array), more, *array.shape[2:]), array.dtype) for name, array in part.items()
+            }
+            part = {name: np.concatenate([array, padding[name]], axis=1) for name, array in part.items()}
+        chunks.append(part)
     return tuple(chunks)
 
 

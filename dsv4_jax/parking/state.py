@@ -194,6 +194,6 @@ def load_state(path: str | Path) -> RequestState:
 
 def _decode(data: bytes | bytearray | memoryview, path: Path) -> RequestState:
     try:
-        return RequestState(*files.decode(data, path))
+        return RequestState(*files.decode(bytes(data), path))
     except TensorFileError as error:
         raise StateError(str(error)) from error
