@@ -7,7 +7,7 @@ from test_blocks import assert_balanced
 from test_deepseek_v4 import all_logits, model
 from test_prefix_books import make
 
-from dsv4_jax import CacheChecker, CacheManager, CacheSchema, apply_transfers, init_cache
+from dsv4_jax import CacheChecker, CacheManager, CacheSchema, ShardedManager, apply_transfers, init_cache
 from dsv4_jax.host.errors import CannotTruncate
 from dsv4_jax.layout.formats import HCA_TAILS, PROFILES
 
@@ -133,6 +133,70 @@ def test_what_may_happen_to_a_request_that_is_being_rebuilt(device, shared):
     prompts.release(second)
     prompts.release(twin)
     assert_balanced(manager._ledger)
+
+
+def computed(manager, ids, *ends):
+    """A request of this prompt, in steps up to these lengths."""
+    request = manager.admit(manager.match_prefix(ids))
+    for end in ends:
+        manager.take_transfers()
+        manager.commit(manager.prepare_forward({request: end - manager.length(request)}), 1)
+    manager.take_transfers()
+    return request
+
+
+def test_a_request_that_begins_with_blocks_alone_can_be_cut_to_nothing(rng):
+    """Even before its first step: it then reads nothing of the prompt that it was admitted with."""
+    manager = CacheManager(make(snapshots=2).schema, token_buckets=(1024,), rebuild=True)
+    ids = rng.integers(0, 99, 257).astype(np.int32)
+    first = computed(manager, ids, 250, 257)
+    second = computed(manager, ids)
+    assert (manager.length(second), manager.blocks(second).size) == (0, 2)
+    manager.truncate(second, 0)
+    assert not manager.blocks(second).size
+    manager.prepare_forward({second: 257})
+    assert not {*manager.blocks(first).tolist()} & {*manager.blocks(second).tolist()}
+    assert_balanced(manager._ledger)
+
+
+def test_what_a_request_that_is_being_rebuilt_would_lose(rng):
+    """What it has computed since it was admitted: preempted, it can begin again where it did."""
+    manager = CacheManager(make(snapshots=2).schema, token_buckets=(1024,), rebuild=True)
+    ids = rng.integers(0, 99, 897).astype(np.int32)
+    first = computed(manager, ids, 890, 897)
+    begin = manager.match_prefix(ids).length
+    second = computed(manager, ids)
+    assert 0 < manager.length(second) == begin
+    assert (manager.lost_tokens(second), manager.propose_victim()) == (0, second)
+    manager.commit(manager.prepare_forward({second: 100}), 1)
+    assert manager.lost_tokens(second) == 100
+    third = computed(manager, ids, 896)  # a snapshot is there now
+    assert manager.match_prefix(ids).length == 896
+    assert manager.lost_tokens(second) == 0
+    record = manager.preempt(second)
+    again = manager.admit(manager.match_prefix(record.tokens))
+    assert manager.length(again) == 896
+    for request in (first, third, again):
+        manager.release(request)
+    assert_balanced(manager._ledger)
+
+
+def test_of_several_shards_the_one_that_leaves_fewest_tokens_is_chosen(rng):
+    """And to be recorded, the one whose snapshot is furthest, however many blocks lie elsewhere."""
+    schema = make(snapshots=2).schema
+    shards = ShardedManager(schema, 3, token_buckets=(1024,), rebuild=True)
+    ids = rng.integers(0, 99, 897).astype(np.int32)
+    computed(shards.managers[1], ids[:257], 256)
+    computed(shards.managers[2], ids, 890, 897)
+    match = shards.match_prefix(ids)
+    assert (match.length, match.stored) == (640, 896)
+    rooms = shards.rooms(match)
+    assert [(room.cached, room.stored) for room in rooms] == [(0, 0), (256, 256), (640, 896)]
+    assert shards.place(shards.admit(match))[0] == 2
+    assert shards.shard_to_record(match) == 1
+    short = shards.match_prefix(ids[:250])
+    assert (short.length, short.stored) == (0, 128)
+    assert shards.best_shard(short) == 1, "the blocks of shards 1 and 2 are as good, shard 0 has none"
 
 
 def test_only_who_says_so_rebuilds(rng):

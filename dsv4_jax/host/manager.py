@@ -129,14 +129,14 @@ class CacheManager(Parking):
         table, _ = self._state()
         slot = table.slot(request)
         length, current = integer("length", length), int(table.lengths[slot])
-        if length == current:
+        floor = int(self._prefix.floors[slot])
+        if length == current and (length or not floor):  # at 0 it may have begun with blocks alone
             return
         if length == 0:
             forgotten = *table.forget(slot), *self._drafts.forget(slot), *self._prefix.truncate(slot, 0)
             self._journal.write((*self._free_blocks(np.array([slot]), np.zeros(1, np.int64)), *forgotten))
             return
         peak = max(int(table.peaks[slot]), current)
-        floor = int(self._prefix.floors[slot])
         check_truncation(self._schema, request, current, peak, length, self._drafts.is_open(slot), floor)
         self._journal.write(
             (

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dsv4_jax.host.admission import Admission
 from dsv4_jax.host.errors import LengthUnknown, NothingCached, PromptTooLong
 from dsv4_jax.host.hashing import Match, chain, tokens_of
-from dsv4_jax.host.prefix import Chain
+from dsv4_jax.host.prefix import Chain, Hit
 from dsv4_jax.host.telling import Telling
 from dsv4_jax.layout.schema import CacheSchema
 from dsv4_jax.spec.kinds import BLOCK_TOKENS
@@ -28,7 +28,7 @@ class RequestRecord:
       length: its tokens in the cache.
       blocks: how many it holds.
       peak: the longest it has been since nothing older of it is left, see ``CacheManager.truncate``.
-      floor: the length that it began with, from a prefix.
+      floor: the tokens whose blocks it began with, those of a prefix; it has no state below that length.
       stored: how many of its tokens are known, and known to be in the cache; others may share blocks of these.
       tokens: int32 [known], its first tokens, as many as are known; the rest of its prompt among them.
       salt: of ``match_prefix``; None for a request that was admitted without a match, of which no tokens are known.
@@ -74,7 +74,7 @@ class Parking(Admission):
     """The operations of ``CacheManager`` by which requests are preempted, moved and resumed."""
 
     def record(self, what: int | Match) -> tuple[RequestRecord, Places]:
-        """What is to be written down of a request, or of as much of a prompt as is cached, and where it lies.
+        """What is to be written down of a request, or of a prompt up to its last snapshot, and where it lies.
 
         For ``take_state``, which reads the arrays there; nothing changes. Of a request that is being rebuilt there
         is nothing worth it but its tokens.
@@ -85,14 +85,14 @@ class Parking(Admission):
         Raises:
           UnknownRequest: not an admitted request.
           LengthUnknown: it has drafts of which nothing is known.
-          NothingCached: nothing of the prompt is.
+          NothingCached: no snapshot of the prompt is there.
           TransfersWait: ``take_transfers`` first, which may be what brings it there.
         """
         table, ledger = self._state()
         self._require_no_transfers()
         made_for = describe_requests(self._schema)
         if isinstance(what, Match):
-            hit = self._prefix.find(what.links, what.tokens.size + 1, rebuild=False)
+            hit = self._to_record(what)
             if hit.snapshot is None:
                 raise NothingCached(what.tokens.size)
             length = hit.length
@@ -123,6 +123,14 @@ class Parking(Admission):
             known.worth if known else (),
         )
         return record, Places(slot, ledger.table[slot, : record.blocks].copy())
+
+    def recordable(self, match: Match) -> int:
+        """How many tokens of a prompt ``record`` takes: those before its last snapshot."""
+        self._journal.finish()
+        return self._to_record(match).length
+
+    def _to_record(self, match: Match) -> Hit:
+        return self._prefix.find(match.links, match.tokens.size + 1, rebuild=False)
 
     def preempt(self, request: int) -> RequestRecord:
         """Takes a request's slot and blocks, to be resumed by computing again what is not cached by then.
@@ -199,14 +207,18 @@ class Parking(Admission):
         self._journal.write((*writes, *self._transfers.add(*wishes)))
 
     def lost_tokens(self, request: int) -> int:
-        """How many of a request's tokens would have to be computed again if it were preempted without its state."""
+        """How many of a request's tokens would have to be computed again if it were preempted without its state.
+
+        Of one that is being rebuilt those that it has computed so far, since it could begin again where it did.
+        """
         table, _ = self._state()
         slot = table.slot(request)
         length, known = int(table.lengths[slot]), self._prefix.chains.get(slot)
         if known is None:
             return length
-        links = known.links[: int(self._prefix.stored[slot]) // BLOCK_TOKENS]
-        return length - self._prefix.find(links, length + 1).length
+        floor = int(self._prefix.floors[slot])
+        links = known.links[: max(int(self._prefix.stored[slot]), floor) // BLOCK_TOKENS]
+        return max(length - self._prefix.find(links, max(length, floor) + 1).length, 0)
 
     def propose_victim(self, among: Iterable[int] | None = None) -> int | None:
         """The request to preempt when room is short: the one with the fewest ``lost_tokens``, of several the latest.

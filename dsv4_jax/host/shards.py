@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ class Room(NamedTuple):
       shard: its number.
       admits: whether it can admit the request.
       cached: tokens of the prompt that need not be computed there.
+      stored: tokens of the prompt whose blocks are there, see ``Match``.
       free_blocks: blocks that no request holds or was promised.
       free_slots: how many more requests it can have.
     """
@@ -41,6 +43,7 @@ class Room(NamedTuple):
     shard: int
     admits: bool
     cached: int
+    stored: int
     free_blocks: int
     free_slots: int
 
@@ -50,8 +53,11 @@ Route = Callable[[Sequence[Room]], int]
 
 
 def most_cached_then_most_room(rooms: Sequence[Room]) -> int:
-    """Where most of the prompt is cached; of several, where most blocks, then slots, are free; the first of these."""
-    return max(rooms, key=lambda room: (room.admits, room.cached, room.free_blocks, room.free_slots, -room.shard)).shard
+    """Where fewest tokens of the prompt need be computed; of several, where most are stored, then where most blocks, then
+    slots, are free; the first of these.
+    """
+    wanted = operator.attrgetter("admits", "cached", "stored", "free_blocks", "free_slots")
+    return max(rooms, key=wanted).shard
 
 
 class ShardedManager:
@@ -140,22 +146,31 @@ class ShardedManager:
     # Admission.
 
     def match_prefix(self, tokens: ArrayLike, *, salt: bytes = b"") -> Match:
-        """As ``CacheManager.match_prefix``; ``length`` is that of the shard where most of the prompt is cached."""
+        """As ``CacheManager.match_prefix``; ``length`` and ``stored`` are those of ``best_shard``."""
         match = self.managers[0].match_prefix(tokens, salt=salt)
         return self.managers[self.best_shard(match)].look_up(match)
 
     def best_shard(self, match: Match) -> int:
-        """The shard where most of a prompt is cached, the first of several."""
-        return max(range(len(self.managers)), key=lambda shard: self.managers[shard].look_up(match).length)
+        """The shard where fewest tokens of a prompt need be computed; of several where most are stored; the first."""
+        found = [manager.look_up(match) for manager in self.managers]
+        return max(range(len(found)), key=lambda shard: (found[shard].length, found[shard].stored))
+
+    def shard_to_record(self, match: Match) -> int:
+        """The shard of which ``record`` takes most of a prompt, the first of several."""
+        recordable = [manager.recordable(match) for manager in self.managers]
+        return recordable.index(max(recordable))
 
     def rooms(self, prompt: int | Match = 0, max_new_tokens: int | None = None) -> list[Room]:
         """What each shard has to offer a request, in order."""
         rooms = []
         for shard, manager in enumerate(self.managers):
             blocks = manager.usage()["blocks"]
-            cached = manager.look_up(prompt).length if isinstance(prompt, Match) else 0
+            admits, cached, stored = manager.can_admit(prompt, max_new_tokens), 0, 0
+            if isinstance(prompt, Match):
+                found = manager.look_up(prompt)
+                cached, stored = found.length, found.stored
             free = blocks.cached + blocks.free - blocks.reserved
-            rooms.append(Room(shard, manager.can_admit(prompt, max_new_tokens), cached, free, manager.free_slots))
+            rooms.append(Room(shard, admits, cached, stored, free, manager.free_slots))
         return rooms
 
     def can_admit(self, prompt: int | Match = 0, max_new_tokens: int | None = None) -> bool:

@@ -83,7 +83,7 @@ def take_state(cache: Cache, manager: CacheManager | ShardedManager, what: int |
       ShardingError: the cache is one of several shards, and the manager is not.
     """
     if isinstance(manager, ShardedManager):
-        shard, local = (manager.best_shard(what), what) if isinstance(what, Match) else manager.place(what)
+        shard, local = (manager.shard_to_record(what), what) if isinstance(what, Match) else manager.place(what)
         return take_state(shard_of(cache, manager.first + shard), manager.managers[shard], local)
     record, places = manager.record(what)
     return RequestState(record, *arrays.read(cache, places))
