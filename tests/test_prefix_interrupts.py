@@ -1,12 +1,11 @@
 """KeyboardInterrupt at every line of what shares prefixes: each operation has happened as a whole, or not at all."""
 
 import contextlib
-import copy
 
 import numpy as np
 import pytest
 from managers import make_manager
-from test_interrupts import aftermath, assert_all_or_nothing
+from test_interrupts import aftermath, assert_all_or_nothing, copies
 
 from dsv4_jax import CacheManager
 from dsv4_jax.host.errors import TransfersWait
@@ -74,7 +73,7 @@ def followed(manager: CacheManager, plans: list) -> list:
         [manager.match_prefix(text).length for text in texts],
         [manager.chunk_limit(request) for request in manager.requests.tolist()],
         [manager.can_admit(manager.match_prefix(text), 300) for text in texts],
-        copy.deepcopy(manager).take_events(),
+        copies(manager)().take_events(),
     ]
     told = aftermath(manager, plans)
     return [*seen, *told, manager.take_events(), [manager.match_prefix(text).length for text in texts]]
@@ -89,6 +88,30 @@ def test_interrupted_at_any_line_an_operation_happened_or_did_not(name):
         origin[0].commit(origin[2][2], 1)
         origin[0].commit(origin[2][0], 1)
     assert_all_or_nothing(origin, operation, followed)
+
+
+REBUILT = {
+    "admit": lambda manager, r, plans: manager.admit(manager.match_prefix(TEXT[:600]), 100),
+    "admit from nothing": lambda manager, r, plans: manager.admit(manager.match_prefix(TEXT[:300])),
+    "fork": lambda manager, r, plans: manager.fork(r[1]),
+    "cut to nothing": lambda manager, r, plans: manager.truncate(r[1], 0),
+    "release": lambda manager, r, plans: manager.release(r[1]),
+    "commit its end": lambda manager, r, plans: manager.commit(plans[0], 1),
+}
+
+
+@pytest.mark.parametrize("name", REBUILT)
+def test_so_it_is_where_states_are_rebuilt(name):
+    """Beside a request that has all of the text, and one that has begun to bring back the state at its fourth block."""
+    manager = CacheManager(make_manager(slots=4, blocks=14, snapshots=2).schema, token_buckets=(8, 1024), rebuild=True)
+    requests, plans = [], []
+    for end in (600, 512):
+        requests.append(manager.admit(manager.match_prefix(TEXT[:600])))
+        manager.take_transfers()
+        plans = [manager.prepare_forward({requests[-1]: end - manager.length(requests[-1])})]
+        if end == 600:
+            manager.commit(plans[0], 1)
+    assert_all_or_nothing((manager, requests, plans), REBUILT[name], followed)
 
 
 def waiting(operation):
