@@ -53,8 +53,8 @@ Route = Callable[[Sequence[Room]], int]
 
 
 def most_cached_then_most_room(rooms: Sequence[Room]) -> int:
-    """Where fewest tokens of the prompt need be computed; of several, where most are stored, then where most blocks, then
-    slots, are free; the first of these.
+    """Where fewest tokens of the prompt need be computed; of several, where most are stored, then where most blocks and
+    then slots are free; the first of these.
     """
     wanted = operator.attrgetter("admits", "cached", "stored", "free_blocks", "free_slots")
     return max(rooms, key=wanted).shard
