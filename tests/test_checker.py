@@ -30,6 +30,7 @@ from dsv4_jax import (
 )
 from dsv4_jax.cache.inspection import expected_of, inspect, no_sums
 from dsv4_jax.host.errors import LengthUnknown, TransfersWait
+from dsv4_jax.layout.schema import TABLES
 
 LAYERS = {"window": (0, 1, 2), "csa": (1,), "hca": (2,)}
 """The layers of the arrays whose names begin so."""
@@ -244,11 +245,15 @@ def wrong_position(rng, damaged):
 
 
 def wrong_block(rng, damaged):
+    name = str(rng.choice(TABLES))
     request = int(rng.choice([request for request in damaged.live if damaged.manager.blocks(request).size]))
     place = int(rng.integers(damaged.manager.blocks(request).size))
-    row = damaged.arrays["block_table"][damaged.manager.slot(request)]
-    row[place] = rng.choice(np.setdiff1d([-(2**31), *range(-1, damaged.schema.blocks + 3), 2**31 - 1], row[place]))
-    return "block_table", None, (request,)
+    slot = damaged.manager.slot(request)
+    row, right = damaged.arrays[name][slot], [int(damaged.manager.blocks(request)[place])]
+    if name == "write_table" and place < damaged.manager.contents().shared[slot]:
+        right.append(-1)
+    row[place] = rng.choice(np.setdiff1d([-(2**31), *range(-1, damaged.schema.blocks + 3), 2**31 - 1], right))
+    return name, None, (request,)
 
 
 def spoil_all_but_what_is_read(damaged):

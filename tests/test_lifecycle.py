@@ -295,7 +295,7 @@ class Lifecycle(RuleBasedStateMachine):
             return
         except CacheFull:
             return
-        if length < request.most:
+        if length < request.most or (request.found and not length):
             request.plans.clear()
             request.length, request.shortened = length, True
             if length == 0:

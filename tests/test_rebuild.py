@@ -7,7 +7,7 @@ from test_blocks import assert_balanced
 from test_deepseek_v4 import all_logits, model
 from test_prefix_books import make
 
-from dsv4_jax import CacheChecker, CacheManager, CacheSchema, ShardedManager, apply_transfers, init_cache
+from dsv4_jax import CacheChecker, CacheDamaged, CacheManager, CacheSchema, ShardedManager, apply_transfers, init_cache
 from dsv4_jax.host.errors import CannotTruncate
 from dsv4_jax.layout.formats import HCA_TAILS, PROFILES
 
@@ -112,7 +112,12 @@ def test_what_may_happen_to_a_request_that_is_being_rebuilt(device, shared):
     with pytest.raises(CannotTruncate, match="being rebuilt, from the blocks of its first 768 tokens") as caught:
         manager.truncate(second, 583)
     assert caught.value.lowest == 584
-    CacheChecker().check(prompts.driver.cache, manager.contents())
+    cache = prompts.driver.cache
+    CacheChecker().check(cache, manager.contents())
+    slot, block = manager.slot(second), int(manager.blocks(second)[4])
+    writes = cache.with_arrays({"write_table": cache.write_table.at[slot, 4].set(block)})
+    with pytest.raises(CacheDamaged, match=f"names block {block}, which the request may only read while"):
+        CacheChecker().check(writes, manager.contents())
 
     twin = manager.fork(second)
     prompts.ids[twin] = ids

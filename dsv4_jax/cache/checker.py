@@ -14,7 +14,7 @@ from dsv4_jax.cache.errors import CacheDamaged, Fault
 from dsv4_jax.cache.inspection import NOTHING, Found, expected_of, inspect, no_sums
 from dsv4_jax.cache.pools import Cache, check_one_shard
 from dsv4_jax.layout.contents import Contents
-from dsv4_jax.layout.schema import CacheSchema
+from dsv4_jax.layout.schema import TABLES, CacheSchema
 from dsv4_jax.spec.kinds import BLOCK_TOKENS
 
 
@@ -33,7 +33,8 @@ class CacheChecker:
         """Raises unless the cache holds what its manager says.
 
         - Block tables: each place of a request names the block that the ledger has for it. (And the ledger agrees with
-          itself: no block has two places, or an owner that it does not count.)
+          itself: no block has two places, or an owner that it does not count.) Write tables: the same, but that blocks
+          which the request began with may be missing, and are while its state is being rebuilt.
         - Window positions: those that a request's next token sees are where they belong, and no other row holds a
           position that belongs elsewhere.
         - No row that a request's next token may read, or that is kept for prompts to come, holds a NaN: window rows,
@@ -55,7 +56,7 @@ class CacheChecker:
         found: Found = inspect(cache, expected_of(contents, before), sums)
         seen = jax.device_get(found._replace(sums={}))
         words = _Words(cache, contents)
-        faults = (*_ledger_faults(contents), *words.table(seen.table), *words.positions(seen.positions))
+        faults = (*_ledger_faults(contents), *words.tables(seen), *words.positions(seen.positions))
         faults += tuple(fault for name, rows in seen.nans.items() for fault in words.nans(name, rows))
         faults += tuple(fault for name, pages in seen.changed.items() for fault in words.changed(name, pages))
         if faults:
@@ -100,18 +101,23 @@ class _Words:
     cache: Cache
     contents: Contents
 
-    def table(self, wrong: NDArray[np.int32]) -> Iterator[Fault]:
-        """Of ``Found.table``."""
-        for slot in (wrong != NOTHING).nonzero()[0].tolist():
-            place = int(wrong[slot])
-            names, meant = int(self.cache.block_table[slot, place]), int(self.contents.table[slot, place])
-            what = f"it names block {names}, the manager says {meant}"
-            if not 0 <= names < self.contents.readable.size:
-                what += f"; there are {self.contents.readable.size} blocks"
-            elif others := self._owners(names):
-                what += f"; {names} is that of request {', '.join(map(str, others))}"
-            where = f"place {place} of slot {slot}, tokens {_span(BLOCK_TOKENS * place, BLOCK_TOKENS)}"
-            yield Fault("block_table", None, _handles(self.contents, np.array([slot])), where, what)
+    def tables(self, found: Found) -> Iterator[Fault]:
+        """Of ``Found.table`` and ``Found.write_table``."""
+        for name, wrong in zip(TABLES, (found.table, found.write_table), strict=True):
+            for slot in (np.asarray(wrong) != NOTHING).nonzero()[0].tolist():
+                yield self._of_table(name, slot, int(wrong[slot]))
+
+    def _of_table(self, name: str, slot: int, place: int) -> Fault:
+        names, meant = int(self.cache.arrays[name][slot, place]), int(self.contents.table[slot, place])
+        what = f"it names block {names}, the manager says {meant}"
+        if names == meant:
+            what = f"it names block {names}, which the request may only read while its state is rebuilt"
+        elif not 0 <= names < self.contents.readable.size:
+            what += f"; there are {self.contents.readable.size} blocks"
+        elif others := self._owners(names):
+            what += f"; {names} is that of request {', '.join(map(str, others))}"
+        where = f"place {place} of slot {slot}, tokens {_span(BLOCK_TOKENS * place, BLOCK_TOKENS)}"
+        return Fault(name, None, _handles(self.contents, np.array([slot])), where, what)
 
     def positions(self, wrong: NDArray[np.int32]) -> Iterator[Fault]:
         """Of ``Found.positions``."""

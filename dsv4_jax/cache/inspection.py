@@ -37,6 +37,7 @@ class Expected(NamedTuple):
     Attributes:
       lengths: int32 [slots + snapshots], as in ``Contents``.
       table: int32 [slots, max_blocks], the same.
+      shared: int32 [slots], the same.
       readable: int32 [blocks], the same.
       same_blocks: bool [blocks], whose bytes must be what they were.
       same_snapshots: bool [snapshots], likewise.
@@ -44,6 +45,7 @@ class Expected(NamedTuple):
 
     lengths: Any
     table: Any
+    shared: Any
     readable: Any
     same_blocks: Any
     same_snapshots: Any
@@ -54,6 +56,7 @@ class Found(NamedTuple):
 
     Attributes:
       table: int32 [slots], the first place whose block is not the ledger's.
+      write_table: int32 [slots], the first place by which a slot's request would store where it must not, or nowhere.
       positions: int32 [layers, slots + snapshots], the first row of the ring that holds a wrong position.
       nans: int32 [layers, pages] of each array, by name: the first row that can be read and holds a NaN.
       changed: bool [layers, pages] of the arrays that ``sums`` are of: whether bytes changed that nobody may write.
@@ -61,6 +64,7 @@ class Found(NamedTuple):
     """
 
     table: jax.Array
+    write_table: jax.Array
     positions: jax.Array
     nans: dict[str, jax.Array]
     changed: dict[str, jax.Array]
@@ -77,8 +81,10 @@ def expected_of(contents: Contents, closed_before: Contents | None) -> Expected:
         same_blocks = same_blocks & closed_blocks(closed_before) & (contents.opened == closed_before.opened)
         held_before = closed_before.lengths[contents.requests.size :] > 0
         same_snapshots = same_snapshots & held_before & (contents.taken == closed_before.taken)
-    lengths, readable = contents.lengths.astype(np.int32), contents.readable.astype(np.int32)
-    return Expected(lengths, contents.table, readable, same_blocks, same_snapshots)
+    lengths, shared, readable = (
+        numbers.astype(np.int32) for numbers in (contents.lengths, contents.shared, contents.readable)
+    )
+    return Expected(lengths, contents.table, shared, readable, same_blocks, same_snapshots)
 
 
 def closed_blocks(contents: Contents) -> np.ndarray:
@@ -121,6 +127,7 @@ def inspect(cache: Cache, expected: Expected, sums: dict[str, jax.Array]) -> Fou
     }
     return Found(
         _wrong_places(cache.block_table, expected),
+        _wrong_to_write(cache.write_table, expected),
         _wrong_positions(cache.window_positions, expected.lengths, schema),
         nans,
         changed,
@@ -245,3 +252,12 @@ def _wrong_places(table: jax.Array, expected: Expected) -> jax.Array:
     """``Found.table``: all places that the ledger has a block for. Later ones are set before they are used."""
     held = in_range(expected.table, expected.readable.size)
     return _first(held & (table[: expected.table.shape[0]] != expected.table))
+
+
+def _wrong_to_write(table: jax.Array, expected: Expected) -> jax.Array:
+    """``Found.write_table``: likewise, but that blocks which a request began with may be missing, or have to be."""
+    slots, places = expected.table.shape
+    missing, shared = table[:slots] == -1, jnp.arange(places)[None] < expected.shared[:, None]
+    is_rebuilt = shared & (expected.lengths[:slots] == 0)[:, None]
+    right = jnp.where(is_rebuilt, missing, (table[:slots] == expected.table) | (shared & missing))
+    return _first(in_range(expected.table, expected.readable.size) & ~right)

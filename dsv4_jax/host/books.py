@@ -180,6 +180,7 @@ class Books:
             requests=table.handles.copy(),
             lengths=lengths,
             table=ledger.table.copy(),
+            shared=self._prefix.floors // BLOCK_TOKENS,
             references=ledger.references.copy(),
             places=ledger.place.copy(),
             readable=readable,

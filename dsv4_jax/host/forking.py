@@ -1,8 +1,8 @@
 """What a fork wants done: the twin's slot made like the other one's, on the host and, by transfers, on the device.
 
 At length n a request holds n // 128 blocks, or more if it found more, that nothing writes any more; these the twin
-shares. One more may be open:
-that the twin gets a copy of at once, so that a shared block is never one that somebody still writes.
+shares. One more may be open: that the twin gets a copy of at once, so that a shared block is never one that somebody
+still writes.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ class Contents:
       lengths: int64 [slots + snapshots], tokens of each slot's request, and of the prefix that each snapshot is of; 0
         where nothing is held, and where a state is being rebuilt.
       table: int32 [slots, max_blocks], the block of every 128 tokens of a slot; -1 = none.
+      shared: int64 [slots], how many blocks, from the first on, a slot's request began with. The write table may be
+        without these; where a state is being rebuilt, it is.
       references: int32 [blocks], how many slots have each block.
       places: int32 [blocks], which 128 tokens of theirs it is for; -1 = free.
       readable: int64 [blocks], how many of the 128 tokens somebody may read: all of a block that is kept for prompts to
@@ -28,6 +30,7 @@ class Contents:
     requests: NDArray[np.int64]
     lengths: NDArray[np.int64]
     table: NDArray[np.int32]
+    shared: NDArray[np.int64]
     references: NDArray[np.int32]
     places: NDArray[np.int32]
     readable: NDArray[np.int64]

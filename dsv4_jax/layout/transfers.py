@@ -141,7 +141,7 @@ class TransferList:
         self._operations.append(operation)
 
     def wipe(self, slot: int) -> None:
-        """Makes all that a slot, or a snapshot, has of its own what ``init_cache`` made it, its table row too."""
+        """Makes all that a slot, or a snapshot, has of its own what ``init_cache`` made it, its table rows too."""
         self._operations.append((TransferKind.WIPE, _index("slot", slot), 0, 0, 0))
 
     def wipe_blocks(self, blocks: ArrayLike) -> None:
