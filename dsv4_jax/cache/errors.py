@@ -22,7 +22,7 @@ class Fault:
 
     Attributes:
       array: its name in ``Cache.arrays``.
-      layer: index of the layer in the model; None for the block table, which all share.
+      layer: index of the layer in the model; None for the tables, which all share.
       requests: the handles of those whose it is; several if they share a block, none if it is kept for prompts to come.
       place: where in the array.
       what: what is wrong there.

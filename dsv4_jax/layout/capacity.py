@@ -52,7 +52,7 @@ class CapacityPlan:
 
     @property
     def slot_bytes(self) -> dict[str, int]:
-        """What a request takes whatever its length, by component; the block table's row is as long as ``context``."""
+        """What a request takes whatever its length, by component; the tables' rows are as long as ``context``."""
         return {name: size for name, size in _one_of_each(self.schema).items() if name not in self.schema.block_pools}
 
     @property

@@ -124,7 +124,7 @@ class CacheSchema:
 
     @property
     def max_blocks(self) -> int:
-        """Blocks of a request at ``max_context``, the width of the block table."""
+        """Blocks of a request at ``max_context``, the width of the tables."""
         return math.ceil(self.max_context / BLOCK_TOKENS)
 
     @functools.cached_property
