@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from aot import assert_in_place
-from attended import assert_as_tensor_cores
+from attended import assert_both_of_tensor_cores
 from harness import SPEC, Driver, assert_same_bytes, inputs_of, random_tokens, random_weights
 from jax.sharding import AxisType, PartitionSpec
 
@@ -136,7 +136,7 @@ class Shards:
                 if jax.default_backend() == "cpu":
                     np.testing.assert_array_equal(self.seen[request], expected)
                 else:  # how a token's rows are split over blocks follows from how many tokens a step has
-                    assert_as_tensor_cores(self.seen[request], expected, f"request {request} of {length}", both=True)
+                    assert_both_of_tensor_cores(self.seen[request], expected, f"request {request} of {length}")
             alone.manager.release(again)
 
 
