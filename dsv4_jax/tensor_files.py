@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsv4_jax.errors import Picklable
+from dsv4_jax.json_text import parse_json
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(bool),
@@ -41,6 +42,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 _METADATA = "__metadata__"
 _LONGEST_HEADER = 100_000_000  # bytes, as the format has it
+_MOST_AXES = 32  # of an array, which every NumPy can make
 
 
 class TensorFileError(Picklable, ValueError):
@@ -138,6 +140,10 @@ def _place(file: Path, name: str, entry: Any) -> _Place:
         raise TensorFileError(f"{file}: {name!r} has dtype {dtype!r}; known are {', '.join(_DTYPES)}.")
     if shape is None:
         raise TensorFileError(f"{file}: {name!r} has shape {entry.get('shape')!r}, expected a list of sizes.")
+    if len(shape) > _MOST_AXES:
+        raise TensorFileError(f"{file}: {name!r} has a shape of {len(shape)} axes, expected at most {_MOST_AXES}.")
+    if math.prod(size or 1 for size in shape) * _DTYPES[dtype].itemsize >= 2**63:  # NumPy refuses it, 0 bytes or not
+        raise TensorFileError(f"{file}: {name!r} has shape {list(shape)}, more than any array has.")
     if offsets is None or len(offsets) != 2:
         raise TensorFileError(
             f"{file}: {name!r} has data_offsets {entry.get('data_offsets')!r}, expected where it begins and ends."
@@ -160,16 +166,9 @@ def _counts(value: Any) -> tuple[int, ...] | None:
 
 def parse_object(text: bytes, file: Path) -> dict[str, Any]:
     """A JSON object in which no name occurs twice. Raises TensorFileError."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = dict(pairs)
-        if len(names) < len(pairs):
-            raise ValueError("a name occurs twice")
-        return names
-
     try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text)
+    except ValueError as error:
         raise TensorFileError(f"{file}: its JSON cannot be read: {error}.") from error
     if not isinstance(content, dict):
         raise TensorFileError(f"{file}: its JSON is a {type(content).__name__}, expected an object.")

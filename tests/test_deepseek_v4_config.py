@@ -139,7 +139,7 @@ def test_what_may_be_left_out(name):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"vocab_size": 0}, "vocabulary must be a positive integer, got 0"),
+        ({"vocab_size": 0}, r"vocabulary must be a positive integer below 2\*\*31, got 0"),
         ({"q_lora_rank": 1024.0}, "q_lora_rank must be a positive integer"),
         ({"swiglu_limit": 0.0}, "swiglu_limit must be a positive number"),
         ({"scoring_func": "relu"}, "sqrtsoftplus, sigmoid, softmax, got 'relu'"),

@@ -53,7 +53,7 @@ DAMAGED = {
     "no UTF-8": (b'{"\xff": 1}', b"", None, r"its JSON cannot be read"),
     "deep JSON": (b'{"a":' + b"[" * 10_000, b"", None, r"its JSON cannot be read"),
     "a list": (b"[]", b"", None, r"its JSON is a list"),
-    "a name twice": (b'{"a": 1, "a": 2}', b"", None, r"a name occurs twice"),
+    "a name twice": (b'{"a": 1, "a": 2}', b"", None, r"'a' occurs twice"),
     "no entry": ({"some.weight": 7}, b"", None, r"'some.weight' is 7"),
     "dtype": ({"some.weight": entry("F4")}, bytes(8), None, r"'some.weight' has dtype 'F4'"),
     "shape": ({"some.weight": entry(shape=[-2])}, bytes(8), None, r"'some.weight' has shape \[-2\]"),

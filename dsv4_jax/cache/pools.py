@@ -16,8 +16,10 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.tree_util import GetAttrKey
 
+from dsv4_jax.json_text import parse_json
 from dsv4_jax.layout.layer_schema import empty_tail
-from dsv4_jax.layout.schema import TABLES, CacheSchema
+from dsv4_jax.layout.schema import TABLES, CacheSchema, SchemaError
+from dsv4_jax.spec.model import is_count
 
 
 class ShardingError(ValueError):
@@ -265,7 +267,12 @@ def _static_to_bytes(static: _Static) -> bytes:
 
 
 def _static_from_bytes(data: bytes | bytearray) -> _Static:
-    schema, shards, partitioned = json.loads(bytes(data))
+    try:
+        schema, shards, partitioned = parse_json(data)
+        if type(schema) is not str or not is_count(shards) or type(partitioned) is not bool:
+            raise ValueError("it needs a schema, a number of shards, and whether arrays are partitioned")
+    except (TypeError, ValueError) as error:
+        raise SchemaError(f"this is no Cache of an exported program; export it again: {error}.") from error
     return CacheSchema.from_json(schema), shards, partitioned
 
 

@@ -91,10 +91,12 @@ def _match(
     tensors: Mapping[str, StoredTensor],
 ) -> dict[str, StoredWeight]:
     """Every weight of the model in its tensors, by path; what is missing, left over, or does not fit is an error."""
-    scheme = recognise(tensors, expected, config.num_experts)
+    # Whatever config.json says: with more experts than the folder has tensors, one of the first is missing already.
+    experts = min(config.num_experts, len(tensors) + 1)
+    scheme = recognise(tensors, expected, experts)
     if scheme is None:
         raise CheckpointError(f"{folder} has no tensor of a DeepSeek-V4 model; it has {_some(sorted(tensors))}.")
-    places = {path: place(scheme, path, config.num_experts) for path in expected}
+    places = {path: place(scheme, path, experts) for path in expected}
     found = {path: tensors_of(place, tensors) for path, place in places.items()}
     used = {tensor.name for pairs in found.values() for pair in pairs for tensor in pair if tensor}
     missing = [name for place in places.values() for name in place.names if name not in tensors]

@@ -39,7 +39,7 @@ def _read_index(index: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{index} has no weight_map from names to files.")
     files = sorted(set(places.values()))
     for file in files:
-        if Path(file).name != file or not (index.parent / file).is_file():
+        if Path(file).name != file or not _is_file(index.parent / file):
             raise CheckpointError(f"{index} names the file {file!r}, which is not beside it.")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
@@ -51,6 +51,13 @@ def _read_index(index: Path) -> dict[str, StoredTensor]:
         if name not in tensors:
             raise CheckpointError(f"{index} places {name!r} in {file}, which does not hold it.")
     return tensors
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name longer than any file's
+        return False
 
 
 def _read_file(file: Path) -> dict[str, StoredTensor]:

@@ -6,13 +6,13 @@ What the cache needs of it is its ``spec``, read by ``dsv4_jax.model_spec``.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dsv4_jax import ConfigError, ModelSpec, deepseek_v4_flash, model_spec
+from dsv4_jax.spec.config_json import load_config
+from dsv4_jax.spec.model import is_count, is_number
 
 Scoring = Literal["sqrtsoftplus", "sigmoid", "softmax"]
 
@@ -65,12 +65,16 @@ class DeepseekV4Config:
     def __post_init__(self) -> None:
         for name in _COUNTS:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{self.spec.name}: {name} must be a positive integer, got {value!r}.")
+            if not is_count(value):
+                raise ConfigError(f"{self.spec.name}: {name} must be a positive integer below 2**31, got {value!r}.")
         for name in ("routed_scaling", "swiglu_limit", "hc_eps"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            if not is_number(value) or value <= 0:
                 raise ConfigError(f"{self.spec.name}: {name} must be a positive number, got {value!r}.")
+        if not isinstance(self.norm_topk_prob, bool):
+            raise ConfigError(f"{self.spec.name}: norm_topk_prob must be true or false, got {self.norm_topk_prob!r}.")
+        if not all(type(token) is int for token in self.end_tokens):
+            raise ConfigError(f"{self.spec.name}: end_tokens must be token ids, got {self.end_tokens!r}.")
         if self.scoring not in get_args(Scoring):
             raise ConfigError(
                 f"{self.spec.name}: scores are one of {', '.join(get_args(Scoring))}, got {self.scoring!r}."
@@ -136,9 +140,7 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> DeepseekV
     """
     spec = model_spec(config)
     if not isinstance(config, Mapping):
-        path = Path(config)
-        config = json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8"))
-        assert isinstance(config, Mapping)  # else model_spec had refused it
+        config = load_config(config)
     for name, only in (("n_shared_experts", 1), ("tie_word_embeddings", False), ("hidden_act", "silu")):
         if _read(config, name, default=only) != only:
             raise ConfigError(f"{spec.name}: {name} is {config[name]!r}; this model is written for {only!r}.")
@@ -160,7 +162,7 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> DeepseekV
         hc_mult=_read(config, "hc_mult", default=4),
         hc_sinkhorn_iters=_read(config, "hc_sinkhorn_iters", default=20),
         hc_eps=_read(config, "hc_eps", default=1e-6),
-        end_tokens=(ends,) if isinstance(ends, int) else tuple(ends),
+        end_tokens=tuple(ends) if isinstance(ends, list | tuple) else (ends,),
     )
 
 
@@ -184,11 +186,15 @@ def _read_hashed(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
     stated = {}
     count = _read(config, "num_hash_layers", "n_hash_layers", default=None)
     if count is not None:
+        if not (is_count(count) or (type(count) is int and count == 0)):
+            raise ConfigError(f"num_hash_layers must be a number of layers, got {count!r}.")
         stated["num_hash_layers"] = tuple(layer < count for layer in range(layers))
     types = _read(config, "mlp_layer_types", default=None)
     if types is not None:
-        unknown = [kind for kind in types if kind not in _HASHED_OF_TYPE]
-        if unknown or len(types) < layers:
+        known = isinstance(types, list | tuple) and all(
+            isinstance(kind, str) and kind in _HASHED_OF_TYPE for kind in types
+        )
+        if not known or len(types) < layers:
             raise ConfigError(
                 f"mlp_layer_types must give each of the {layers} layers one of {', '.join(_HASHED_OF_TYPE)}; "
                 f"got {types!r}."

@@ -20,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dsv4_jax.json_text import parse_json
 from dsv4_jax.spec.kinds import BLOCK_TOKENS, RATIOS
+from dsv4_jax.spec.model import is_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,10 +370,25 @@ class StepPlan:
         return padded
 
 
+def _layout_to_bytes(static: tuple[PlanLayout]) -> bytes:
+    return json.dumps(dataclasses.asdict(static[0])).encode()
+
+
+def _layout_from_bytes(data: bytes | bytearray) -> tuple[PlanLayout]:
+    try:
+        layout = PlanLayout(**parse_json(data))
+        counts = is_count(layout.tokens) and is_count(layout.requests) and is_count(layout.size)
+        if not counts or type(layout.fingerprint) is not str or type(layout.displaces) is not bool:
+            raise ValueError(f"got {layout}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"this is no StepPlan of an exported program; export it again: {error}") from error
+    return (layout,)
+
+
 jax.tree_util.register_dataclass(StepPlan, data_fields=["packed"], meta_fields=["layout"], drop_fields=["receipt"])
 jax.export.register_pytree_node_serialization(
     StepPlan,
     serialized_name="dsv4_jax.StepPlan",
-    serialize_auxdata=lambda static: json.dumps(dataclasses.asdict(static[0])).encode(),
-    deserialize_auxdata=lambda data: (PlanLayout(**json.loads(bytes(data))),),
+    serialize_auxdata=_layout_to_bytes,
+    deserialize_auxdata=_layout_from_bytes,
 )

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.errors import Picklable
+from dsv4_jax.json_text import parse_json
 from dsv4_jax.layout.formats import CacheFormats
 from dsv4_jax.layout.layer_schema import Arrays, LayerCacheSchema, array_bytes
 from dsv4_jax.spec.kinds import BLOCK_TOKENS, LayerKind
@@ -281,7 +282,7 @@ class CacheSchema:
           SchemaError: the text is something else.
         """
         try:
-            fields = json.loads(text)
+            fields = parse_json(text)
             layers = tuple(
                 LayerSpec(LayerKind(layer["kind"]), RopeSpec(**layer["rope"])) for layer in fields["spec"].pop("layers")
             )

@@ -1,7 +1,9 @@
 """A request's state as the bytes of a safetensors file, and back.
 
 Tensors: ``tokens``, ``slot.NAME`` and ``blocks.NAME``, a request's blocks in order. The metadata's ``dsv4_jax.request``
-is JSON: what else the manager knows, and a SHA-256 of every tensor; ``dsv4_jax.request.sha256`` is that of the JSON.
+is JSON: what else the manager knows, and a SHA-256 of every tensor, of its dtype, shape and bytes;
+``dsv4_jax.request.sha256`` is that of the JSON. The header is as ``tensor_files.encode`` writes it, to the byte. So no
+byte of a file can change unnoticed.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from dsv4_jax.spec.kinds import BLOCK_TOKENS
 from dsv4_jax.tensor_files import TensorFileError
 
 _KEY, _DIGEST = "dsv4_jax.request", "dsv4_jax.request.sha256"
-_VERSION = 1
+_VERSION = 2  # 1 had checksums of the bytes alone
 _NUMBERS = ("length", "blocks", "peak", "floor", "stored")
 
 
@@ -66,12 +68,17 @@ def decode(data: bytes, path: Path) -> tuple[RequestRecord, Rows, tuple[Rows, ..
         raise TensorFileError(f"{path} has version {content.get('version')!r}, this package reads {_VERSION}.")
     arrays = {name: tensor.array for name, tensor in tensors.items()}
     _check_digests(content.get("sha256"), arrays, path)
+    header = tensor_files.encode(arrays, {_KEY: text, _DIGEST: metadata[_DIGEST]})[0]
+    if data[: len(header)] != header:
+        raise TensorFileError(f"{path} is damaged, or something else wrote it: its header is not as it was saved.")
     record = _record(content, arrays.pop("tokens", None), path)
     slot = {name.removeprefix("slot."): array for name, array in arrays.items() if name.startswith("slot.")}
     pages = {name.removeprefix("blocks."): array for name, array in arrays.items() if name.startswith("blocks.")}
     if len(slot) + len(pages) != len(arrays) or any(
         array.ndim < 2 or array.shape[1] != record.blocks for array in pages.values()
     ):
+        raise TensorFileError(f"{path} has other tensors than a request of {record.blocks} blocks.")
+    if record.blocks and not any(array.size for array in pages.values()):  # what follows takes time for every block
         raise TensorFileError(f"{path} has other tensors than a request of {record.blocks} blocks.")
     return record, slot, _chunked(pages, record.blocks)
 
@@ -167,5 +174,6 @@ def write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
 
 
 def _digest(array: NDArray[Any]) -> str:
-    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return hashlib.sha256(data.data).hexdigest()
+    digest = hashlib.sha256(f"{array.dtype.name} {list(array.shape)} ".encode())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

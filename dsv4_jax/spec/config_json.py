@@ -10,13 +10,13 @@ both times. Nothing is guessed about the layers: Hugging Face's default ``layer_
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dsv4_jax.json_text import parse_json
 from dsv4_jax.spec.kinds import HEAD_DIM, KEY_DIM, KIND_OF_RATIO, ROPE_DIM, LayerKind
 from dsv4_jax.spec.model import ConfigError, LayerSpec, ModelSpec, RopeSpec, is_count, is_number
 
@@ -46,10 +46,8 @@ def model_spec(config: Mapping[str, Any] | str | os.PathLike[str], *, include_mt
     """
     name = "deepseek_v4"
     if not isinstance(config, Mapping):
-        path = Path(config)
-        path = path / "config.json" if path.is_dir() else path
-        name = path.resolve().parent.name or name
-        config = _load(path)
+        name = _file_of(config).resolve().parent.name or name
+        config = load_config(config)
     kinds = _read_kinds(config, include_mtp=include_mtp)
     readers = {kind: _read_main_rope if kind is LayerKind.SWA else _read_compress_rope for kind in LayerKind}
     ropes = {kind: readers[kind](config) for kind in dict.fromkeys(kinds)}
@@ -75,13 +73,25 @@ def model_spec(config: Mapping[str, Any] | str | os.PathLike[str], *, include_mt
 _REQUIRED: Any = object()
 
 
-def _load(path: Path) -> Mapping[str, Any]:
+def _file_of(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    return path / "config.json" if path.is_dir() else path
+
+
+def load_config(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """The JSON object in a config.json, or in that of a folder.
+
+    Raises:
+      ConfigError: it is something else, or names something twice.
+      FileNotFoundError: there is no such file.
+    """
+    path = _file_of(path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no model config at {path}.") from None
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}.") from error
+        raise ConfigError(f"{path} is not JSON, or not as a config is: {error}.") from error
     if not isinstance(config, Mapping):
         raise ConfigError(f"{path} holds a {type(config).__name__}; a model config is a JSON object.")
     return config
@@ -124,7 +134,9 @@ def _read_rope_dim(config: Mapping[str, Any], head_dim: Any) -> Any:
     for parent in ("", "rope_parameters.main.", "rope_parameters.compress."):
         fraction = _find(config, f"{parent}partial_rotary_factor")
         if is_number(fraction) and is_number(head_dim):
-            statements[f"{parent}partial_rotary_factor of head_dim {head_dim}"] = int(fraction * head_dim)
+            product = fraction * head_dim
+            rotated = int(product) if is_number(product) else product
+            statements[f"{parent}partial_rotary_factor of head_dim {head_dim}"] = rotated
     statements = {path: value for path, value in statements.items() if value is not None}
     return _agreed(statements) if statements else ROPE_DIM
 
@@ -143,7 +155,7 @@ def _read_kinds(config: Mapping[str, Any], *, include_mtp: bool) -> list[LayerKi
             )
     layers = _read(config, "num_hidden_layers", "n_layers")
     if not is_count(layers):
-        raise ConfigError(f"num_hidden_layers must be a positive integer, got {layers!r}.")
+        raise ConfigError(f"num_hidden_layers must be a positive integer below 2**31, got {layers!r}.")
     described = {}
     for path, known in (("compress_ratios", KIND_OF_RATIO), ("layer_types", _KIND_OF_TYPE)):
         values = _find(config, path)
@@ -289,7 +301,9 @@ def _yarn_attention_factor(section: Mapping[str, Any], path: str) -> float:
     scale, scale_all = _scale(section, "mscale", path), _scale(section, "mscale_all_dim", path)
     if not (scale and scale_all):
         return logarithm + 1.0
-    return (scale * logarithm + 1.0) / (scale_all * logarithm + 1.0)
+    if not (divisor := scale_all * logarithm + 1.0):
+        raise ConfigError(f"{path} has mscale_all_dim {scale_all!r}, by which YaRN's attention factor is infinite.")
+    return (scale * logarithm + 1.0) / divisor
 
 
 def _scale(section: Mapping[str, Any], name: str, path: str) -> float:

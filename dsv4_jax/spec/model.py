@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
+import sys
 from typing import Any
 
 from dsv4_jax.errors import Picklable
@@ -12,6 +12,8 @@ from dsv4_jax.spec.kinds import HEAD_DIM, KEY_DIM, ROPE_DIM, LayerKind
 
 # fp32 holds every position up to here exactly; rotary angles are fp32 products of a position.
 LARGEST_POSITION = 2**24
+LARGEST_COUNT = 2**31 - 1
+"""Sizes and ids are int32."""
 
 
 class ConfigError(Picklable, ValueError):
@@ -104,6 +106,8 @@ class ModelSpec:
     layers: tuple[LayerSpec, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ConfigError(f"a model's name must be text, got {self.name!r}.")
         for name, built in (("head_dim", HEAD_DIM), ("rope_dim", ROPE_DIM), ("index_head_dim", KEY_DIM)):
             if getattr(self, name) != built:
                 raise ConfigError(f"{self.name}: {name} is {getattr(self, name)!r}; the kernels are built for {built}.")
@@ -117,9 +121,11 @@ class ModelSpec:
         counts = ["hidden_size", "num_heads", "window", "max_position"]
         if self.count(LayerKind.CSA):
             counts += ["index_num_heads", "index_topk"]
-        for name in counts:
-            if not is_count(getattr(self, name)):
-                raise ConfigError(f"{self.name}: {name} must be a positive integer, got {getattr(self, name)!r}.")
+        for name in (*counts, "index_num_heads", "index_topk"):
+            value = getattr(self, name)
+            unused = name not in counts and value == 0 and isinstance(value, int)
+            if not (is_count(value) or unused):
+                raise ConfigError(f"{self.name}: {name} must be a positive integer below 2**31, got {value!r}.")
         if self.max_position > LARGEST_POSITION:
             raise ConfigError(
                 f"{self.name}: max_position is {self.max_position}; rotary angles are fp32 products of the position, "
@@ -149,10 +155,10 @@ class ModelSpec:
 
 
 def is_count(value: Any) -> bool:
-    """Whether it is a positive int."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    """Whether it is an int from 1 to ``LARGEST_COUNT``."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_COUNT
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite int or float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite float, or an int that one can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
