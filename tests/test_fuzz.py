@@ -318,13 +318,27 @@ TOKENIZER = {
 }
 
 
+PADDING = {
+    "strategy": {"Fixed": 10**12},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 0,
+    "pad_type_id": 0,
+    "pad_token": "a",
+}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("tokenizers") is None, reason="the package tokenizers is not installed")
 @fuzz()
 @given(text=st.one_of(damaged_json(TOKENIZER), RAW))
+@example(text=json.dumps(TOKENIZER | {"model": TOKENIZER["model"] | {"vocab": {"a": 0, "b": 1, "ab": 5000}}}))
+@example(text=json.dumps(TOKENIZER | {"padding": PADDING}))
+@example(text=json.dumps(TOKENIZER | {"model": TOKENIZER["model"] | {"continuing_subword_prefix": "##"}}))
 def test_a_tokenizer_is_read_or_refused(text, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(encoded(text))
     with contextlib.suppress(CheckpointError):
-        load_tokenizer(tmp_path, 1000)
+        tokenizer = load_tokenizer(tmp_path, 1000)
+        assert all(0 <= token < 1000 for token in tokenizer.encode("ab <s>b"))
 
 
 # What a Cache and a plan are in an exported program

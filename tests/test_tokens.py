@@ -80,7 +80,7 @@ def test_a_tokenizer_file(file_tokenizer):
 
 def test_tokenizer_files_that_do_not_fit(file_tokenizer):
     folder, vocabulary = file_tokenizer
-    with pytest.raises(CheckpointError, match=f"has {vocabulary} tokens, the model {vocabulary - 1}"):
+    with pytest.raises(CheckpointError, match=f"has {vocabulary} token ids, the model {vocabulary - 1}"):
         load_tokenizer(folder, vocabulary - 1)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is no tokenizer"):

@@ -53,7 +53,7 @@ def load_tokenizer(folder: str | os.PathLike[str], vocabulary: int) -> Tokenizer
         return ByteTokenizer()
     tokenizer = FileTokenizer(file)
     if tokenizer.vocabulary > vocabulary:
-        raise CheckpointError(f"{file} has {tokenizer.vocabulary} tokens, the model {vocabulary}.")
+        raise CheckpointError(f"{file} has {tokenizer.vocabulary} token ids, the model {vocabulary}.")
     return tokenizer
 
 
@@ -99,13 +99,20 @@ class FileTokenizer:
             ) from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the package raises nothing more special
+            self._tokenizer.no_padding()  # a text is all of its tokens, and nothing else
+            self._tokenizer.no_truncation()
+            ids = [*self._tokenizer.get_vocab(with_added_tokens=True).values(), *self.encode("")]
+        except BaseException as error:
+            # The package raises nothing more special, and what its Rust panics with is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise CheckpointError(f"{file} is no tokenizer: {error}") from error
+        self._vocabulary = max(ids, default=-1) + 1
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens it has."""
-        return self._tokenizer.get_vocab_size()
+        """Its token ids are below this; not all of them need be there."""
+        return self._vocabulary
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, with those that the tokenizer puts around every text."""
