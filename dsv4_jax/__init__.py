@@ -35,6 +35,7 @@ from dsv4_jax.spec.kinds import LayerKind
 from dsv4_jax.spec.model import ConfigError, ModelSpec
 from dsv4_jax.spec.presets import deepseek_v4_flash, deepseek_v4_pro, tiny_spec
 from dsv4_jax.spec.rotary import Rotary, apply_rotary, rotary
+from dsv4_jax.version import __version__
 
 __all__ = [
     "PROFILES",
@@ -66,6 +67,7 @@ __all__ = [
     "StepPlan",
     "TransferList",
     "Transfers",
+    "__version__",
     "apply_rotary",
     "apply_transfers",
     "begin",

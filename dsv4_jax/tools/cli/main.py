@@ -1,13 +1,13 @@
 """The `dsv4-jax` program: `decode`, `capacity`, `bench`, `trace` and `doctor`."""
 
 import sys
-from importlib import metadata
 from typing import Annotated
 
 import typer
 
 from dsv4_jax.native.compatibility import NativeModuleError
 from dsv4_jax.tools.cli.doctor import doctor
+from dsv4_jax.version import installed_version
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as of a program that the signal ended."""
@@ -42,11 +42,7 @@ def application(*, only_doctor: bool = False) -> typer.Typer:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        try:
-            number = metadata.version("dsv4-jax")
-        except metadata.PackageNotFoundError:  # a source folder on the path
-            number = "(not installed)"
-        typer.echo(f"dsv4-jax {number}")
+        typer.echo(f"dsv4-jax {installed_version() or '(not installed)'}")
         raise typer.Exit
 
 
