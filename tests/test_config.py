@@ -258,7 +258,7 @@ def test_config_is_read_from_a_file_or_its_folder(tmp_path):
     for path in (folder, str(folder / "config.json")):
         assert model_spec(path) == deepseek_v4_flash()
         assert model_spec(path).name == "some-model"
-    for text in ("{", "[]"):
+    for text in ("{", "[]", "[" * 100_000):
         (folder / "config.json").write_text(text)
         with pytest.raises(ConfigError, match=r"config\.json"):
             model_spec(folder)

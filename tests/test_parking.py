@@ -1,10 +1,13 @@
 """Requests leave the cache and come back, through host memory and files: each byte is what it would have been."""
 
 import dataclasses
+import hashlib
+import json
 import pickle
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -29,6 +32,7 @@ from dsv4_jax import (
     resume,
     save_state,
     take_state,
+    tensor_files,
 )
 from dsv4_jax.host.errors import LengthUnknown, NothingCached, PromptTooLong, TransfersWait, UnknownRequest
 from dsv4_jax.layout.formats import HCA_TAILS
@@ -329,6 +333,27 @@ def test_a_damaged_file_is_refused(rng, small_state):
             RequestState.from_bytes(data[:size])
     with pytest.raises(StateError):
         RequestState.from_bytes(data + b"0")
+
+
+def forge(state, blocks, pages):
+    """A file of a state's record with another number of blocks, and of these arrays; its checksums are right."""
+    tensors, metadata = tensor_files.decode(np.frombuffer(state.to_bytes(), np.uint8), Path("state"))
+    kept = {"tokens": tensors["tokens"].array} | {f"blocks.{name}": array for name, array in pages.items()}
+    digests = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in kept.items()}
+    text = json.dumps(json.loads(metadata["dsv4_jax.request"]) | {"blocks": blocks, "sha256": digests})
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return b"".join(tensor_files.encode(kept, {"dsv4_jax.request": text, "dsv4_jax.request.sha256": digest}))
+
+
+def test_blocks_without_bytes_are_refused(small_state):
+    """A small file does not make millions of chunks by saying two billion blocks."""
+    assert RequestState.from_bytes(forge(small_state, 1, {"csa_keys": np.ones((1, 1, 8), np.uint8)})).record.blocks == 1
+    many = 2**31 - 1
+    for shape in (None, (0, many, 8), (1, many, 0)):
+        data = forge(small_state, many, {} if shape is None else {"csa_keys": np.zeros(shape, np.uint8)})
+        assert len(data) < 10_000
+        with pytest.raises(StateError, match=f"has other tensors than a request of {many} blocks"):
+            RequestState.from_bytes(data)
 
 
 def test_a_save_that_is_killed_leaves_the_old_file_or_the_new_one(tmp_path, small_state):

@@ -57,6 +57,13 @@ DAMAGED = {
     "no entry": ({"some.weight": 7}, b"", None, r"'some.weight' is 7"),
     "dtype": ({"some.weight": entry("F4")}, bytes(8), None, r"'some.weight' has dtype 'F4'"),
     "shape": ({"some.weight": entry(shape=[-2])}, bytes(8), None, r"'some.weight' has shape \[-2\]"),
+    "no such array": (
+        {"some.weight": entry(shape=[2**62, 2**62, 0], offsets=(0, 0))},
+        b"",
+        None,
+        r"'some.weight' has a shape of 3 axes that no array has",
+    ),
+    "axes": ({"some.weight": entry(shape=[1] * 65, offsets=(0, 4))}, bytes(4), None, r"'some.weight' .* of 65 axes"),
     "shape of a bool": ({"some.weight": entry(shape=[True])}, bytes(8), None, r"'some.weight' has shape \[True\]"),
     "offsets": ({"some.weight": entry(offsets=[0, 4, 8])}, bytes(8), None, r"'some.weight' has data_offsets"),
     "backwards": ({"some.weight": entry(offsets=[8, 0])}, bytes(8), None, r"'some.weight' lies from byte 8 to 0"),
