@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import dsv4_jax_native
@@ -154,6 +155,30 @@ def test_the_commands_exist():
     assert shown == {row[0].strip("`").split()[1] for row in rows_of_table(section("Command line"))[1:]}
 
 
-def test_links_and_scripts_exist():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"scripts/[\w.]+", README):
-        assert (ROOT / target).exists(), target
+def test_what_was_run_is_what_is_supported():
+    """From the oldest jax, the one that the build is pinned to, up to below the limit; each Python once."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (pinned,) = (name[8:] for name in project["build-system"]["requires"] if name.startswith("jaxlib=="))
+    _, *rows = rows_of_table(re.search(r"What was run:\n\n(.*?)\n\n", README, re.DOTALL)[1])
+    numbers = [[tuple(map(int, cell.split("."))) for cell in row[:2]] for row in rows]
+    versions, pythons = zip(*numbers, strict=True)
+    bounds = {name: re.findall(r"[>=<]=?([\d.]+)", name) for name in project["project"]["dependencies"]}
+    (lowest, limit) = next(bound for name, bound in bounds.items() if name.startswith("jax>"))
+    assert rows[0][0] == pinned == lowest
+    assert sorted(versions) == list(versions)
+    assert versions[-1] < tuple(map(int, limit.split(".")))
+    lowest, limit = re.findall(r"(\d+)\.(\d+)", project["project"]["requires-python"])
+    assert pythons == tuple((3, minor) for minor in range(int(lowest[1]), int(limit[1])))
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/design.md"])
+def test_links_and_scripts_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target, heading in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", text):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, heading
+    for script in re.findall(r"scripts/[\w.]+\w", text):
+        assert (ROOT / script).exists(), script
