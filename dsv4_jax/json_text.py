@@ -1,12 +1,16 @@
-"""``parse_json``: a JSON text that somebody else wrote, or one error, whatever it holds."""
+"""``parse_json``: a JSON text that somebody else wrote, or one error, whatever it holds; and what counts as a size."""
 
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 DEEPEST = 64
 """Levels of nesting that are read. Nothing here needs more than six, and Python's own recursion ends near 1000."""
+
+LARGEST_COUNT = 2**31 - 1
+"""Sizes and ids are int32."""
 
 
 def parse_json(text: str | bytes | bytearray) -> Any:
@@ -59,3 +63,13 @@ def _check(value: Any, *, escapes: bool) -> None:
         if not level:
             return
     raise ValueError(f"it is nested deeper than {DEEPEST} levels")
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is an int from 1 to ``LARGEST_COUNT``."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_COUNT
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite float, or an int that one can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -37,7 +37,7 @@ from dsv4_jax import (
 from dsv4_jax.host.errors import LengthUnknown, NothingCached, PromptTooLong, TransfersWait, UnknownRequest
 from dsv4_jax.layout.formats import HCA_TAILS
 from dsv4_jax.layout.schema import TABLES
-from dsv4_jax.parking import arrays
+from dsv4_jax.parking import arrays, files
 
 CONTEXT = 900
 _apply = jax.jit(apply_transfers, donate_argnums=0)
@@ -339,7 +339,7 @@ def forge(state, blocks, pages):
     """A file of a state's record with another number of blocks, and of these arrays; its checksums are right."""
     tensors, metadata = tensor_files.decode(np.frombuffer(state.to_bytes(), np.uint8), Path("state"))
     kept = {"tokens": tensors["tokens"].array} | {f"blocks.{name}": array for name, array in pages.items()}
-    digests = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in kept.items()}
+    digests = {name: files._digest(array) for name, array in kept.items()}
     text = json.dumps(json.loads(metadata["dsv4_jax.request"]) | {"blocks": blocks, "sha256": digests})
     digest = hashlib.sha256(text.encode()).hexdigest()
     return b"".join(tensor_files.encode(kept, {"dsv4_jax.request": text, "dsv4_jax.request.sha256": digest}))

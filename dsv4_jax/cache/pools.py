@@ -16,10 +16,9 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.tree_util import GetAttrKey
 
-from dsv4_jax.json_text import parse_json
+from dsv4_jax.json_text import is_count, parse_json
 from dsv4_jax.layout.layer_schema import empty_tail
 from dsv4_jax.layout.schema import TABLES, CacheSchema, SchemaError
-from dsv4_jax.spec.model import is_count
 
 
 class ShardingError(ValueError):

@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dsv4_jax import ConfigError, ModelSpec, deepseek_v4_flash, model_spec
-from dsv4_jax.spec.config_json import load_config
-from dsv4_jax.spec.model import is_count, is_number
+from dsv4_jax.json_text import is_count, is_number, parse_json
 
 Scoring = Literal["sqrtsoftplus", "sigmoid", "softmax"]
 
@@ -140,7 +140,9 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> DeepseekV
     """
     spec = model_spec(config)
     if not isinstance(config, Mapping):
-        config = load_config(config)
+        path = Path(config)
+        config = parse_json((path / "config.json" if path.is_dir() else path).read_bytes())
+        assert isinstance(config, Mapping)  # else model_spec had refused it
     for name, only in (("n_shared_experts", 1), ("tie_word_embeddings", False), ("hidden_act", "silu")):
         if _read(config, name, default=only) != only:
             raise ConfigError(f"{spec.name}: {name} is {config[name]!r}; this model is written for {only!r}.")

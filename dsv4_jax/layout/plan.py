@@ -20,9 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dsv4_jax.json_text import parse_json
+from dsv4_jax.json_text import is_count, parse_json
 from dsv4_jax.spec.kinds import BLOCK_TOKENS, RATIOS
-from dsv4_jax.spec.model import is_count
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv4_jax.json_text import parse_json
+from dsv4_jax.json_text import is_count, is_number, parse_json
 from dsv4_jax.spec.kinds import HEAD_DIM, KEY_DIM, KIND_OF_RATIO, ROPE_DIM, LayerKind
-from dsv4_jax.spec.model import ConfigError, LayerSpec, ModelSpec, RopeSpec, is_count, is_number
+from dsv4_jax.spec.model import ConfigError, LayerSpec, ModelSpec, RopeSpec
 
 _KIND_OF_TYPE = {
     "sliding_attention": LayerKind.SWA,

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
-from typing import Any
 
 from dsv4_jax.errors import Picklable
+from dsv4_jax.json_text import is_count, is_number
 from dsv4_jax.spec.kinds import HEAD_DIM, KEY_DIM, ROPE_DIM, LayerKind
 
 # fp32 holds every position up to here exactly; rotary angles are fp32 products of a position.
 LARGEST_POSITION = 2**24
-LARGEST_COUNT = 2**31 - 1
-"""Sizes and ids are int32."""
 
 
 class ConfigError(Picklable, ValueError):
@@ -152,13 +149,3 @@ class ModelSpec:
         if not 0 <= layer < len(self.layers):
             raise IndexError(f"{self.name} has layers 0 to {len(self.layers) - 1}, got {layer}.")
         return self.layer_kinds[:layer].count(self.layers[layer].kind)
-
-
-def is_count(value: Any) -> bool:
-    """Whether it is an int from 1 to ``LARGEST_COUNT``."""
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_COUNT
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite float, or an int that one can hold."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
