@@ -130,7 +130,7 @@ def run(rng, seed, single, data, tensor):
 def main(seed):
     devices = jax.device_count()
     rng, single = np.random.default_rng(seed), make(model_of(CONFIG, seed))
-    for data, tensor in MESHES if devices == 8 else ((1, 2), (devices, 1)):
+    for data, tensor in MESHES if devices == 8 else dict.fromkeys([(1, 2), (devices // 2, 2), (devices, 1)]):
         run(rng, seed, single, data, tensor)
 
 

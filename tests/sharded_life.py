@@ -60,9 +60,9 @@ def step_of_a_shard(cache, plan, weights, brought, queries):
 class Shards:
     """A cache of several shards, and for each request one of its own on which it is computed alone."""
 
-    def __init__(self, rng, mesh, check_vma):
+    def __init__(self, rng, mesh, check_vma, **sizes):
         self.rng, self.weights = rng, random_weights(rng)
-        self.schema = CacheSchema(SPEC, CacheFormats(), **SIZES)
+        self.schema = CacheSchema(SPEC, CacheFormats(), **SIZES | sizes)
         self.shards = mesh.shape["data"]
         self.manager = ShardedManager(self.schema, self.shards, token_buckets=BUCKETS)
         self.cache = init_cache(self.schema, mesh=mesh, axis="data")

@@ -28,6 +28,13 @@ def test_requests_live_in_shards_as_in_a_cache_of_their_own(seed, data, tensor, 
     assert result.stdout == "equal\n"
 
 
+def test_books_balance_under_a_random_load_of_several_shards(seed):
+    program = [sys.executable, HERE / "sharded_load.py", str(seed), "8", "0"]
+    result = subprocess.run(program, env=environment_of(2), capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.startswith("balanced: 2 shards, 8 steps")
+
+
 def test_two_processes_each_manage_their_own_shards(seed):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

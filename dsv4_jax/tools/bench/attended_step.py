@@ -93,9 +93,12 @@ def placed_cache(schema: CacheSchema, plan: StepPlan) -> Cache:
     return cache.with_arrays({"window_positions": jnp.asarray(positions)})
 
 
-def step_traffic(schema: CacheSchema, shape: StepShape) -> tuple[int, int]:
-    """The fewest bytes of a step of all layers, and the operations of its matrix products."""
+def step_traffic(schema: CacheSchema, shape: StepShape, heads: int | None = None) -> tuple[int, int]:
+    """The fewest bytes of a step of all layers, and the operations of its matrix products, with all query heads or so
+    many of them.
+    """
     spec, formats, tokens = schema.spec, schema.formats, shape.tokens
+    heads = heads or spec.num_heads
     moved = operations = 0
     for kind in LayerKind:
         window = traffic.window_seen(shape, spec.window)
@@ -108,10 +111,15 @@ def step_traffic(schema: CacheSchema, shape: StepShape) -> tuple[int, int]:
         if kind is not LayerKind.SWA:
             entries = traffic.all_seen(shape, kind.ratio, chosen or schema.max_context // kind.ratio)
             stored, looks = stored + entries.rows * formats.entry_format.row_bytes, looks + entries.looks
-        of_kind += traffic.attend(tokens, spec.num_heads, stored, traffic.BFLOAT16, indices=chosen)
+        of_kind += traffic.attend(tokens, heads, stored, traffic.BFLOAT16, indices=chosen)
         moved += spec.count(kind) * of_kind
-        operations += spec.count(kind) * traffic.attend_operations(spec.num_heads, looks)
+        operations += spec.count(kind) * traffic.attend_operations(heads, looks)
     return moved, operations
+
+
+def stack_of(scale: Scale) -> ModelSpec:
+    """The layers of a step in a scale."""
+    return deepseek_v4_flash() if scale.name == "full" else tiny_spec()
 
 
 class Decoding(NamedTuple):
@@ -130,8 +138,7 @@ class Decoding(NamedTuple):
 
 def decoding(requests: int, scale: Scale, measurements: int, *, tokens: int = 1, lookahead: int = 0) -> Decoding:
     """As many requests as are asked for, for that many measurements one after the other, of so many tokens of each."""
-    full = scale.name == "full"
-    spec = deepseek_v4_flash() if full else tiny_spec()
+    full, spec = scale.name == "full", stack_of(scale)
     trials, replays = (max(scale.trials // 2, 2), MOST_REPLAYS) if full else (1, 3)
     brought = (replays + replays // 3) * (trials + 1) * measurements * tokens
     first = scale.gather_context - (brought + 128) // 2
@@ -180,11 +187,43 @@ def measured(
     )
 
 
-def counted(schema: CacheSchema, plans: Sequence[StepPlan], tokens: int = 1) -> dict[str, Any]:
-    """The bytes and operations of an average step of these, of so many tokens of each request, for an ``Outcome``."""
+def measured_in_parts(
+    work: Decoding,
+    run_of: Callable[[tuple[Part, ...]], Callable[..., Cache]],
+    cache: Cache,
+    plans: Sequence[StepPlan],
+    inputs: Any,
+) -> tuple[Timing, dict[str, Any]]:
+    """Times a step, and what each part adds to it: with the first part, with the first two, with all.
+
+    Args:
+      work: what is measured.
+      run_of: the step that does these parts, as ``measured`` takes it.
+      cache: given up.
+      plans: of ``work.dispatches`` steps for each measurement, on the device.
+      inputs: of every step.
+
+    Returns:
+      The time of a step with all parts; the remarks of ``measured`` on it, and those of ``added``.
+    """
+    timings: list[Timing] = []
+    remarks: dict[str, Any] = {}
+    for index in range(len(PARTS)):
+        mine = plans[index * work.dispatches :][: work.dispatches]
+        timing, cache, remarks = measured(work, run_of(PARTS[: index + 1]), cache, mine, inputs)
+        timings.append(timing)
+    return timings[-1], remarks | added([timing.microseconds for timing in timings])
+
+
+def counted(
+    schema: CacheSchema, plans: Sequence[StepPlan], tokens: int = 1, heads: int | None = None
+) -> dict[str, Any]:
+    """The bytes and operations of an average step of these, of so many tokens of each request, for an ``Outcome``; see
+    ``step_traffic`` for the heads.
+    """
     counts = np.full(schema.slots, tokens)
     shapes = [StepShape(np.array(plan.token_position, np.int64)[::tokens], counts) for plan in plans]
-    moved, operations = np.mean([step_traffic(schema, shape) for shape in shapes], axis=0)
+    moved, operations = np.mean([step_traffic(schema, shape, heads) for shape in shapes], axis=0)
     return {"bytes_moved": int(moved), "operations": int(operations), "reads": True}
 
 
@@ -205,16 +244,10 @@ def whole_decode(
     brought = admit(manager, work.lengths), np.full(requests, tokens)
     plans = [manager.prepare_forward(brought) for _ in range(len(PARTS) * work.dispatches)]
     cache, inputs = placed_cache(work.schema, plans[0]), attended_inputs(work.schema.spec, plans[0])
-    on_device = [sent(plan) for plan in plans]
-    timings: list[Timing] = []
-    remarks: dict[str, Any] = {}
-    for index in range(len(PARTS)):
-        run = functools.partial(attended_step, parts=PARTS[: index + 1])
-        mine = on_device[index * work.dispatches :][: work.dispatches]
-        timing, cache, remarks = measured(work, run, cache, mine, inputs)
-        timings.append(timing)
-    remarks |= added([timing.microseconds for timing in timings])
-    return Outcome(timings[-1], remarks, **counted(work.schema, plans[-work.dispatches :], tokens))
+    timing, remarks = measured_in_parts(
+        work, lambda parts: functools.partial(attended_step, parts=parts), cache, [sent(plan) for plan in plans], inputs
+    )
+    return Outcome(timing, remarks, **counted(work.schema, plans[-work.dispatches :], tokens))
 
 
 def added(microseconds: Sequence[float]) -> dict[str, float]:

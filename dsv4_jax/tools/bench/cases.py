@@ -14,7 +14,7 @@ from dsv4_jax.layout.formats import ENTRY_FORMATS, KEY_FORMATS
 from dsv4_jax.ops import Implementation
 from dsv4_jax.spec.kinds import LayerKind
 from dsv4_jax.tools.bench import attention, decode, formats, reads
-from dsv4_jax.tools.bench.attended_step import whole_decode
+from dsv4_jax.tools.bench.attended_step import stack_of, whole_decode
 from dsv4_jax.tools.bench.attention import chunk_shape, decode_shape
 from dsv4_jax.tools.bench.lifecycle import OPERATIONS, lifecycle
 from dsv4_jax.tools.bench.measure import Outcome
@@ -228,11 +228,12 @@ def _steps(scale: Scale) -> Iterator[Case]:
 
 
 def _meshes(scale: Scale) -> Iterator[Case]:
-    """A shard on each device, where there are several."""
+    """A shard on each device, where there are several; then shards whose query heads several devices split."""
     devices, batch = jax.device_count(), max(scale.step_batches)
-    if devices > 1:
-        run = functools.partial(step_of_shards, batch)
-        yield Case(f"mesh/flash/b{batch}x{devices}", run=run, quick=True, has_reference=False)
+    for tensor in (1, 2, 4, 8):
+        if devices > 1 and devices % tensor == 0 and stack_of(scale).num_heads % tensor == 0:
+            run = functools.partial(step_of_shards, batch, tensor)
+            yield Case(f"mesh/flash/b{batch}/{devices // tensor}x{tensor}", run=run, quick=True, has_reference=False)
 
 
 def _models(scale: Scale) -> Iterator[Case]:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from rich.table import Table
 
+from dsv4_jax.tools.bench.attended_step import PARTS
 from dsv4_jax.tools.bench.mesh_step import MOST
 from dsv4_jax.tools.bench.runner import Result, Run
 from dsv4_jax.tools.cli.doctor import examine
@@ -82,20 +83,22 @@ def model_table(run: Run) -> Table | None:
 
 def mesh_table(run: Run) -> Table | None:
     """The cases of several devices beside one device; None if there are none."""
-    made = Table("case", title="A shard on each of several devices, beside one alone")
-    for column in ["devices", "µs on all", "µs on one", "times as long", "at most"]:
+    made = Table("case", title="Steps on several devices, shards x devices that share one, beside one device alone: µs")
+    parts = [f"{part}: all, one" for part in PARTS]
+    for column in ["on all", "on one", "times as long", "at most", *parts]:
         made.add_column(column, justify="right", no_wrap=True)
     for result in run.results:
         if result.timing is not None and "one_device_microseconds" in result.remarks:
             found = result.remarks
             times, one = found["times_one_device"], found["one_device_microseconds"]
+            shares = [[found.get(f"{at}{part}_microseconds") for at in ("", "one_device_")] for part in PARTS]
             made.add_row(
                 result.name,
-                str(found["devices"]),
                 _number(result.timing.microseconds),
                 _number(one),
                 "" if times is None else f"{times:.3f}",
-                f"{MOST:.2f}",
+                f"{MOST:.2f}" if found["devices_a_shard"] == 1 else "",
+                *(", ".join("-" if time is None else _number(time) for time in share) for share in shares),
             )
     return made if made.rows else None
 
