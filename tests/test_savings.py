@@ -136,3 +136,13 @@ def test_an_end_token_ends_the_text_among_drafts(seed, rng, no_model, monkeypatc
         kept = said.index(ends) if ends in said else NEW
         assert one.done == one.total == first + kept
         assert one.tokens[: one.done] == other.tokens[: one.done]
+
+
+def test_requests_of_other_salts_share_nothing(seed, no_model):
+    """The requests above, where those that would hit are another tenant's; then all of one tenant that has a salt."""
+    for salts, hits in ((b"", b"a", b"b", b"", b"c"), 0), ((b"a",) * 5, 2):
+        salted = [dataclasses.replace(one, salt=salt) for one, salt in zip(requests(seed), salts, strict=True)]
+        server = make_server(EXACT, seed, **SIZES, share_prefix=True, record=False)
+        server.serve(salted)
+        assert server.prefixes.hits == hits
+        assert bool(server.manager.metrics()["prefix_cache_hits"]) == bool(hits)

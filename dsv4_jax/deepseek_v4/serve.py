@@ -46,12 +46,14 @@ class Request:
       new_tokens: how many follow, or fewer where the model ends the text.
       continuation: int32 [new_tokens], the tokens that follow, if given ("teacher forcing"); None: the model's own.
       seed: of what is drawn, 0 .. 2^32 - 1.
+      salt: where prefixes are shared, only with requests of the same salt: a tenant's, say.
     """
 
     prompt: NDArray[np.int32]
     new_tokens: int
     continuation: NDArray[np.int32] | None = None
     seed: int = 0
+    salt: bytes = b""
 
 
 class StepRecord(NamedTuple):
@@ -233,7 +235,7 @@ class Server:
         in_flight: collections.deque[jax.Array] = collections.deque()
         while waiting or running:
             while waiting and self.manager.free_slots:
-                if self.prefixes and self.prefixes.waits(waiting[0][1].prompt, running.values()):
+                if self.prefixes and self.prefixes.waits(waiting[0][1], running.values()):
                     break
                 one = self._admit(*waiting.popleft(), served)
                 served.append(one)
@@ -269,13 +271,13 @@ class Server:
         return served
 
     def _admit(self, number: int, request: Request, served: Sequence[Served]) -> Served:
-        handle = self.prefixes.admit(request.prompt) if self.prefixes else self.manager.admit()
+        handle = self.prefixes.admit(request) if self.prefixes else self.manager.admit()
         total, done = len(request.prompt) + request.new_tokens, self.manager.length(handle)
         shard, local = self.manager.place(handle)
         slot, tokens = self.manager.managers[shard].slot(local), request.prompt.tolist()
         one = Served(number, request, handle, shard, slot, total, tokens, done)
         if self.record and done:
-            one.steps += shared_steps(served, request.prompt[:done])
+            one.steps += shared_steps(served, request.prompt[:done], request.salt)
         return one
 
     def _drafts(self, running: Mapping[int, Served]) -> dict[int, NDArray[np.int32]]:

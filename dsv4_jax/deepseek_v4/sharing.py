@@ -13,7 +13,7 @@ from dsv4_jax.deepseek_v4.model import Implementation
 from dsv4_jax.deepseek_v4.placement import Placement
 
 if TYPE_CHECKING:
-    from dsv4_jax.deepseek_v4.serve import Served, StepRecord
+    from dsv4_jax.deepseek_v4.serve import Request, Served, StepRecord
 
 _BLOCK = 128
 """Tokens that prompts must begin with alike to share any."""
@@ -45,15 +45,18 @@ class PrefixSharing:
 
         self._transfer = placement.program(run)
 
-    def waits(self, prompt: NDArray[np.int32], running: Iterable[Served]) -> bool:
+    def waits(self, request: Request, running: Iterable[Served]) -> bool:
         """Whether a request had better wait: one that is being prefilled may leave what this one begins with."""
-        return prompt.size > _BLOCK and any(
-            not one.decoding and np.array_equal(one.request.prompt[:_BLOCK], prompt[:_BLOCK]) for one in running
+        return request.prompt.size > _BLOCK and any(
+            not one.decoding
+            and one.request.salt == request.salt
+            and np.array_equal(one.request.prompt[:_BLOCK], request.prompt[:_BLOCK])
+            for one in running
         )
 
-    def admit(self, prompt: NDArray[np.int32]) -> int:
+    def admit(self, request: Request) -> int:
         """A handle, whose request has what is known of its prompt once the transfers ran."""
-        handle = self._manager.admit(self._manager.match_prefix(prompt))
+        handle = self._manager.admit(self._manager.match_prefix(request.prompt, salt=request.salt))
         self.requests += 1
         self.hits += self._manager.length(handle) > 0
         return handle
@@ -69,13 +72,13 @@ class PrefixSharing:
         return self._transfer(cache, transfers)
 
 
-def shared_steps(served: Iterable[Served], tokens: NDArray[np.int32]) -> list[StepRecord]:
-    """What was recorded when these tokens, int32 [n], were computed for a request that began with them.
+def shared_steps(served: Iterable[Served], tokens: NDArray[np.int32], salt: bytes) -> list[StepRecord]:
+    """What was recorded when these tokens, int32 [n], were computed for a request of that salt that began with them.
 
     Without logits to be judged: they were the other request's.
     """
     for one in served:
-        if one.done >= tokens.size and np.array_equal(one.tokens[: tokens.size], tokens):
+        if one.done >= tokens.size and one.request.salt == salt and np.array_equal(one.tokens[: tokens.size], tokens):
             steps = [record for record in one.steps if record.first < tokens.size]
             return [
                 record._replace(tokens=min(record.tokens, tokens.size - record.first), judged=0) for record in steps
