@@ -1,6 +1,7 @@
 """``CacheManager(wipe=True)``: none of a request's bytes is left once it is gone, and what others could share of it."""
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -190,7 +191,8 @@ def test_steps_are_the_same_with_and_without(rng):
             assert wiped_blocks(manager.take_transfers())
             return manager.prepare_forward(counts)
 
-    for _ in range(1500):
+    count = itertools.count()
+    while next(count) < 1500 or refused < 4:
         requests = managers[0].requests.tolist()
         request = int(rng.choice(requests)) if requests else -1
         what = rng.choice([*operations, *["step"] * 4])
@@ -223,7 +225,6 @@ def test_steps_are_the_same_with_and_without(rng):
                 result = str(error)
             results.append((result, manager.usage(), manager.match_prefix(text).length))
         assert results[0] == results[1], what
-    assert refused > 3
 
 
 def test_a_resumed_request_has_its_blocks_wiped_first():
