@@ -28,7 +28,11 @@ def stated_bounds() -> Mapping[str, str]:
         project = tomllib.loads(source.read_text(encoding="utf-8"))["project"]
         python, required = project["requires-python"], project["dependencies"]
     always = [re.fullmatch(r"([\w.-]+)\s*([^;\[]*)", one) for one in required]  # no extra, no marker
-    return {"python": python, **{one[1]: one[2].strip() for one in always if one}}
+    stated = {"python": python, **{one[1]: one[2] for one in always if one}}
+    # Metadata has an order of its own.
+    return {
+        name: ",".join(sorted(re.findall(r"[<>=][^\s,]+", bounds), reverse=True)) for name, bounds in stated.items()
+    }
 
 
 def is_within(version: str, bounds: str) -> bool:
