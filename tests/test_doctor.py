@@ -156,6 +156,7 @@ def test_bounds_are_those_of_pyproject(monkeypatch, tmp_path):
 
     with monkeypatch.context() as patch:
         patch.setattr(metadata, "metadata", none_is_installed)
+        patch.setattr(_supported, "__file__", str(ROOT / "dsv4_jax/tools/cli/_supported.py"))
         assert _supported.stated_bounds() == stated
         patch.setattr(_supported, "__file__", str(tmp_path / "site-packages/dsv4_jax/tools/cli/_supported.py"))
         assert _supported.stated_bounds() == {}
