@@ -171,7 +171,9 @@ def test_what_was_run_is_what_is_supported():
     assert pythons == tuple((3, minor) for minor in range(int(lowest[1]), int(limit[1])))
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/design.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/design.md", "docs/releasing.md"]
+)
 def test_links_and_scripts_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target, heading in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", text):
