@@ -28,7 +28,7 @@ fi
 
 echo "== build"
 # Machine code for Ampere, Ada and Hopper; PTX for what came later.
-export CUDACXX DSV4_CUDA=ON CUDAARCHS="80-real;90" CUDAFLAGS=--compress-mode=size
+export CUDACXX DSV4_CUDA=ON CUDAARCHS="80-real;90"
 SECONDS=0
 python -m build --outdir $work .
 echo "built in $SECONDS s"

@@ -84,11 +84,11 @@ def installed(tmp_path_factory) -> Path:
 
 
 def run_python(*arguments: str, folder: Path, path: str) -> subprocess.CompletedProcess:
-    """Python in a folder, with PYTHONPATH and nothing else of this process's paths but what is installed.
+    """Python in a folder, with PYTHONPATH and, behind it, nothing else of this process's paths but what is installed.
 
     Without ``site``, since an editable install of this clone would find the package before any path does.
     """
-    installed = [place for place in sys.path if "site" in place and not (Path(place) / "dsv4_jax").exists()]
+    installed = [place for place in sys.path if "site-packages" in place]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([path, *installed]), "JAX_PLATFORMS": "cpu"}
     return subprocess.run(
         [sys.executable, "-S", *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
