@@ -26,5 +26,5 @@ def codecs() -> dict[tuple[str, int], tuple[int, int, int]]:
 def kinds() -> dict[str, tuple[int, bool, bool, bool, bool, int]]:
     """Kind of layer -> ratio, overlap, gate, position_bias, indexed, and rows of its tail."""
 
-def plan_offsets(tokens: int, requests: int) -> dict[str, int]:
+def plan_offsets(tokens: int, requests: int, /) -> dict[str, int]:
     """Where the kernels look for each field of a packed plan: field name -> index of its first element."""

@@ -53,7 +53,7 @@ pyright
 wait $!
 
 echo "== tests"
-# XLA's and LLVM's optimizations are most of what the tests would wait for; scripts/newest.sh runs with all of them.
+# XLA's and LLVM's optimizations are most of what the tests would wait for; scripts/matrix.sh runs with all of them.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_DISABLE_MOST_OPTIMIZATIONS=true
 if [[ $jax_version == 0.10.* ]]; then  # later ones have no other emitters, and refuse the flag
   export XLA_FLAGS="--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 ${XLA_FLAGS:-}"

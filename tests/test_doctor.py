@@ -1,18 +1,25 @@
 """`dsv4-jax doctor` and the check of the FFI API version: every problem is found, and names what mends it."""
 
 import dataclasses
+import re
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
 
 import jax
 import pytest
 import typer
+from packaging.specifiers import SpecifierSet
 from typer.testing import CliRunner
 
 from dsv4_jax.native import compatibility
-from dsv4_jax.tools.cli import _topology, doctor
+from dsv4_jax.tools.cli import _supported, _topology, doctor
 from dsv4_jax.tools.cli.main import application
 
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TARGETS = {
     "dsv4_begin_step",
     "dsv4_append_window",
@@ -39,6 +46,7 @@ TARGETS = {
 
 HEALTHY = doctor.Facts(
     versions={
+        "python": "3.12.3",
         "dsv4-jax": "0.1.0",
         "jax": "0.11.2",
         "jaxlib": "0.11.2",
@@ -48,6 +56,7 @@ HEALTHY = doctor.Facts(
         "jax-cuda13-plugin": "0.11.2",
         "jax-cuda13-pjrt": "0.11.2",
     },
+    bounds={"python": ">=3.11,<3.14", "jax": ">=0.10.2,<0.13", "jaxlib": ">=0.10.2,<0.13", "numpy": ">=2.0"},
     devices=("gpu: NVIDIA H200", "cpu: cpu"),
     platforms=frozenset({"gpu", "cpu"}),
     gpu_present=True,
@@ -104,6 +113,16 @@ def test_machine_without_gpu_has_no_problems():
         ),
         (dataclasses.replace(HEALTHY, cuda_built=0), True, "built without CUDA", "DSV4_CUDA=ON pip install"),
         (dataclasses.replace(HEALTHY, driver_cuda=12080), True, "CUDA 12.8", "CUDACXX="),
+        (with_versions(python="3.14.0"), False, "python 3.14.0 is outside", "python3.13 -m venv"),
+        (with_versions(jax="0.13.0"), False, "(>=0.10.2,<0.13)", 'pip install "jax>=0.10.2,<0.13"'),
+        (with_versions(numpy="1.26.4"), False, "numpy 1.26.4", 'pip install "numpy>=2.0"'),
+        (
+            with_versions(jax_cuda14_plugin="0.11.2"),
+            False,
+            "jax-cuda14-plugin is not",
+            "pip uninstall jax-cuda14-plugin",
+        ),
+        (dataclasses.replace(HEALTHY, capabilities=("7.5",)), True, "need 8.0 or later", "JAX_PLATFORMS=cpu"),
         (dataclasses.replace(HEALTHY, capabilities=("8.0",)), True, "compute capability 8.0", "CUDAARCHS=80 "),
         (dataclasses.replace(HEALTHY, capabilities=("9.0", "12.0")), True, "capability 12.0", "CUDAARCHS=120 "),
     ],
@@ -113,6 +132,60 @@ def test_problem_is_found_with_its_command(facts, fatal, text, command):
     assert problem.fatal == fatal
     assert text in problem.text
     assert command in problem.command
+
+
+def test_what_is_known_to_work_is_shown():
+    shown = dict(doctor._rows(dataclasses.replace(HEALTHY, capabilities=("9.0",))))
+    assert shown["python"] == "3.12.3 (known to work: >=3.11,<3.14)"
+    assert shown["jax"] == "0.11.2 (known to work: >=0.10.2,<0.13)"
+    assert shown["driver"] == "up to CUDA 13.0 (needed: 13.0 or later)"
+    assert shown["GPU tests"] == "ran on compute capability 9.0"
+    other = dict(doctor._rows(dataclasses.replace(HEALTHY, capabilities=("12.0",))))
+    assert other["GPU tests"] == "were not run on one of 12.0"
+
+
+def test_bounds_are_those_of_pyproject(monkeypatch, tmp_path):
+    """Whether they are read from what is installed or from the source folder."""
+    stated = {"python": PROJECT["requires-python"]}
+    for requirement in PROJECT["dependencies"]:
+        name, bounds = re.fullmatch(r"([a-z]+)(.*)", requirement).groups()
+        stated[name] = bounds
+
+    def none_is_installed(name):
+        raise metadata.PackageNotFoundError(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metadata, "metadata", none_is_installed)
+        patch.setattr(_supported, "__file__", str(ROOT / "dsv4_jax/tools/cli/_supported.py"))
+        assert _supported.stated_bounds() == stated
+        patch.setattr(_supported, "__file__", str(tmp_path / "site-packages/dsv4_jax/tools/cli/_supported.py"))
+        assert _supported.stated_bounds() == {}
+
+    folder = tmp_path / "dsv4_jax-7.8.9.dist-info"
+    folder.mkdir()
+    lines = ["Metadata-Version: 2.1", "Name: dsv4-jax", "Version: 7.8.9", "Requires-Python: <3.99,>=3.50"]
+    lines += ["Requires-Dist: jax>=7,<8", "Requires-Dist: jax[cuda13]>=0.10.2; extra == 'cuda13'"]
+    (folder / "METADATA").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert _supported.stated_bounds() == {"python": ">=3.50,<3.99", "jax": ">=7,<8"}
+
+
+def test_versions_within_bounds_are_those_that_pip_takes(rng):
+    all_bounds = [PROJECT["requires-python"], *(re.sub(r"^[a-z]+", "", one) for one in PROJECT["dependencies"])]
+    for bounds in all_bounds:
+        assert re.fullmatch(r"(>=|<)[\d.]+(,(>=|<)[\d.]+)*", bounds), bounds
+        for _ in range(100):
+            version = ".".join(str(number) for number in rng.integers(0, 16, rng.integers(1, 5)))
+            assert _supported.is_within(version, bounds) == SpecifierSet(bounds).contains(version), (version, bounds)
+    assert _supported.is_within("0.12.1.dev20260101+abc", ">=0.10.2,<0.13")
+
+
+def test_plugins_and_capabilities_are_those_of_the_documentation():
+    extras = {name for name in PROJECT["optional-dependencies"] if name.startswith("cuda")}
+    assert {f"jax-{extra}-{part}" for extra in extras for part in ("plugin", "pjrt")} == set(doctor.PLUGINS)
+    assert f"compute capability {_supported.LEAST_CAPABILITY} and later" in (ROOT / "README.md").read_text()
+    (compiled,) = re.findall(r"architectures=\((\d+) ", (ROOT / "scripts/architectures.sh").read_text())
+    assert compiled == _supported.LEAST_CAPABILITY.replace(".", "")
 
 
 @pytest.mark.parametrize(

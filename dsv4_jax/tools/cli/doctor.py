@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv4_jax.native import compatibility
+from dsv4_jax.tools.cli import _supported
 from dsv4_jax.tools.cli._topology import gpu_links
 
 PACKAGES = ("dsv4-jax", "jax", "jaxlib", "numpy")
@@ -38,6 +39,8 @@ class Facts:
     """What `examine` found. Versions are strings, None where a package is not installed.
 
     Attributes:
+        versions: those of this Python ("python"), of PACKAGES, of PLUGINS, and of other CUDA plugins that are there.
+        bounds: what dsv4-jax is known to work with, by the same names, as ">=0.10.2,<0.13"; empty if that is not known.
         devices: JAX's devices, "platform: kind"; empty if JAX could not start.
         platforms: the platforms of those devices ("cpu", "gpu").
         jax_error: why JAX could not start, or None.
@@ -57,6 +60,7 @@ class Facts:
     """
 
     versions: Mapping[str, str | None]
+    bounds: Mapping[str, str] = field(default_factory=dict)
     devices: tuple[str, ...] = ()
     platforms: frozenset[str] = frozenset()
     jax_error: str | None = None
@@ -92,8 +96,11 @@ def _driver_cuda() -> int | None:
 
 def examine() -> Facts:
     """Look at this Python, JAX and machine. Never raises on what it finds."""
+    plugins = {one.name for one in metadata.distributions() if re.fullmatch(r"jax-cuda\d+-(plugin|pjrt)", one.name)}
+    versions = {package: _version(package) for package in (*PACKAGES, *PLUGINS, *sorted(plugins.difference(PLUGINS)))}
     found: dict = {
-        "versions": {package: _version(package) for package in PACKAGES + PLUGINS},
+        "versions": {"python": ".".join(map(str, sys.version_info[:3])), **versions},
+        "bounds": _supported.stated_bounds(),
         "gpu_present": Path("/dev/nvidiactl").exists(),
         "driver_cuda": _driver_cuda(),
         "links": gpu_links(),
@@ -173,12 +180,18 @@ def find_problems(facts: Facts) -> list[Problem]:
     if facts.native_problem is not None:
         problems.append(Problem(*facts.native_problem, fatal=True))
 
+    problems += _outside_bounds(facts)
+
     # The plugin's major CUDA version may not be newer than the driver's.
     extra = "cuda12" if facts.driver_cuda is not None and facts.driver_cuda < 13000 else "cuda13"
     install_plugin = f'pip install "jax[{extra}]=={jax_version}"'
-    for plugin in PLUGINS:
-        version = facts.versions[plugin]
-        if version is not None and version != facts.versions["jaxlib"]:
+    for plugin, version in facts.versions.items():
+        if not plugin.startswith("jax-cuda"):
+            continue
+        if version is not None and plugin not in PLUGINS:
+            text = f"{plugin} is not known to work with dsv4_jax, which is tried with {', '.join(PLUGINS)}."
+            problems.append(Problem(text, f"pip uninstall {plugin} && {install_plugin}", False))
+        elif version is not None and version != facts.versions["jaxlib"]:
             text = f"{plugin} {version} stands beside jaxlib {facts.versions['jaxlib']}."
             problems.append(Problem(text, f'pip install "jax[{plugin.split("-")[1]}]=={jax_version}"', False))
 
@@ -204,20 +217,39 @@ def find_problems(facts: Facts) -> list[Problem]:
     return sorted(problems, key=lambda problem: not problem.fatal)
 
 
+def _outside_bounds(facts: Facts) -> list[Problem]:
+    """Versions that dsv4-jax is not known to work with."""
+    problems = []
+    for name, bounds in facts.bounds.items():
+        version = facts.versions.get(name)
+        if version is None or _supported.is_within(version, bounds):
+            continue
+        text = f"{name} {version} is outside of what dsv4-jax is known to work with ({bounds})."
+        command = f'pip install "{name}{bounds}"'
+        if name == "python":
+            limit = re.search(r"<3\.(\d+)", bounds)
+            command = f"python3{f'.{int(limit[1]) - 1}' if limit else ''} -m venv .venv"
+        problems.append(Problem(text, command, False))
+    return problems
+
+
 def _unsupported_gpus(facts: Facts) -> list[Problem]:
     """GPUs that JAX uses and the native module has no kernels for."""
     if not facts.cuda_built or not facts.architectures:
         return []
     unsupported = {one for one in facts.capabilities if not any(runs_on(built, one) for built in facts.architectures)}
-    return [
-        Problem(
+    problems = []
+    for one in sorted(unsupported):
+        text = (
             f"dsv4_jax was built for {', '.join(facts.architectures)}, and JAX uses a GPU of compute capability {one}: "
-            "none of its operations runs there.",
-            f"CUDAARCHS={one.replace('.', '')} DSV4_CUDA=ON {compatibility.REBUILD}",
-            True,
+            "none of its operations runs there."
         )
-        for one in sorted(unsupported)
-    ]
+        command = f"CUDAARCHS={one.replace('.', '')} DSV4_CUDA=ON {compatibility.REBUILD}"
+        if not _supported.is_within(one, f">={_supported.LEAST_CAPABILITY}"):
+            text += f" Its kernels need {_supported.LEAST_CAPABILITY} or later."
+            command = "export JAX_PLATFORMS=cpu"
+        problems.append(Problem(text, command, True))
+    return problems
 
 
 def _pair(version: tuple[int, int] | None) -> str:
@@ -225,13 +257,19 @@ def _pair(version: tuple[int, int] | None) -> str:
 
 
 def _rows(facts: Facts) -> list[tuple[str, str]]:
-    rows = [("python", ".".join(map(str, sys.version_info[:3])))]
-    rows += [(package, facts.versions[package] or "not installed") for package in PACKAGES]
-    rows += [(plugin, version) for plugin in PLUGINS if (version := facts.versions[plugin])]
+    rows = []
+    for name, version in facts.versions.items():
+        known = f" (known to work: {facts.bounds[name]})" if name in facts.bounds else ""
+        if version is not None or name in PACKAGES:
+            rows.append((name, (version or "not installed") + known))
     rows.append(("devices", "\n".join(facts.devices) or "none"))
     if facts.links:
         rows.append(("between GPUs", "\n".join(facts.links)))
-    rows.append(("driver", f"up to CUDA {_cuda(facts.driver_cuda)}" if facts.driver_cuda else "none"))
+    for one in sorted(set(facts.capabilities)):
+        tested = one in _supported.TESTED_CAPABILITIES
+        rows.append(("GPU tests", f"ran on compute capability {one}" if tested else f"were not run on one of {one}"))
+    needed = f" (needed: {facts.cuda_built // 1000}.0 or later)" if facts.cuda_built else ""
+    rows.append(("driver", (f"up to CUDA {_cuda(facts.driver_cuda)}" if facts.driver_cuda else "none") + needed))
     built = f"CUDA {_cuda(facts.cuda_built)}" if facts.cuda_built else "built without CUDA"
     built = "unknown" if facts.cuda_built is None else built
     if facts.cuda_built and facts.architectures:

@@ -4,7 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <string>
+#include <cstdio>
 
 #include "layout/codecs.h"
 #include "ops/params.h"
@@ -36,9 +36,10 @@ inline bool is_hopper() {
 // What an op's launch met, by name; null if nothing. The text lives until the thread's next error.
 inline const char* launch_error(const char* op, cudaError_t status = cudaGetLastError()) {
   if (status == cudaSuccess) return nullptr;
-  thread_local std::string text;
-  text = std::string("dsv4 ") + op + ": the kernel cannot be launched: " + cudaGetErrorString(status);
-  return text.c_str();
+  // Nothing of the C++ library: a release takes another one than that of nvcc's host compiler.
+  thread_local char text[256];
+  std::snprintf(text, sizeof(text), "dsv4 %s: the kernel cannot be launched: %s", op, cudaGetErrorString(status));
+  return text;
 }
 
 // Whether the code of `kernel` that this device runs was compiled for clusters of blocks. The code is asked, not the
