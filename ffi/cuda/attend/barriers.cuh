@@ -70,12 +70,11 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_sync() {
-  cluster_arrive();
-  cluster_wait();
+// For a thread that wrote nothing for others: it waits for none of its loads and stores.
+__device__ __forceinline__ void cluster_arrive_with_nothing() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
-
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 // The address, in another block of the cluster, of what lies at `address` here.
 __device__ __forceinline__ uint32_t in_block(uint32_t address, uint32_t rank) {
   uint32_t there;

@@ -30,22 +30,18 @@ __device__ __forceinline__ float sink_of_head(const AttendParams& params, int he
   return params.sinks == nullptr || head >= params.heads ? -INFINITY : __ldg(params.sinks + head);
 }
 
-// Arrives where two blocks or one meet when their shares are told. More tell them by the next barrier.
-__device__ __forceinline__ void arrive_told() {
-  if (cluster_size() <= 2) cluster_arrive();
-}
-
-// A thread's first two meetings that has nothing to tell.
+// A thread's first two meetings that has nothing to tell. Where there are more than two blocks, shares are told by the
+// next barrier.
 __device__ __forceinline__ void tell_nothing() {
   cluster_wait();
-  arrive_told();
+  if (cluster_size() <= 2) cluster_arrive_with_nothing();
 }
 
 // Warps that neither sum nor finish.
 __device__ __forceinline__ void leave_to_sums() {
   tell_nothing();
   if (cluster_size() <= 2) cluster_wait();
-  if (cluster_size() > 1) cluster_sync();
+  if (cluster_size() > 1) cluster_arrive_with_nothing(), cluster_wait();
 }
 
 // Warpgroup 0 tells every block its part of the softmax.
@@ -64,7 +60,7 @@ __device__ __forceinline__ void publish(const Shared& shared, const float (&peak
     store_there(in_block(shared.share_at(rank, row + 8), there), peak[1], total[1]);
   }
   __syncwarp();
-  arrive_told();
+  if (blocks <= 2) cluster_arrive();
 }
 
 __device__ __forceinline__ int block_index_y() {
@@ -148,7 +144,8 @@ struct Columns {
   float x[4];
 };
 
-// The angle by which columns are rotated back if they are RoPE's. `eight` is which eight of the 512.
+// The angle by which columns are rotated back if they are RoPE's. `eight` is which eight of the 512. It is loaded
+// before a barrier, to be there after it.
 struct Angle {
   float cos = 1.0f, sin = 0.0f;
 
@@ -202,20 +199,29 @@ struct OutputRows {
   }
 };
 
+// Those of a warpgroup's last eights.
+struct Angles {
+  static constexpr int kEights = kRopeDim / 8;
+  Angle of[kEights];
+
+  __device__ __forceinline__ Angles(const AttendParams& params, const Destination& to, int half) {
+#pragma unroll
+    for (int i = 0; i < kEights; ++i) {
+      of[i] = {params, to, half * 32 + 32 - kEights + i, static_cast<int>(threadIdx.x) % 4};
+    }
+  }
+};
+
 // A warpgroup's half of the columns, in units of the output, by way of shared memory at `place`.
 template <int kBytes>
 __device__ __forceinline__ void store_half(const AttendParams& params, const Destination& to, int half, uint32_t place,
-                                           const float (&sum)[128]) {
+                                           const Angles& angles, const float (&sum)[128]) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  constexpr int kRopeEights = kRopeDim / 8;
-  Angle angles[kRopeEights];  // of the last eights, loaded at once
-#pragma unroll
-  for (int i = 0; i < kRopeEights; ++i) angles[i] = {params, to, half * 32 + 32 - kRopeEights + i, lane % 4};
   const OutputRows<kBytes> rows{place};
 #pragma unroll
   for (int j = 0; j < 32; ++j) {
     Columns part{{sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]}};
-    if (j >= 32 - kRopeEights) angles[j - 32 + kRopeEights].rotate_back(part);
+    if (j >= 32 - Angles::kEights) angles.of[j - 32 + Angles::kEights].rotate_back(part);
     rows.put(warp * 16 + lane / 4, j, lane % 4, part);
   }
   meet(kHalvesMeet + half, 128);
@@ -223,11 +229,11 @@ __device__ __forceinline__ void store_half(const AttendParams& params, const Des
 }
 
 __device__ __forceinline__ void store_half(const AttendParams& params, const Destination& to, int half, uint32_t place,
-                                           const float (&sum)[128]) {
+                                           const Angles& angles, const float (&sum)[128]) {
   if (to.wide) {
-    store_half<4>(params, to, half, place, sum);
+    store_half<4>(params, to, half, place, angles, sum);
   } else {
-    store_half<2>(params, to, half, place, sum);
+    store_half<2>(params, to, half, place, angles, sum);
   }
 }
 
@@ -266,7 +272,7 @@ __device__ __forceinline__ void store_two(const AttendParams& params, const Dest
 // Four blocks or more: each takes the sums of 512 / kBlocks columns from all that saw any row.
 template <int kBlocks>
 __device__ __forceinline__ void gather_sums(const AttendParams& params, const Shared& shared, const Destination& to,
-                                            int rank, int half, float sink) {
+                                            int rank, int half, float sink, const Angle (&angles)[32 / kBlocks]) {
   constexpr int kEights = 32 / kBlocks;  // eights of columns for a warpgroup
   const int lane = threadIdx.x % 32, head = lane / 4, row = threadIdx.x / 32 % 4 * 16 + head;
   const int first_eight = (2 * rank + half) * kEights, threads = threads_with_heads(params);
@@ -300,7 +306,7 @@ __device__ __forceinline__ void gather_sums(const AttendParams& params, const Sh
 #pragma unroll
   for (int i = 0; i < kEights; ++i) {
     const int eight = first_eight + i, column = 8 * eight + lane % 4 * 2;
-    Angle{params, to, eight, lane % 4}.rotate_back(sum[i]);
+    angles[i].rotate_back(sum[i]);
     store_two(params, to, row, column, sum[i].x[0], sum[i].x[1]);
     store_two(params, to, row + 8, column, sum[i].x[2], sum[i].x[3]);
   }
@@ -317,15 +323,19 @@ __device__ __forceinline__ void multiply_rows(float (&sum)[128], float first, fl
 // Where warpgroup 1 stores its rows, 0 may still be multiplying tiles, but not queries.
 __device__ __forceinline__ void store_sums(const AttendParams& params, const Shared& shared, const Destination& to,
                                            int half, float sink, float (&sum)[128]) {
+  const Angles angles(params, to, half);
+  cluster_wait();
   const auto factors = weigh_blocks<1>(params, shared, to, half == 0, sink);
   const int head = threadIdx.x % 32 / 4;
   multiply_rows(sum, factors.of(0, head), factors.of(0, head + 8));
-  store_half(params, to, half, half == 0 ? shared.tiles(0) : shared.queries(), sum);
+  store_half(params, to, half, half == 0 ? shared.tiles(0) : shared.queries(), angles, sum);
 }
 
 // Each of two blocks sends one half of its sums to the other's queries and stores the other.
 __device__ __forceinline__ void exchange_sums(const AttendParams& params, const Shared& shared, const Destination& to,
                                               int rank, int half, float sink, float (&sum)[128]) {
+  const Angles angles(params, to, half);
+  cluster_wait();
   const int head = threadIdx.x % 32 / 4, thread = threadIdx.x % 128;
   if (half != rank) {
     const uint32_t there = in_block(shared.queries() + thread * 16, rank ^ 1);
@@ -348,7 +358,22 @@ __device__ __forceinline__ void exchange_sums(const AttendParams& params, const 
     sum[4 * j + 2] = fmaf(sum[4 * j + 2], own[1], sent.z * other[1]);
     sum[4 * j + 3] = fmaf(sum[4 * j + 3], own[1], sent.w * other[1]);
   }
-  store_half(params, to, half, shared.tiles(0), sum);
+  store_half(params, to, half, shared.tiles(0), angles, sum);
+}
+
+template <int kBlocks>
+__device__ __forceinline__ void leave_and_gather(const AttendParams& params, const Shared& shared,
+                                                 const Destination& to, int rank, int half, float sink,
+                                                 const float (&sum)[128]) {
+  leave_sums(params, sums_of_block(params, rank, kBlocks), half, sum);
+  cluster_arrive();
+  Angle angles[32 / kBlocks];
+#pragma unroll
+  for (int i = 0; i < 32 / kBlocks; ++i) {
+    angles[i] = {params, to, (2 * rank + half) * (32 / kBlocks) + i, static_cast<int>(threadIdx.x) % 4};
+  }
+  cluster_wait();
+  gather_sums<kBlocks>(params, shared, to, rank, half, sink, angles);
 }
 
 // Warpgroups 0 and 1, after all their tiles and after their share of the softmax is told.
@@ -362,22 +387,17 @@ __device__ __forceinline__ void finish(const AttendParams& params, const Shared&
       first_head, min(params.block_heads, params.heads - first_head)};
   const float sink =
       sink_of_head(params, first_head + static_cast<int>(threadIdx.x) / 32 % 4 * 16 + threadIdx.x % 32 / 2);
-  if (blocks > 2) {
-    leave_sums(params, sums_of_block(params, rank, blocks), half, sum);
-    cluster_arrive();
-  }
-  cluster_wait();
   switch (blocks) {
     case 1:
       return store_sums(params, shared, to, half, sink, sum);
     case 2:
       return exchange_sums(params, shared, to, rank, half, sink, sum);
     case 4:
-      return gather_sums<4>(params, shared, to, rank, half, sink);
+      return leave_and_gather<4>(params, shared, to, rank, half, sink, sum);
     case 8:
-      return gather_sums<8>(params, shared, to, rank, half, sink);
+      return leave_and_gather<8>(params, shared, to, rank, half, sink, sum);
     case 16:
-      return gather_sums<16>(params, shared, to, rank, half, sink);
+      return leave_and_gather<16>(params, shared, to, rank, half, sink, sum);
     default:
       return;
   }

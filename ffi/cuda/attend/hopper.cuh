@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_consta
   const Shared shared{(shared_address(memory) + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes};
   const int token = blockIdx.y, first_head = blockIdx.z * params.block_heads;
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  cluster_arrive();
+  cluster_arrive_with_nothing();
 
   // All that waits for nothing comes first: what is planned, and chosen entries.
   const PlannedToken planned = planned_token(params, token);
