@@ -1,5 +1,7 @@
-"""The examples of the pages in docs/ run, and what they show about masks is right."""
+"""The examples of the pages in docs/ run and print what the pages say, and what they show about masks is right."""
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -10,14 +12,24 @@ import pytest
 import dsv4_jax as dsv4
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted(page.name for page in DOCS.glob("*.md") if "```python" in page.read_text())
+PAGES = sorted(
+    page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md") if "```python" in page.read_text(encoding="utf-8")
+)
+EXAMPLE = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
 
 def run_page(name: str) -> dict:
-    """Runs a page's examples one after the other, as a reader would; their names."""
+    """Runs a page's examples one after the other, as a reader would; their names.
+
+    A block of text right behind an example is what it prints.
+    """
     names: dict = {"__name__": f"docs.{name}"}
-    for block in re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.DOTALL):
-        exec(compile(block, f"docs/{name}", "exec"), names)
+    for block, shown in EXAMPLE.findall((DOCS / name).read_text(encoding="utf-8")):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block, f"docs/{name}", "exec"), names)
+        if shown:
+            assert printed.getvalue() == shown
     return names
 
 

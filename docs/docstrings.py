@@ -1,0 +1,56 @@
+"""Docstrings are plain text: what docutils would take for markup in them, and is not meant so, is made literal."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from typing import Any
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+
+from dsv4_jax.errors import Picklable
+
+LITERAL = re.compile(r"(``.*?``)")
+QUOTED = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+SHAPE = re.compile(r"(?<![\w\]])\[[^\[\]`]*(?:\[[^\[\]`]*\][^\[\]`]*)*\]")
+
+
+def plain(text: str) -> str:
+    """A line outside of its literals: `names` and [shapes] are literals too, bars and what is left of stars are text."""
+    text = QUOTED.sub(r"``\1``", text)
+    parts = LITERAL.split(text)
+    for place in range(0, len(parts), 2):
+        shaped = LITERAL.split(SHAPE.sub(lambda found: f"``{found[0]}``", parts[place]))
+        shaped[::2] = [re.sub(r"\||\*(?=page|shape)", r"\\\g<0>", rest) for rest in shaped[::2]]
+        parts[place] = "".join(shaped)
+    return "".join(parts)
+
+
+def process(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Before napoleon, which takes words before a colon in the first line about an attribute for its type."""
+    lines[:] = [line if line.lstrip().startswith(".. ") else plain(line) for line in lines]
+    if what in ("attribute", "property", "data"):
+        lines[:0] = ["..", ""]
+
+
+def process_bases(app: Sphinx, name: str, thing: type, options: Any, bases: list[type]) -> None:
+    """That errors pickle is said once, not as a base of each."""
+    shown = [base for base in bases if base is not Picklable]
+    bases[:] = shown or [Exception]
+
+
+def leave_builtins(app: Sphinx, document: nodes.document) -> None:
+    """Python's own types have no page here, and are not what some class has a member of the same name for."""
+    for reference in list(document.findall(pending_xref)):
+        if reference["reftype"] == "class" and hasattr(builtins, reference["reftarget"]):
+            reference.replace_self(nodes.Text(reference["reftarget"]))
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Registers all of it."""
+    app.connect("autodoc-process-docstring", process, priority=100)
+    app.connect("autodoc-process-bases", process_bases)
+    app.connect("doctree-read", leave_builtins)
+    return {"parallel_read_safe": True}
