@@ -1,15 +1,15 @@
 """The site: Sphinx reads the pages where they are, in this folder and at the root. scripts/docs.sh builds it."""
 
 import sys
+import tomllib
 from pathlib import Path
 
-import dsv4_jax
-
-sys.path.insert(0, str(Path(__file__).parent))  # commands.py, docstrings.py
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # commands.py, docstrings.py
 
 project = "dsv4_jax"
 copyright = "the authors of dsv4_jax, Apache-2.0"
-release = dsv4_jax.__version__
+release = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["version"]
 
 # The source folder is the root of the repository, so that every link is the same here and on the forge.
 root_doc = "docs/index"

@@ -18,7 +18,7 @@ SHAPE = re.compile(r"(?<![\w\]])\[[^\[\]`]*(?:\[[^\[\]`]*\][^\[\]`]*)*\]")
 
 
 def plain(text: str) -> str:
-    """A line outside of its literals: `names` and [shapes] are literals too, bars and what is left of stars are text."""
+    """A line outside of its literals: names in backticks and shapes are literals too, bars and stars are text."""
     text = QUOTED.sub(r"``\1``", text)
     parts = LITERAL.split(text)
     for place in range(0, len(parts), 2):
@@ -41,8 +41,14 @@ def process_bases(app: Sphinx, name: str, thing: type, options: Any, bases: list
     bases[:] = shown or [Exception]
 
 
-def leave_builtins(app: Sphinx, document: nodes.document) -> None:
-    """Python's own types have no page here, and are not what some class has a member of the same name for."""
+def process_document(app: Sphinx, document: nodes.document) -> None:
+    """Python's own types have no page here, and are not what some class has a member of the same name for.
+
+    And what docstrings call attributes is called so.
+    """
+    for name in document.findall(nodes.field_name):
+        if name.astext() == "Variables":
+            name.children = [nodes.Text("Attributes")]
     for reference in list(document.findall(pending_xref)):
         if reference["reftype"] == "class" and hasattr(builtins, reference["reftarget"]):
             reference.replace_self(nodes.Text(reference["reftarget"]))
@@ -52,5 +58,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Registers all of it."""
     app.connect("autodoc-process-docstring", process, priority=100)
     app.connect("autodoc-process-bases", process_bases)
-    app.connect("doctree-read", leave_builtins)
+    app.connect("doctree-read", process_document)
     return {"parallel_read_safe": True}

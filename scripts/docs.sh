@@ -1,9 +1,19 @@
 #!/usr/bin/env bash
-# Build the documentation site into build/site, warnings are errors; with `linkcheck`, look at the links that leave it:
+# Build the documentation site into build/site, warnings are errors; or look at the links that leave it, which needs a network:
 #   bash scripts/docs.sh [linkcheck]
-# From an environment in which dsv4_jax is installed. Asks no network but for `linkcheck`, and for pip where there is no Sphinx.
+# Uses the active virtual environment, or makes build/docs-venv; asks pip for what is missing there. Builds no kernels.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python -c "import furo, myst_parser, sphinx" 2>/dev/null || python -m pip install --quiet \
-  $(python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
-JAX_PLATFORMS=cpu python -m sphinx -b "${1:-html}" -c docs -d build/site-cache -W --keep-going --quiet . "build/site"
+
+if [[ -z "${VIRTUAL_ENV:-}" ]]; then
+  [[ -x build/docs-venv/bin/python ]] || "${PYTHON:-python3}" -m venv build/docs-venv
+  source build/docs-venv/bin/activate
+fi
+if ! python -c "import furo, jax, myst_parser, sphinx, typer" 2>/dev/null; then
+  python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']
+print(*p['dependencies'], *p['optional-dependencies']['docs'], sep='\n')" | python -m pip install --quiet -r /dev/stdin
+fi
+
+builder=${1:-html}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" JAX_PLATFORMS=cpu
+python -m sphinx -b "$builder" -c docs -E -a -W --keep-going --quiet -d build/site-cache . "build/$([[ $builder == html ]] && echo site || echo "$builder")"

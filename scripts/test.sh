@@ -18,7 +18,7 @@ jax_version=${JAX_VERSION:-$(sed -n 's/^jaxlib==//p' <<<"$build_requires")}
 echo "== install: jax $jax_version"
 {
   grep -v '^jaxlib==' <<<"$build_requires"
-  read_pyproject "p['project']['dependencies'] + [r for extra in ('test', 'types') for r in p['project']['optional-dependencies'][extra]]"
+  read_pyproject "p['project']['dependencies'] + [r for extra in ('test', 'types', 'docs') for r in p['project']['optional-dependencies'][extra]]"
   printf '%s\n' cmake ninja "jax==$jax_version"
 } | python -m pip install --quiet -r /dev/stdin
 
@@ -51,6 +51,9 @@ echo "== types"
 mypy &
 pyright
 wait $!
+
+echo "== documentation, warnings are errors"
+bash scripts/docs.sh
 
 echo "== tests"
 # XLA's and LLVM's optimizations are most of what the tests would wait for; scripts/newest.sh runs with all of them.

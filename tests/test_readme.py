@@ -21,6 +21,7 @@ from dsv4_jax.tools.cli.main import application
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")))
 
 
 def section(title: str) -> str:
@@ -171,7 +172,7 @@ def test_what_was_run_is_what_is_supported():
     assert pythons == tuple((3, minor) for minor in range(int(lowest[1]), int(limit[1])))
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/design.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_links_and_scripts_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target, heading in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", text):
