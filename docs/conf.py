@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # commands.py, docstrings.py
+sys.path.insert(0, str(HERE))  # the extensions that are here
 
 project = "dsv4_jax"
 copyright = "the authors of dsv4_jax, Apache-2.0"
@@ -15,8 +15,9 @@ release = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
 root_doc = "docs/index"
 include_patterns = ["*.md", "docs/**.md", "benchmarks/README.md"]
 exclude_patterns = ["build", "dist", "dsv4_jax", "drafts", "ffi", "scripts", "tests", ".*"]
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "commands", "docstrings"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "commands", "docstrings", "tables"]
 myst_heading_anchors = 4
+highlight_language = "none"  # of blocks that name none
 
 html_theme = "furo"
 html_title = f"dsv4_jax {release}"

@@ -1,0 +1,23 @@
+"""Tables with much text get the class ``wide``: on a narrow screen they keep a width and scroll, to stay legible."""
+
+from __future__ import annotations
+
+from docutils import nodes
+from sphinx.application import Sphinx
+
+LETTERS = 100  # of the longest cell of every column together
+
+
+def mark_wide(app: Sphinx, document: nodes.document) -> None:
+    """Adds the class to the page's tables of three columns or more that have so many letters."""
+    for table in document.findall(nodes.table):
+        rows = [[len(cell.astext()) for cell in row.children] for row in table.findall(nodes.row)]
+        longest = [max(column) for column in zip(*rows, strict=False)]
+        if len(longest) > 2 and sum(longest) > LETTERS:
+            table["classes"].append("wide")
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Registers it."""
+    app.connect("doctree-read", mark_wide)
+    return {"parallel_read_safe": True}
