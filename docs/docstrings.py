@@ -7,13 +7,18 @@ import re
 from typing import Any
 
 from docutils import nodes
+from numpy.typing import ArrayLike
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
+from sphinx.util.typing import stringify_annotation
 
 from dsv4_jax.errors import Picklable
 
 LITERAL = re.compile(r"(``.*?``)")
 QUOTED = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+COLON = "\ue000"  # in place of one that napoleon must not read
+ARRAY_LIKE = stringify_annotation(ArrayLike, "smart")
+ARRAY = re.compile(r"~?numpy\.ndarray\[~?tuple\[~?typing\.Any, \.\.\.\], ~?numpy\.dtype\[([\w.~]+)\]\]")
 SHAPE = re.compile(r"(?<![\w\]])\[[^\[\]`]*(?:\[[^\[\]`]*\][^\[\]`]*)*\]")
 
 
@@ -29,10 +34,38 @@ def plain(text: str) -> str:
 
 
 def process(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """Before napoleon, which takes words before a colon in the first line about an attribute for its type."""
+    """Before napoleon, which takes words before a colon for a type, where it reads of an attribute or of a result."""
     lines[:] = [line if line.lstrip().startswith(".. ") else plain(line) for line in lines]
-    if what in ("attribute", "property", "data"):
-        lines[:0] = ["..", ""]
+    for number, line in enumerate(lines):
+        of_attribute = number == 0 and what in ("attribute", "property", "data")
+        if of_attribute or (number > 0 and lines[number - 1].strip() == "Returns:"):
+            lines[number] = line.replace(":", COLON)
+
+
+def process_again(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """After napoleon."""
+    lines[:] = [line.replace(COLON, ":") for line in lines]
+
+
+def skip(app: Sphinx, what: str, name: str, thing: Any, skipped: bool, options: Any) -> bool | None:
+    """Fields of named tuples are in the class's docstring, and have none of their own."""
+    return True if (getattr(thing, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
+def process_signature(
+    app: Sphinx, what: str, name: str, thing: Any, options: Any, signature: str | None, returned: str | None
+) -> tuple[str | None, str | None] | None:
+    """Names of NumPy's types in place of what they stand for; none for errors, which are caught and not made."""
+    if what == "exception":
+        return ("", None) if signature else None
+    return named(signature), named(returned)
+
+
+def named(signature: str | None) -> str | None:
+    """A part of a signature with ``ArrayLike`` and ``NDArray`` by name."""
+    if not signature:
+        return signature
+    return ARRAY.sub(r"~numpy.typing.NDArray[\1]", signature.replace(ARRAY_LIKE, "~numpy.typing.ArrayLike"))
 
 
 def process_bases(app: Sphinx, name: str, thing: type, options: Any, bases: list[type]) -> None:
@@ -57,6 +90,9 @@ def process_document(app: Sphinx, document: nodes.document) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     """Registers all of it."""
     app.connect("autodoc-process-docstring", process, priority=100)
+    app.connect("autodoc-process-docstring", process_again, priority=900)
+    app.connect("autodoc-skip-member", skip)
+    app.connect("autodoc-process-signature", process_signature)
     app.connect("autodoc-process-bases", process_bases)
     app.connect("doctree-read", process_document)
     return {"parallel_read_safe": True}
