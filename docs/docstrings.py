@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
+import inspect
 import re
 from typing import Any
 
@@ -17,6 +19,7 @@ from dsv4_jax.errors import Picklable
 LITERAL = re.compile(r"(``.*?``)")
 QUOTED = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 COLON = "\ue000"  # in place of one that napoleon must not read
+FIELD = re.compile(r"^    (\w+): [^#\n]+  # (.+)$", re.MULTILINE)
 ARRAY_LIKE = stringify_annotation(ArrayLike, "smart")
 ARRAY = re.compile(r"~?numpy\.ndarray\[~?tuple\[~?typing\.Any, \.\.\.\], ~?numpy\.dtype\[([\w.~]+)\]\]")
 SHAPE = re.compile(r"(?<![\w\]])\[[^\[\]`]*(?:\[[^\[\]`]*\][^\[\]`]*)*\]")
@@ -33,8 +36,16 @@ def plain(text: str) -> str:
     return "".join(parts)
 
 
+def dataclass_or_tuple(thing: Any) -> bool:
+    """Whether a class has fields, which a comment behind each may say more of."""
+    return isinstance(thing, type) and (dataclasses.is_dataclass(thing) or hasattr(thing, "_fields"))
+
+
 def process(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Before napoleon, which takes words before a colon for a type, where it reads of an attribute or of a result."""
+    if what == "class" and dataclass_or_tuple(thing) and "Attributes:" not in lines:
+        fields = FIELD.findall(inspect.getsource(thing))
+        lines += ["", "Attributes:", *(f"  {field}: {comment}" for field, comment in fields)] if fields else []
     lines[:] = [line if line.lstrip().startswith(".. ") else plain(line) for line in lines]
     for number, line in enumerate(lines):
         of_attribute = number == 0 and what in ("attribute", "property", "data")
@@ -56,7 +67,7 @@ def process_signature(
     app: Sphinx, what: str, name: str, thing: Any, options: Any, signature: str | None, returned: str | None
 ) -> tuple[str | None, str | None] | None:
     """Names of NumPy's types in place of what they stand for; none for errors, which are caught and not made."""
-    if what == "exception":
+    if what == "exception" or signature == "(*args, **kwargs)":  # and protocols are not made either
         return ("", None) if signature else None
     return named(signature), named(returned)
 
@@ -65,7 +76,9 @@ def named(signature: str | None) -> str | None:
     """A part of a signature with ``ArrayLike`` and ``NDArray`` by name."""
     if not signature:
         return signature
-    return ARRAY.sub(r"~numpy.typing.NDArray[\1]", signature.replace(ARRAY_LIKE, "~numpy.typing.ArrayLike"))
+    return ARRAY.sub(r"~numpy.typing.NDArray[\1]", signature.replace(ARRAY_LIKE, "~numpy.typing.ArrayLike")).replace(
+        "<factory>", "..."
+    )
 
 
 def process_bases(app: Sphinx, name: str, thing: type, options: Any, bases: list[type]) -> None:
