@@ -76,9 +76,8 @@ def named(signature: str | None) -> str | None:
     """A part of a signature with ``ArrayLike`` and ``NDArray`` by name."""
     if not signature:
         return signature
-    return ARRAY.sub(r"~numpy.typing.NDArray[\1]", signature.replace(ARRAY_LIKE, "~numpy.typing.ArrayLike")).replace(
-        "<factory>", "..."
-    )
+    signature = signature.replace(ARRAY_LIKE, "~numpy.typing.ArrayLike").replace("<factory>", "...")
+    return ARRAY.sub(r"~numpy.typing.NDArray[\1]", signature)
 
 
 def process_bases(app: Sphinx, name: str, thing: type, options: Any, bases: list[type]) -> None:

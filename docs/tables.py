@@ -9,12 +9,15 @@ LETTERS = 100  # of the longest cell of every column together
 
 
 def mark_wide(app: Sphinx, document: nodes.document) -> None:
-    """Adds the class to the page's tables of three columns or more that have so many letters."""
+    """Adds the class to tables of three columns or more that have so many letters; cells of one word stay in one line."""
     for table in document.findall(nodes.table):
         rows = [[len(cell.astext()) for cell in row.children] for row in table.findall(nodes.row)]
         longest = [max(column) for column in zip(*rows, strict=False)]
         if len(longest) > 2 and sum(longest) > LETTERS:
             table["classes"].append("wide")
+        for cell in table.findall(nodes.entry):
+            if " " not in cell.astext():
+                cell["classes"].append("word")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
