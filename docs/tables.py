@@ -1,4 +1,4 @@
-"""Tables with much text get the class ``wide``: on a narrow screen they keep a width and scroll, to stay legible."""
+"""Tables with much text get the class ``wide``: they keep a width, and scroll where the screen is narrower."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LETTERS = 100  # of the longest cell of every column together
 
 
 def mark_wide(app: Sphinx, document: nodes.document) -> None:
-    """Adds the class to tables of three columns or more that have so many letters; cells of one word stay in one line."""
+    """Adds the class to tables of three columns or more that have so many letters, and ``word`` to cells of one."""
     for table in document.findall(nodes.table):
         rows = [[len(cell.astext()) for cell in row.children] for row in table.findall(nodes.row)]
         longest = [max(column) for column in zip(*rows, strict=False)]

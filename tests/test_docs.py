@@ -3,6 +3,8 @@
 import contextlib
 import io
 import re
+import sys
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -33,9 +35,29 @@ def run_page(name: str) -> dict:
     return names
 
 
+@pytest.fixture
+def gauges(monkeypatch):
+    """What is registered with a stand-in of prometheus_client, which the tests do not install: gauges by name."""
+    found: dict = {}
+    client, core = types.ModuleType("prometheus_client"), types.ModuleType("prometheus_client.core")
+    core.GaugeMetricFamily = lambda name, documentation, value: (name, value)
+    client.REGISTRY = types.SimpleNamespace(register=lambda collector: found.update(collector.collect()))
+    for module in (client, core):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return found
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_examples_run(page):
-    run_page(page)
+def test_examples_run(page, gauges):
+    names = run_page(page)
+    if page == "prefixes.md":
+        assert gauges == {f"vllm:{name}": value for name, value in names["manager"].metrics().items()}
+
+
+def test_all_examples_are_found():
+    for page in (*DOCS.rglob("*.md"), *DOCS.parent.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        assert text.count("```py") == len(EXAMPLE.findall(text)), page
 
 
 def test_prefill_masks_show_each_token_its_own_past(rng):

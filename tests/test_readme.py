@@ -149,9 +149,12 @@ def test_the_bytes_of_every_format():
 
 
 def test_the_commands_exist():
-    named = set(re.findall(r"dsv4-jax (\w+)", README))
     commands = typer.main.get_command(application()).commands
-    assert named <= set(commands)
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for name, arguments in re.findall(r"dsv4-jax ([a-z]+)([^`\n#]*)", text):
+            options = {option for parameter in commands[name].params for option in parameter.opts}
+            assert set(re.findall(r"(?<!\S)--[a-z-]+", arguments)) <= options | {"--help"}, (page, name, arguments)
     shown = {name for name, command in commands.items() if not command.hidden}
     assert shown == {row[0].strip("`").split()[1] for row in rows_of_table(section("Command line"))[1:]}
 
