@@ -15,5 +15,7 @@ print(*p['dependencies'], *p['optional-dependencies']['docs'], sep='\n')" | pyth
 fi
 
 builder=${1:-html}
+[[ $builder == html ]] && made=build/site || made=build/$builder
+rm -rf "$made"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" JAX_PLATFORMS=cpu
-python -m sphinx -b "$builder" -c docs -E -a -W --keep-going --quiet -d build/site-cache . "build/$([[ $builder == html ]] && echo site || echo "$builder")"
+python -m sphinx -b "$builder" -c docs -E -a -W --keep-going --quiet -d build/site-cache . "$made"
