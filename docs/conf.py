@@ -15,7 +15,7 @@ release = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
 root_doc = "docs/index"
 include_patterns = ["*.md", "docs/**.md", "benchmarks/README.md"]
 exclude_patterns = ["build", "dist", "dsv4_jax", "drafts", "ffi", "scripts", "tests", ".*"]
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "commands", "docstrings", "tables"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "commands", "docstrings", "links", "tables"]
 myst_heading_anchors = 4
 highlight_language = "none"  # of blocks that name none
 
