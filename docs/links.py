@@ -56,9 +56,10 @@ def link(app: Sphinx, document: nodes.document, page: str) -> None:
         name = VARIABLES.get(first, first) + dot + rest if dot else first
         if name not in known:
             continue
-        entry = objects[known[name]]
-        if page == entry.docname and any(entry.node_id in node.get("ids", ()) for node in enclosing(literal)):
-            continue  # its own description
+        entry, around = objects[known[name]], enclosing(literal)
+        parameter = name.islower() and any(re.search(rf"\b{name}\b", signature.astext()) for signature in around)
+        if parameter or any(entry.node_id in signature.get("ids", ()) for signature in around):
+            continue  # what is described here itself
         literal.replace_self(make_refnode(app.builder, page, entry.docname, entry.node_id, literal.deepcopy()))
 
 
