@@ -44,7 +44,7 @@ def targets(names: dict[str, str]) -> dict[str, str]:
 
 
 def link(app: Sphinx, document: nodes.document, page: str) -> None:
-    """Makes links of the page's literals."""
+    """Makes links of the page's literals; in the description of a class its own members come first."""
     objects = app.env.domains.python_domain.objects
     known = targets({name: entry.objtype for name, entry in objects.items() if not entry.aliased})
     for literal in list(document.findall(nodes.literal)):
@@ -54,12 +54,14 @@ def link(app: Sphinx, document: nodes.document, page: str) -> None:
             continue
         first, dot, rest = named[1].partition(".")
         name = VARIABLES.get(first, first) + dot + rest if dot else first
-        if name not in known:
+        around = enclosing(literal)
+        if name.islower() and any(re.search(rf"\b{name}\b", signature.astext()) for signature in around):
+            continue  # an argument
+        own = [f"{full}.{name}" for signature in around for full in signature.get("ids", ())]
+        full = next((full for full in own if full in objects), known.get(name))
+        if full is None or any(full in signature.get("ids", ()) for signature in around):
             continue
-        entry, around = objects[known[name]], enclosing(literal)
-        parameter = name.islower() and any(re.search(rf"\b{name}\b", signature.astext()) for signature in around)
-        if parameter or any(entry.node_id in signature.get("ids", ()) for signature in around):
-            continue  # what is described here itself
+        entry = objects[full]
         literal.replace_self(make_refnode(app.builder, page, entry.docname, entry.node_id, literal.deepcopy()))
 
 
