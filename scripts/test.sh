@@ -47,13 +47,14 @@ ruff check .
 ruff format --check .
 find ffi \( -name '*.h' -o -name '*.cc' -o -name '*.cu*' \) -print0 | xargs -0 clang-format --dry-run -Werror
 
-echo "== types"
+echo "== types, and documentation with warnings as errors"
 mypy &
+types=$!
+bash scripts/docs.sh &
+site=$!
 pyright
-wait $!
-
-echo "== documentation, warnings are errors"
-bash scripts/docs.sh
+wait $types
+wait $site
 
 echo "== tests"
 # XLA's and LLVM's optimizations are most of what the tests would wait for; scripts/newest.sh runs with all of them.
