@@ -18,7 +18,7 @@ jax_version=${JAX_VERSION:-$(sed -n 's/^jaxlib==//p' <<<"$build_requires")}
 echo "== install: jax $jax_version"
 {
   grep -v '^jaxlib==' <<<"$build_requires"
-  read_pyproject "p['project']['dependencies'] + [r for extra in ('test', 'types') for r in p['project']['optional-dependencies'][extra]]"
+  read_pyproject "p['project']['dependencies'] + [r for extra in ('test', 'types', 'docs') for r in p['project']['optional-dependencies'][extra]]"
   printf '%s\n' cmake ninja "jax==$jax_version"
 } | python -m pip install --quiet -r /dev/stdin
 
@@ -47,10 +47,14 @@ ruff check .
 ruff format --check .
 find ffi \( -name '*.h' -o -name '*.cc' -o -name '*.cu*' \) -print0 | xargs -0 clang-format --dry-run -Werror
 
-echo "== types"
+echo "== types, and documentation with warnings as errors"
 mypy &
+types=$!
+bash scripts/docs.sh &
+site=$!
 pyright
-wait $!
+wait $types
+wait $site
 
 echo "== tests"
 # XLA's and LLVM's optimizations are most of what the tests would wait for; scripts/matrix.sh runs with all of them.

@@ -1,6 +1,10 @@
-"""The examples of the pages in docs/ run, and what they show about masks is right."""
+"""The examples of the pages in docs/ run and print what the pages say, and what they show about masks is right."""
 
+import contextlib
+import io
 import re
+import sys
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,20 +14,50 @@ import pytest
 import dsv4_jax as dsv4
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted(page.name for page in DOCS.glob("*.md") if "```python" in page.read_text())
+PAGES = sorted(
+    page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md") if "```python" in page.read_text(encoding="utf-8")
+)
+EXAMPLE = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
 
 def run_page(name: str) -> dict:
-    """Runs a page's examples one after the other, as a reader would; their names."""
+    """Runs a page's examples one after the other, as a reader would; their names.
+
+    A block of text right behind an example is what it prints.
+    """
     names: dict = {"__name__": f"docs.{name}"}
-    for block in re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.DOTALL):
-        exec(compile(block, f"docs/{name}", "exec"), names)
+    for block, shown in EXAMPLE.findall((DOCS / name).read_text(encoding="utf-8")):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block, f"docs/{name}", "exec"), names)
+        if shown:
+            assert printed.getvalue() == shown
     return names
 
 
+@pytest.fixture
+def gauges(monkeypatch):
+    """What is registered with a stand-in of prometheus_client, which the tests do not install: gauges by name."""
+    found: dict = {}
+    client, core = types.ModuleType("prometheus_client"), types.ModuleType("prometheus_client.core")
+    core.GaugeMetricFamily = lambda name, documentation, value: (name, value)
+    client.REGISTRY = types.SimpleNamespace(register=lambda collector: found.update(collector.collect()))
+    for module in (client, core):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return found
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_examples_run(page):
-    run_page(page)
+def test_examples_run(page, gauges):
+    names = run_page(page)
+    if page == "prefixes.md":
+        assert gauges == {f"vllm:{name}": value for name, value in names["manager"].metrics().items()}
+
+
+def test_all_examples_are_found():
+    for page in (*DOCS.rglob("*.md"), *DOCS.parent.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        assert text.count("```py") == len(EXAMPLE.findall(text)), page
 
 
 def test_prefill_masks_show_each_token_its_own_past(rng):

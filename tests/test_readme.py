@@ -21,6 +21,7 @@ from dsv4_jax.tools.cli.main import application
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")))
 
 
 def section(title: str) -> str:
@@ -148,9 +149,12 @@ def test_the_bytes_of_every_format():
 
 
 def test_the_commands_exist():
-    named = set(re.findall(r"dsv4-jax (\w+)", README))
     commands = typer.main.get_command(application()).commands
-    assert named <= set(commands)
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for name, arguments in re.findall(r"dsv4-jax ([a-z]+)([^`\n#]*)", text):
+            options = {option for parameter in commands[name].params for option in parameter.opts}
+            assert set(re.findall(r"(?<!\S)--[a-z-]+", arguments)) <= options | {"--help"}, (page, name, arguments)
     shown = {name for name, command in commands.items() if not command.hidden}
     assert shown == {row[0].strip("`").split()[1] for row in rows_of_table(section("Command line"))[1:]}
 
@@ -171,9 +175,7 @@ def test_what_was_run_is_what_is_supported():
     assert pythons == tuple((3, minor) for minor in range(int(lowest[1]), int(limit[1])))
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/design.md", "docs/releasing.md"]
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_links_and_scripts_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target, heading in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", text):

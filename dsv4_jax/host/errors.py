@@ -22,7 +22,9 @@ class CacheFull(CacheError):
 
     Attributes:
       resource: "slots" or "blocks".
-      needed, free, total: how many were asked for, are free, and exist.
+      needed: how many were asked for.
+      free: how many are free.
+      total: how many exist.
     """
 
     def __init__(self, resource: str, needed: int, free: int, total: int) -> None:
@@ -53,7 +55,9 @@ class PromptTooLong(CacheError):
     """A request that would exceed the schema's ``max_context``.
 
     Attributes:
-      prompt, new, max_context: its tokens, those that it may bring at most, and the limit.
+      prompt: its tokens.
+      new: those that it may bring at most.
+      max_context: the limit.
     """
 
     def __init__(self, prompt: int, new: int, max_context: int) -> None:
@@ -116,7 +120,10 @@ class ContextExceeded(CacheError):
     """A request would grow beyond the schema's ``max_context``.
 
     Attributes:
-      request, length, count, max_context: the first such request, its length, the tokens asked for, and the limit.
+      request: the first such request.
+      length: its length.
+      count: the tokens asked for.
+      max_context: the limit.
     """
 
     def __init__(self, request: int, length: int, count: int, max_context: int) -> None:
@@ -133,7 +140,8 @@ class StepTooLarge(CacheError):
     """More tokens in a step than the largest token bucket.
 
     Attributes:
-      tokens, limit: how many were asked for, and the largest bucket.
+      tokens: how many were asked for.
+      limit: the largest bucket.
     """
 
     def __init__(self, tokens: int, limit: int) -> None:
@@ -152,7 +160,9 @@ class CannotTruncate(CacheError):
     """The state of the length asked for is no longer on the device, or never was.
 
     Attributes:
-      request, length, target: the request, its length, and the length asked for.
+      request: the request.
+      length: its length.
+      target: the length asked for.
       lowest: the lowest length above 0 from which on every length up to ``length`` is possible; 0 is possible always.
     """
 
