@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from dsv4_jax.host.journal import Write
 from dsv4_jax.host.pending import Pending
 from dsv4_jax.layout.transfers import TransferList, Transfers
 
-Wish = tuple[str, tuple]
+Wish = tuple[str, tuple[Any, ...]]
 """A method of ``TransferList`` and its arguments."""
 
 

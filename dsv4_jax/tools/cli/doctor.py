@@ -98,7 +98,7 @@ def examine() -> Facts:
     """Look at this Python, JAX and machine. Never raises on what it finds."""
     plugins = {one.name for one in metadata.distributions() if re.fullmatch(r"jax-cuda\d+-(plugin|pjrt)", one.name)}
     versions = {package: _version(package) for package in (*PACKAGES, *PLUGINS, *sorted(plugins.difference(PLUGINS)))}
-    found: dict = {
+    found: dict[str, Any] = {
         "versions": {"python": ".".join(map(str, sys.version_info[:3])), **versions},
         "bounds": _supported.stated_bounds(),
         "gpu_present": Path("/dev/nvidiactl").exists(),
