@@ -70,7 +70,7 @@ def assert_is_state(state, layer, brought, length):
 def test_states_of_the_latest_tokens(device, rng, implementation, lookahead):
     """However they came, also across windows; after a token that closed a window there is none."""
     weights, sequence = random_weights(rng), random_tokens(rng, TOKENS)
-    driver = Driver(weights, RUNNING, lookahead=lookahead, implementation=implementation)
+    driver = Driver(weights, RUNNING, slots=1, lookahead=lookahead, implementation=implementation)
     request, done = driver.admit(sequence), 0
     chunks = [int(rng.integers(120, 130)), *random_chunks(rng, 170, 90), *random_chunks(rng, 90, 5)]
     for count in [*chunks, 1, 1, 1]:
