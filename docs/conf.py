@@ -45,4 +45,5 @@ toc_object_entries_show_parents = "hide"
 # nor are names of unions, which Sphinx does not take for types.
 nitpicky = True
 nitpick_ignore = [("py:class", name) for name in ("Matrix", "NDArray", "Role")]
-nitpick_ignore_regex = [("py:.*", r"(jax|jaxlib|numpy|np|collections|os|pathlib|contextlib|types|typing|enum)\..*")]
+OTHERS = "jax|jaxlib|jaxtyping|numpy|np|collections|os|pathlib|contextlib|types|typing|enum"
+nitpick_ignore_regex = [("py:.*", rf"({OTHERS})\..*")]

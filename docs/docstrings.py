@@ -8,6 +8,7 @@ import inspect
 import re
 from typing import Any
 
+import jax
 from docutils import nodes
 from numpy.typing import ArrayLike
 from sphinx.addnodes import pending_xref
@@ -73,11 +74,23 @@ def process_signature(
 
 
 def named(signature: str | None) -> str | None:
-    """A part of a signature with ``ArrayLike`` and ``NDArray`` by name."""
+    """A part of a signature with ``ArrayLike`` and ``NDArray`` by name, and single axes without the space before."""
     if not signature:
         return signature
     signature = signature.replace(ARRAY_LIKE, "~numpy.typing.ArrayLike").replace("<factory>", "...")
+    signature = signature.replace("[Array, ' ", "[Array, '")
     return ARRAY.sub(r"~numpy.typing.NDArray[\1]", signature)
+
+
+class Shaped:
+    """In place of jaxtyping's types, which only type checkers import: what is shown of them is what the source says."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __getitem__(self, array_and_axes: tuple[Any, str]) -> type:
+        shown = f"{self.name}[Array, '{array_and_axes[1].strip()}']"
+        return type(shown, (), {"__module__": "jaxtyping", "__qualname__": shown})
 
 
 def process_bases(app: Sphinx, name: str, thing: type, options: Any, bases: list[type]) -> None:
@@ -101,6 +114,9 @@ def process_document(app: Sphinx, document: nodes.document) -> None:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Registers all of it."""
+    for shaped in ("Bool", "Float", "Float32", "Int32"):
+        setattr(builtins, shaped, Shaped(shaped))
+    builtins.Array = jax.Array
     app.connect("autodoc-process-docstring", process, priority=100)
     app.connect("autodoc-process-docstring", process_again, priority=900)
     app.connect("autodoc-skip-member", skip)

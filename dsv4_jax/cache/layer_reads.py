@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
-import jax
 import jax.numpy as jnp
 
 from dsv4_jax import ops
@@ -17,21 +16,39 @@ from dsv4_jax.ops.operands import Rows, Window
 from dsv4_jax.spec.kinds import HEAD_DIM, entries_per_block
 from dsv4_jax.spec.rotary import Rotary
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float32, Int32
+
 
 class LayerReads(LayerState):
     """What reads; each returns the handle to go on with, and what was read."""
 
     @overload
     def index_topk(
-        self, queries: jax.Array, head_weights: jax.Array, *, k: int | None = None, scores: Literal[False] = False
-    ) -> tuple[Self, jax.Array]: ...
+        self,
+        queries: Float[Array, "tokens index_heads 128"],
+        head_weights: Float[Array, "tokens index_heads"],
+        *,
+        k: int | None = None,
+        scores: Literal[False] = False,
+    ) -> tuple[Self, Int32[Array, "tokens k"]]: ...
     @overload
     def index_topk(
-        self, queries: jax.Array, head_weights: jax.Array, *, k: int | None = None, scores: Literal[True]
-    ) -> tuple[Self, jax.Array, jax.Array]: ...
+        self,
+        queries: Float[Array, "tokens index_heads 128"],
+        head_weights: Float[Array, "tokens index_heads"],
+        *,
+        k: int | None = None,
+        scores: Literal[True],
+    ) -> tuple[Self, Int32[Array, "tokens k"], Float32[Array, "tokens k"]]: ...
     def index_topk(
-        self, queries: jax.Array, head_weights: jax.Array, *, k: int | None = None, scores: bool = False
-    ) -> tuple[Self, jax.Array] | tuple[Self, jax.Array, jax.Array]:
+        self,
+        queries: Float[Array, "tokens index_heads 128"],
+        head_weights: Float[Array, "tokens index_heads"],
+        *,
+        k: int | None = None,
+        scores: bool = False,
+    ) -> tuple[Self, Int32[Array, "tokens k"]] | tuple[Self, Int32[Array, "tokens k"], Float32[Array, "tokens k"]]:
         """The entries of each token that the indexer scores best, read from the keys where they lie; CSA layers only.
 
         Args:
@@ -74,10 +91,10 @@ class LayerReads(LayerState):
 
     def attend(
         self,
-        queries: jax.Array,
-        sinks: jax.Array | None = None,
+        queries: Float[Array, "tokens heads 512"],
+        sinks: Float[Array, " heads"] | None = None,
         *,
-        indices: jax.Array | None = None,
+        indices: Int32[Array, "tokens count"] | None = None,
         entries: int | None = None,
         scale: float = HEAD_DIM**-0.5,
         rotary: Rotary | None = None,
@@ -175,7 +192,7 @@ class LayerReads(LayerState):
         self._require_written(APPEND, "window")
         return self._window(dtype, before=False)
 
-    def stored(self, rows: jax.Array, *, dtype: Any = jnp.bfloat16) -> jax.Array:
+    def stored(self, rows: Float[Array, "tokens 512"], *, dtype: Any = jnp.bfloat16) -> Float[Array, "tokens 512"]:
         """The step's own window rows as they are (or would be) stored: quantized and back, [tokens, 512].
 
         Every token of a step attends to these, not to the exact rows, so that what it sees does not depend on how the
@@ -185,7 +202,7 @@ class LayerReads(LayerState):
         page = ops.quantize(rows, format=format, **self._by)
         return ops.dequantize(page, format=format, rows=rows.shape[0], dtype=dtype, **self._by)
 
-    def entries(self, indices: jax.Array, *, dtype: Any = jnp.bfloat16) -> tuple[Self, Rows]:
+    def entries(self, indices: Int32[Array, "tokens count"], *, dtype: Any = jnp.bfloat16) -> tuple[Self, Rows]:
         """Chosen entries of each token's request.
 
         Args:
@@ -225,7 +242,7 @@ class LayerReads(LayerState):
         self._require_written(FLUSH_KEYS, "all_keys")
         return self._all(name, count, self.schema.formats.key_format, dtype)
 
-    def transform_query(self, queries: jax.Array) -> jax.Array:
+    def transform_query(self, queries: Float[Array, "... 128"]) -> Float[Array, "... 128"]:
         """Indexer queries [..., 128] as the stored keys want them: Hadamard-transformed exactly if the keys are."""
         self._name_of("keys")
         return ops.hadamard_transform(queries) if self.schema.formats.keys_hadamard else queries

@@ -18,6 +18,8 @@ from dsv4_jax.spec.kinds import LayerKind
 from dsv4_jax.spec.rotary import Purpose, Rotary
 
 if TYPE_CHECKING:
+    from jaxtyping import Array, Int32
+
     from dsv4_jax.cache.step import Step
 
 APPEND, FLUSH, FLUSH_KEYS = "append", "flush", "flush_keys"
@@ -62,7 +64,7 @@ class LayerState:
         return self.step.schema
 
     @property
-    def visible(self) -> jax.Array:
+    def visible(self) -> Int32[Array, " tokens"]:
         """int32 [tokens]: how many entries each token sees, ``(position + 1) // ratio``; 0 for padding."""
         self._name_of("entries")
         return (jnp.asarray(self.plan.token_position) + 1) // self.kind.ratio

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 
@@ -14,13 +14,16 @@ from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.ops.operands import Compressed, CompressorInputs, RawRows, Window
 from dsv4_jax.spec.kinds import LayerKind
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float32
+
 
 class LayerWrites(LayerState):
     """What stores rows, entries and keys; each returns the handle to go on with."""
 
     def update(
         self,
-        rows: jax.Array | RawRows,
+        rows: Float[Array, "tokens 512"] | RawRows,
         compressor: CompressorInputs | None = None,
         indexer: CompressorInputs | None = None,
     ) -> Self:
@@ -86,7 +89,10 @@ class LayerWrites(LayerState):
         return handle._with(**arrays)
 
     def append(
-        self, rows: jax.Array, compressor: CompressorInputs | None = None, indexer: CompressorInputs | None = None
+        self,
+        rows: Float[Array, "tokens 512"],
+        compressor: CompressorInputs | None = None,
+        indexer: CompressorInputs | None = None,
     ) -> Self:
         """Stores the step's window rows in the ring and its compressor inputs in the tails.
 
@@ -116,26 +122,26 @@ class LayerWrites(LayerState):
             handle = handle._append_tail(name, inputs)
         return handle
 
-    def compress(self, compressor: CompressorInputs) -> tuple[Self, jax.Array]:
+    def compress(self, compressor: CompressorInputs) -> tuple[Self, Float32[Array, "closing 512"]]:
         """The entries that this step closes, float32 [closing, 512]; see ``dsv4_jax.ops.compress``.
 
         Call before ``append`` (any number of tokens per request), or after it if every request brings one token.
         """
         return self._compress(self._name_of("tail"), compressor, hadamard=False)
 
-    def compress_keys(self, indexer: CompressorInputs) -> tuple[Self, jax.Array]:
+    def compress_keys(self, indexer: CompressorInputs) -> tuple[Self, Float32[Array, "closing 128"]]:
         """The indexer keys that this step closes, float32 [closing, 128]; CSA layers only."""
         return self._compress(self._name_of("key_tail"), indexer, hadamard=self.schema.formats.keys_hadamard)
 
-    def flush(self, entries: jax.Array) -> Self:
+    def flush(self, entries: Float32[Array, "closing 512"]) -> Self:
         """Stores what ``compress`` returned in the blocks of its requests."""
         return self._written(FLUSH)._flush(self._name_of("entries"), entries, self.schema.formats.entry_format)
 
-    def flush_keys(self, keys: jax.Array) -> Self:
+    def flush_keys(self, keys: Float32[Array, "closing 128"]) -> Self:
         """Stores what ``compress_keys`` returned; CSA layers only."""
         return self._written(FLUSH_KEYS)._flush(self._name_of("keys"), keys, self.schema.formats.key_format)
 
-    def normalize(self, raw: RawRows) -> jax.Array:
+    def normalize(self, raw: RawRows) -> Float32[Array, "tokens 512"]:
         """Raw window rows finished (RMSNorm, RoPE), float32 [tokens, 512]: what attention and ``append`` take."""
         self._check_rotary("rows", raw.rotary, "tokens")
         return ops.normalize(raw, eps=self.schema.spec.norm_eps, **self._by)

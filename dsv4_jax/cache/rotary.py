@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.spec.model import RopeSpec
 from dsv4_jax.spec.rotary import Rotary, rotary
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int32
 
 
 def token_rotary(plan: StepPlan, rope: RopeSpec) -> Rotary:
@@ -17,7 +20,7 @@ def token_rotary(plan: StepPlan, rope: RopeSpec) -> Rotary:
     return dataclasses.replace(rotary(plan.token_position, rope), purpose="tokens")
 
 
-def closing_positions(plan: StepPlan, ratio: int) -> jax.Array:
+def closing_positions(plan: StepPlan, ratio: int) -> Int32[Array, " closing"]:
     """The position of every entry that a step closes, which is that of the entry's first token.
 
     Args:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 
 from dsv4_jax.spec.rotary import Rotary
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int32
 
 
 class Rows(NamedTuple):
@@ -18,9 +21,9 @@ class Rows(NamedTuple):
       valid: bool [queries, count].
     """
 
-    values: jax.Array
-    positions: jax.Array
-    valid: jax.Array
+    values: Float[Array, "queries count width"]
+    positions: Int32[Array, "queries count"]
+    valid: Bool[Array, "queries count"]
 
 
 class RawRows(NamedTuple):
@@ -32,8 +35,8 @@ class RawRows(NamedTuple):
       rotary: of the tokens, from ``token_rotary``; float32 [tokens, 32] each.
     """
 
-    rows: jax.Array
-    norm_weight: jax.Array
+    rows: Float[Array, "tokens 512"]
+    norm_weight: Float[Array, " 512"]
     rotary: Rotary
 
 
@@ -49,10 +52,10 @@ class CompressorInputs(NamedTuple):
       rotary: of the closing entries, from ``closing_rotary``.
     """
 
-    kv: jax.Array
-    gate: jax.Array
-    position_bias: jax.Array
-    norm_weight: jax.Array
+    kv: Float[Array, "tokens columns"]
+    gate: Float[Array, "tokens columns"]
+    position_bias: Float[Array, "ratio columns"]
+    norm_weight: Float[Array, " width"]
     rotary: Rotary
 
 

@@ -11,13 +11,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax.spec.model import RopeSpec
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float32
 
 Purpose = Literal["tokens"] | tuple[Literal["closing"], int]
 """Whose positions they are: the step's tokens, or its closing entries of so many tokens each."""
@@ -38,8 +41,8 @@ class Rotary:
       rope: the embedding they were made with; None for cos and sin that were made elsewhere.
     """
 
-    cos: jax.Array
-    sin: jax.Array
+    cos: Float32[Array, "n pairs"]
+    sin: Float32[Array, "n pairs"]
     purpose: Purpose | None = dataclasses.field(default=None, metadata={"static": True})
     rope: RopeSpec | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -104,7 +107,9 @@ def rotary(positions: jax.Array, rope: RopeSpec) -> Rotary:
     return Rotary(jnp.cos(angles) * factor, jnp.sin(angles) * factor, rope=rope)
 
 
-def apply_rotary(x: jax.Array, rotary: Rotary, *, inverse: bool = False) -> jax.Array:
+def apply_rotary(
+    x: Float[Array, "n ... width"], rotary: Rotary, *, inverse: bool = False
+) -> Float[Array, "n ... width"]:
     """Rotate the trailing channels of x in interleaved pairs (2k, 2k + 1).
 
     Args:

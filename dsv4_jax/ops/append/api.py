@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 
 from dsv4_jax.layout.formats import VectorFormat
@@ -26,6 +28,9 @@ from dsv4_jax.ops.checks import (
 )
 from dsv4_jax.spec.kinds import HEAD_DIM
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
 _APPEND_WINDOW = signature(
     "append_window",
     "window positions rows plan layer",
@@ -38,7 +43,7 @@ _APPEND_TAIL = signature("append_tail", "tail kv gate position_bias plan layer",
 def append_window(
     window: jax.Array,
     positions: jax.Array,
-    rows: jax.Array,
+    rows: Float[Array, "tokens 512"],
     plan: StepPlan,
     layer: int | jax.Array,
     *,
@@ -80,9 +85,9 @@ def append_window(
 
 def append_tail(
     tail: jax.Array,
-    kv: jax.Array,
-    gate: jax.Array,
-    position_bias: jax.Array,
+    kv: Float[Array, "tokens columns"],
+    gate: Float[Array, "tokens columns"],
+    position_bias: Float[Array, "ratio columns"],
     plan: StepPlan,
     layer: int | jax.Array,
     *,

@@ -8,7 +8,7 @@ is so for ``bf16`` and ``fp8_ds_mla``, and the rest is in float32.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,9 @@ from dsv4_jax.ops.checks import (
 from dsv4_jax.ops.operands import Window
 from dsv4_jax.spec.kinds import BLOCK_TOKENS, HEAD_DIM, ROPE_DIM
 from dsv4_jax.spec.rotary import Rotary
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int32
 
 _WINDOW = "window positions displaced displaced_positions"
 _QUERIES = "queries sinks cos sin plan layer"
@@ -72,14 +75,14 @@ _HEADS_TILES, _MERGE_TILES, _PART_TILES = 0.4, 4.5, 0.1
 
 def attend_window(
     window: Window,
-    queries: jax.Array,
+    queries: Float[Array, "tokens heads 512"],
     plan: StepPlan,
     layer: int | jax.Array,
     *,
     format: VectorFormat,
     size: int = 128,
     displaced: Displaced | None = None,
-    sinks: jax.Array | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     rotary: Rotary | None = None,
     scale: float = HEAD_DIM**-0.5,
     dtype: Any = jnp.bfloat16,
@@ -116,9 +119,9 @@ def attend_window(
 def attend_entries(
     window: Window,
     pool: jax.Array,
-    block_table: jax.Array,
-    queries: jax.Array,
-    indices: jax.Array,
+    block_table: Int32[Array, "slots max_blocks"],
+    queries: Float[Array, "tokens heads 512"],
+    indices: Int32[Array, "tokens count"],
     plan: StepPlan,
     layer: int | jax.Array,
     kind_layer: int | jax.Array,
@@ -128,7 +131,7 @@ def attend_entries(
     entry_format: VectorFormat,
     size: int = 128,
     displaced: Displaced | None = None,
-    sinks: jax.Array | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     rotary: Rotary | None = None,
     scale: float = HEAD_DIM**-0.5,
     dtype: Any = jnp.bfloat16,
@@ -175,8 +178,8 @@ def attend_entries(
 def attend_all_entries(
     window: Window,
     pool: jax.Array,
-    block_table: jax.Array,
-    queries: jax.Array,
+    block_table: Int32[Array, "slots max_blocks"],
+    queries: Float[Array, "tokens heads 512"],
     plan: StepPlan,
     layer: int | jax.Array,
     kind_layer: int | jax.Array,
@@ -187,7 +190,7 @@ def attend_all_entries(
     entry_format: VectorFormat,
     size: int = 128,
     displaced: Displaced | None = None,
-    sinks: jax.Array | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     rotary: Rotary | None = None,
     scale: float = HEAD_DIM**-0.5,
     dtype: Any = jnp.bfloat16,

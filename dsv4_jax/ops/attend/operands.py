@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 
 from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.layout.plan import PlanLayout
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float32
 
 
 class Displaced(NamedTuple):
@@ -85,5 +88,5 @@ class Attended(NamedTuple):
         nothing is seen.
     """
 
-    output: jax.Array
-    lse: jax.Array
+    output: Float[Array, "tokens heads 512"]
+    lse: Float32[Array, "tokens heads"]

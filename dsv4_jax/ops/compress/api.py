@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,9 @@ from dsv4_jax.ops.checks import (
 from dsv4_jax.ops.compress import reference
 from dsv4_jax.spec.kinds import KEY_DIM
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float32
+
 _COMPRESS = signature(
     "compress",
     "tail kv gate position_bias norm_weight cos sin plan layer",
@@ -36,12 +39,12 @@ _COMPRESS = signature(
 
 def compress(
     tail: jax.Array,
-    kv: jax.Array,
-    gate: jax.Array,
-    position_bias: jax.Array,
-    norm_weight: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
+    kv: Float[Array, "tokens columns"],
+    gate: Float[Array, "tokens columns"],
+    position_bias: Float[Array, "ratio columns"],
+    norm_weight: Float[Array, " width"],
+    cos: Float32[Array, "closing 32"],
+    sin: Float32[Array, "closing 32"],
     plan: StepPlan,
     layer: int | jax.Array,
     *,
@@ -49,7 +52,7 @@ def compress(
     eps: float,
     hadamard: bool = False,
     implementation: Implementation = "native",
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Float32[Array, "closing width"]]:
     """Pools, normalizes and rotates every window that closes in this step; writes nothing to the cache.
 
     Rows from before the step come from the tail, rows of the step from kv and gate, so the result does not depend on

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
@@ -13,6 +15,9 @@ from dsv4_jax.layout.geometry import TailGeometry
 from dsv4_jax.layout.layer_schema import is_running
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.spec.rotary import Rotary, apply_rotary
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float32
 
 
 def compress(
@@ -48,7 +53,7 @@ def compress(
     return tail, jnp.where(valid[:, None], entries, 0)
 
 
-def hadamard_transform(x: jax.Array) -> jax.Array:
+def hadamard_transform(x: Float[Array, "... n"]) -> Float32[Array, "... n"]:
     """Multiply by the orthonormal Hadamard matrix: x @ H(n) * n^-1/2 in fp32, n a power of two.
 
     Args:

@@ -6,6 +6,8 @@ before the write, together with the step's own rows, for the attention that come
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
@@ -31,6 +33,9 @@ from dsv4_jax.ops.operands import Window
 from dsv4_jax.ops.quantize.api import quantize
 from dsv4_jax.spec.kinds import HEAD_DIM
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
 _SAVE_DISPLACED = signature(
     "save_displaced",
     "window positions stored plan layer",
@@ -41,7 +46,7 @@ _SAVE_DISPLACED = signature(
 
 def save_displaced(
     window: Window,
-    rows: jax.Array,
+    rows: Float[Array, "tokens 512"],
     plan: StepPlan,
     layer: int | jax.Array,
     *,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
@@ -24,13 +26,16 @@ from dsv4_jax.ops.checks import (
 from dsv4_jax.ops.flush import reference
 from dsv4_jax.spec.kinds import BLOCK_TOKENS
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float32, Int32
+
 _FLUSH = signature("flush", "pool entries block_table plan layer", "pool", "tokens requests ratio codec global_scale")
 
 
 def flush(
     pool: jax.Array,
-    entries: jax.Array,
-    block_table: jax.Array,
+    entries: Float32[Array, "closing width"],
+    block_table: Int32[Array, "slots max_blocks"],
     plan: StepPlan,
     layer: int | jax.Array,
     *,

@@ -5,7 +5,7 @@ Each takes the whole plan of the step: slices of it would reach a kernel as copi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,9 @@ from dsv4_jax.ops.gather import reference
 from dsv4_jax.ops.operands import Rows
 from dsv4_jax.spec.kinds import BLOCK_TOKENS
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int32
+
 _ROWS = "values row_positions valid"
 _GATHER_ENTRIES = signature(
     "gather_entries",
@@ -57,9 +60,9 @@ _GATHER_WINDOW = signature(
 
 def gather_entries(
     pool: jax.Array,
-    block_table: jax.Array,
+    block_table: Int32[Array, "slots max_blocks"],
     plan: StepPlan,
-    indices: jax.Array,
+    indices: Int32[Array, "tokens count"],
     layer: int | jax.Array,
     *,
     ratio: int,
@@ -103,7 +106,7 @@ def gather_entries(
 
 def gather_all_entries(
     pool: jax.Array,
-    block_table: jax.Array,
+    block_table: Int32[Array, "slots max_blocks"],
     plan: StepPlan,
     layer: int | jax.Array,
     *,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,9 @@ from dsv4_jax.ops.checks import (
 from dsv4_jax.ops.index import reference
 from dsv4_jax.spec.kinds import BLOCK_TOKENS, KEY_DIM, LayerKind
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int32
+
 _INDEX_TOPK = signature(
     "index_topk",
     "pool block_table plan queries head_weights layer",
@@ -42,10 +45,10 @@ _TILE = 128
 
 def index_topk(
     pool: jax.Array,
-    block_table: jax.Array,
+    block_table: Int32[Array, "slots max_blocks"],
     plan: StepPlan,
-    queries: jax.Array,
-    head_weights: jax.Array,
+    queries: Float[Array, "tokens heads 128"],
+    head_weights: Float[Array, "tokens heads"],
     layer: int | jax.Array,
     *,
     format: VectorFormat,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,16 @@ from dsv4_jax.ops.checks import (
 )
 from dsv4_jax.ops.quantize import reference
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
 _QUANTIZE = signature("quantize", "rows", "page", "codec global_scale")
 _DEQUANTIZE = signature("dequantize", "page", "rows", "codec global_scale")
 
 
-def quantize(rows: jax.Array, *, format: VectorFormat, implementation: Implementation = "native") -> jax.Array:
+def quantize(
+    rows: Float[Array, "count width"], *, format: VectorFormat, implementation: Implementation = "native"
+) -> jax.Array:
     """Stores rows as one page of `format`.
 
     NaN is ignored by every amax and stored as the format's NaN where it has one, as +6 in E2M1; an infinity counts as
@@ -61,7 +66,7 @@ def dequantize(
     rows: int,
     dtype: Any = jnp.float32,
     implementation: Implementation = "native",
-) -> jax.Array:
+) -> Float[Array, "rows width"]:
     """Reads a page of `rows` rows; the inverse of ``quantize``.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,9 @@ from dsv4_jax.ops.operands import Compressed, CompressorInputs, RawRows, Window
 from dsv4_jax.ops.update import reference
 from dsv4_jax.spec.kinds import BLOCK_TOKENS, HEAD_DIM, LayerKind
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float32, Int32
+
 _ROWS = "rows row_norm_weight row_cos row_sin plan layer"
 _COMPRESSOR = "kv gate position_bias norm_weight cos sin"
 _KEYS = "key_kv key_gate key_position_bias key_norm_weight key_cos key_sin"
@@ -51,7 +54,7 @@ _UPDATE_CSA = signature(
 )
 
 
-def normalize(raw: RawRows, *, eps: float, implementation: Implementation = "native") -> jax.Array:
+def normalize(raw: RawRows, *, eps: float, implementation: Implementation = "native") -> Float32[Array, "tokens 512"]:
     """RMSNorm and RoPE of raw window rows: float32 [tokens, 512], what ``append_window`` and attention take.
 
     Args:
@@ -77,7 +80,7 @@ def normalize(raw: RawRows, *, eps: float, implementation: Implementation = "nat
 
 def update_swa(
     window: Window,
-    rows: jax.Array | RawRows,
+    rows: Float[Array, "tokens 512"] | RawRows,
     plan: StepPlan,
     layer: int | jax.Array,
     *,
@@ -102,9 +105,9 @@ def update_swa(
 def update_hca(
     window: Window,
     entries: Compressed,
-    rows: jax.Array | RawRows,
+    rows: Float[Array, "tokens 512"] | RawRows,
     compressor: CompressorInputs,
-    block_table: jax.Array,
+    block_table: Int32[Array, "slots max_blocks"],
     plan: StepPlan,
     layer: int | jax.Array,
     kind_layer: int | jax.Array,
@@ -136,10 +139,10 @@ def update_csa(
     window: Window,
     entries: Compressed,
     keys: Compressed,
-    rows: jax.Array | RawRows,
+    rows: Float[Array, "tokens 512"] | RawRows,
     compressor: CompressorInputs,
     indexer: CompressorInputs,
-    block_table: jax.Array,
+    block_table: Int32[Array, "slots max_blocks"],
     plan: StepPlan,
     layer: int | jax.Array,
     kind_layer: int | jax.Array,
