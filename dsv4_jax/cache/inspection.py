@@ -24,6 +24,10 @@ from dsv4_jax.layout.layer_schema import STATE_ROWS, is_running
 from dsv4_jax.layout.schema import CacheSchema
 from dsv4_jax.spec.kinds import BLOCK_TOKENS, LayerKind
 
+_RowsFound = Callable[[jax.Array], jax.Array]
+# The second is None where no rows are asked about.
+_Look = Callable[[jax.Array, Any], jax.Array]
+
 NOTHING = -1
 """No row, ring row or place is wrong."""
 
@@ -113,7 +117,7 @@ def inspect(cache: Cache, expected: Expected, sums: dict[str, jax.Array]) -> Fou
     nans: dict[str, jax.Array] = {}
     totals: dict[str, jax.Array] = {}
     for name in (*rows_found, "window_positions"):
-        looks: dict[str, Callable] = {"sums": lambda pages, _: _sum(pages)} if name in summed_up else {}
+        looks: dict[str, _Look] = {"sums": lambda pages, _: _sum(pages)} if name in summed_up else {}
         if name in rows_found:
             looks["nans"] = functools.partial(_first_nan, rows_found[name])
         if looks:
@@ -142,7 +146,7 @@ def _summed_up(schema: CacheSchema) -> tuple[str, ...]:
     return *schema.block_pools, *(name for name in of_slots if schema.arrays[name].shape[1] == pages)
 
 
-def _of_pages(pool: jax.Array, readable: jax.Array | None, looks: dict[str, Callable]) -> dict[str, jax.Array]:
+def _of_pages(pool: jax.Array, readable: jax.Array | None, looks: dict[str, _Look]) -> dict[str, jax.Array]:
     """What functions of pages [n, *page], and of their readable rows [n, rows], say of all: [layers, pages] each."""
     layers, pages = pool.shape[:2]
     size = min(max(_SLAB_BYTES // (math.prod(pool.shape[2:]) * pool.dtype.itemsize), 1), pages)
@@ -185,14 +189,18 @@ def _first(wrong: jax.Array) -> jax.Array:
     return jnp.where(wrong.any(axis=-1), wrong.argmax(axis=-1), NOTHING).astype(jnp.int32)
 
 
-def _first_nan(rows_found: Callable[[jax.Array], jax.Array], pages: jax.Array, readable: jax.Array) -> jax.Array:
+def _first_nan(rows_found: _RowsFound, pages: jax.Array, readable: jax.Array) -> jax.Array:
     return _first(rows_found(pages) & readable)
 
 
-def _rows_with_nan(schema: CacheSchema) -> dict[str, Callable[[jax.Array], jax.Array]]:
+def _any_nan(pages: jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
+    return is_nan(pages).any(axis=axes)
+
+
+def _rows_with_nan(schema: CacheSchema) -> dict[str, _RowsFound]:
     """For each array with rows of numbers, by name: which rows of pages [n, *page] hold a NaN, bool [n, rows]."""
     formats = schema.formats
-    found: dict[str, Callable] = {
+    found: dict[str, _RowsFound] = {
         "window": functools.partial(rows_with_nan, rows=schema.ring, vector_format=formats.window_format)
     }
     for name in schema.block_pools:
@@ -202,7 +210,7 @@ def _rows_with_nan(schema: CacheSchema) -> dict[str, Callable[[jax.Array], jax.A
     for name in schema.tails:
         # A running tail's rows lie behind each other, those of another twice, as kv and as score.
         axes = (2,) if is_running(schema.arrays[name].shape) else (1, 3)
-        found[name] = lambda pages, axes=axes: is_nan(pages).any(axis=axes)
+        found[name] = functools.partial(_any_nan, axes=axes)
     return found
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -176,7 +176,9 @@ def _blocks_view(
     )
 
 
-def _view(pool: jax.Array, index: int, vector_format: VectorFormat, *, rows_per_page: int, **described) -> PoolView:
+def _view(
+    pool: jax.Array, index: int, vector_format: VectorFormat, *, rows_per_page: int, **described: Any
+) -> PoolView:
     page_stride = math.prod(pool.shape[2:]) * pool.dtype.itemsize
     return PoolView(
         pool=pool,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsv4_jax import CacheFormats, CompressorInputs, LayerKind, apply_rotary, ops, rotary
 from dsv4_jax.deepseek_v4.config import DeepseekV4Config
@@ -176,7 +177,10 @@ def check_choices(
       counted: bool [n], the tokens to look at.
     """
     own = top_entries(scores, visible, count)
-    score_of = lambda indices: jnp.take_along_axis(scores, jnp.maximum(indices, 0), axis=1)  # noqa: E731
+
+    def score_of(indices: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(scores, jnp.maximum(indices, 0), axis=1)
+
     last = jnp.where(own >= 0, score_of(own), jnp.inf).min(axis=1, keepdims=True)
     given = (choice >= 0) & counted[:, None]
     below = jnp.where(given, jnp.maximum(last - score_of(choice), 0.0), 0.0)
@@ -190,7 +194,7 @@ def check_choices(
     return ChoiceCheck(
         chosen=given.sum(),
         flips=(below > 0).sum(),
-        gap=(below / jnp.maximum(largest, jnp.finfo(jnp.float32).tiny)).max(),
+        gap=(below / jnp.maximum(largest, np.finfo(np.float32).tiny)).max(),
         malformed=((repeats | unseen | lacking) & counted).sum(),
     )
 

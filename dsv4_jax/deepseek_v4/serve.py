@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from numpy.typing import NDArray
 
-from dsv4_jax import CacheFormats, CacheSchema, ModelSpec, PlanLayout, ShardedManager, ShardedPlan
+from dsv4_jax import Cache, CacheFormats, CacheSchema, ModelSpec, PlanLayout, ShardedManager, ShardedPlan, StepPlan
 from dsv4_jax.deepseek_v4.attention import Attention
 from dsv4_jax.deepseek_v4.config import DeepseekV4Config
 from dsv4_jax.deepseek_v4.drafters import Drafter, PromptLookup
@@ -199,11 +199,22 @@ class Server:
         self.compiles: collections.Counter[PlanLayout] = collections.Counter()
         self.compile_seconds = 0.0
 
-        def run(cache, plan, weights, tokens, seeds):  # of a shard, on one device
+        def run(  # of a shard, on one device
+            cache: Cache, plan: StepPlan, weights: ModelWeights, tokens: jax.Array, seeds: jax.Array
+        ) -> tuple[Cache, jax.Array, jax.Array, Choices]:
             self.compiles[plan.layout] += 1  # runs while tracing, so once for each compilation
-            options = {"implementation": implementation, "attention": attention, "dtype": dtype, "last": together}
-            options |= {"config": config, "tensor_axis": self.placement.tensor_axis}
-            cache, logits, choices = step(weights, cache, plan, tokens, **options)
+            cache, logits, choices = step(
+                weights,
+                cache,
+                plan,
+                tokens,
+                config=config,
+                implementation=implementation,
+                attention=attention,
+                dtype=dtype,
+                last=together,
+                tensor_axis=self.placement.tensor_axis,
+            )
             positions = jnp.asarray(plan.token_position)[last_tokens(plan, together)]
             return cache, next_tokens(logits, jnp.repeat(seeds, together), positions, sampling), logits, choices
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,7 +113,7 @@ class ShardedManager:
         return local * len(self.managers) + shard
 
     @contextlib.contextmanager
-    def _named(self, shard: int) -> Iterator[None]:
+    def _named(self, shard: int) -> Generator[None]:
         """Errors of a shard's manager name its own handles; this has them name those of all shards, or say so."""
         try:
             yield

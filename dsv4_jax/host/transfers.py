@@ -11,7 +11,7 @@ from dsv4_jax.host.journal import Write
 from dsv4_jax.host.pending import Pending
 from dsv4_jax.layout.transfers import TransferList, Transfers
 
-Wish = tuple[str, tuple]
+Wish = tuple[str, tuple[object, ...]]
 """A method of ``TransferList`` and its arguments."""
 
 

@@ -114,7 +114,7 @@ class CacheSchema:
         # Hashed at every call of a jitted function that is given a Cache: the layers would take most of the call.
         return hash((self.slots, self.blocks, self.max_context, self.lookahead, self.snapshots, len(self.spec.layers)))
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         # Copies and pickles carry the fields, not what was derived from them.
         return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 

@@ -97,7 +97,7 @@ def _record(content: Mapping[str, Any], tokens: NDArray[Any] | None, path: Path)
     worth: Any = content.get("worth")
     salt, made_for = content.get("salt"), content.get("made_for")
     whole = isinstance(worth, list) and all(type(one) is int and 0 <= one < 2**31 for one in [*numbers, *worth])
-    if not whole or not isinstance(made_for, str) or tokens is None or (tokens.dtype, tokens.ndim) != (np.int32, 1):
+    if not whole or not isinstance(made_for, str) or tokens is None or tokens.dtype != np.int32 or tokens.ndim != 1:
         raise wrong
     tensor_files.parse_object(made_for.encode(), path)
     try:

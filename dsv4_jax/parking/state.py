@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 from numpy.typing import NDArray
 
 from dsv4_jax.cache.pools import Cache
@@ -46,7 +47,7 @@ class RequestState:
         return self.record.length
 
     @property
-    def tokens(self) -> NDArray:
+    def tokens(self) -> NDArray[np.int32]:
         """int32 [known]: as many of its first tokens, computed or not, as the manager was told."""
         return self.record.tokens
 

@@ -8,6 +8,7 @@ from jax import lax
 
 from dsv4_jax.arithmetic.pages import cast, in_range, read_rows
 from dsv4_jax.arithmetic.places import Tokens, all_tokens
+from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.ops.attend.operands import Attended, EntryRows, WindowRows
 from dsv4_jax.ops.flush.reference import block_of
@@ -128,7 +129,15 @@ def _entry_rows(
     return _read(entries.pool, exists, entries.layer, block, entry % per_block, per_block, entries.format)
 
 
-def _read(pool, valid, layer, page, row, rows_per_page, vector_format) -> tuple[jax.Array, jax.Array]:
+def _read(
+    pool: jax.Array,
+    valid: jax.Array,
+    layer: jax.Array | int,
+    page: jax.Array,
+    row: jax.Array,
+    rows_per_page: int,
+    vector_format: VectorFormat,
+) -> tuple[jax.Array, jax.Array]:
     return read_rows(
         pool, valid, layer, page, row, rows_per_page=rows_per_page, vector_format=vector_format, dtype=jnp.float32
     )

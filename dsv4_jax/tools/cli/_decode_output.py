@@ -14,7 +14,8 @@ from dsv4_jax import CacheSchema
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from dsv4_jax.deepseek_v4.serve import Phase, Server
+    from dsv4_jax.deepseek_v4.phases import Phase
+    from dsv4_jax.deepseek_v4.serve import Server
     from dsv4_jax.deepseek_v4.tokens import Tokenizer
     from dsv4_jax.deepseek_v4.verify import Verification
 

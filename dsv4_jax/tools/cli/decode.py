@@ -22,7 +22,8 @@ from dsv4_jax.tools.cli._output import print_table
 if TYPE_CHECKING:
     from dsv4_jax.deepseek_v4.checkpoint import ShardingOf
     from dsv4_jax.deepseek_v4.config import DeepseekV4Config
-    from dsv4_jax.deepseek_v4.serve import Listener, Phase, Request, Served, Server
+    from dsv4_jax.deepseek_v4.phases import Phase
+    from dsv4_jax.deepseek_v4.serve import Listener, Request, Served, Server
     from dsv4_jax.deepseek_v4.tokens import Tokenizer
     from dsv4_jax.deepseek_v4.weights import ModelWeights
 

@@ -92,7 +92,7 @@ def _driver_cuda() -> int | None:
 
 def examine() -> Facts:
     """Look at this Python, JAX and machine. Never raises on what it finds."""
-    found: dict = {
+    found: dict[str, Any] = {
         "versions": {package: _version(package) for package in PACKAGES + PLUGINS},
         "gpu_present": Path("/dev/nvidiactl").exists(),
         "driver_cuda": _driver_cuda(),
