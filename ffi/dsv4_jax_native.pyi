@@ -1,9 +1,9 @@
 """The compiled module: XLA FFI handlers as capsules, and what they were built with."""
 
-from typing import Any
+from typing_extensions import CapsuleType
 
-def registrations() -> dict[str, dict[str, Any]]:
-    """FFI handlers, PyCapsule by target name, by JAX platform: "cpu", and "CUDA" when built with CUDA."""
+def registrations() -> dict[str, dict[str, CapsuleType]]:
+    """FFI handlers by target name, by JAX platform: "cpu", and "CUDA" when built with CUDA."""
 
 def ffi_api_version() -> tuple[int, int]:
     """XLA FFI API version (major, minor) of the headers the module was built against."""

@@ -162,6 +162,16 @@ def share_a_prefix(shards, data, done):
     shards.feed({moved: 44, first: 1})
     shards.check([moved, first])
 
+    manager.release(moved)
+    if data > 1:
+        manager.managers[0].reset_prefix_cache()
+    state = preempt(shards.cache, manager, first)
+    back, shards.cache = resume(shards.cache, manager, state)  # where its blocks are, though another has as much room
+    assert manager.place(back)[0] == data - 1
+    shards.rename(first, back)
+    shards.feed({back: 1})
+    shards.check([back])
+
 
 def leave_nothing(shards, mesh):
     """Where caches are wiped, every shard is as it was made once its requests are gone, in place."""

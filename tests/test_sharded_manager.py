@@ -7,7 +7,8 @@ import pytest
 from managers import make_manager, state
 
 from dsv4_jax import CacheFull, ShardedManager
-from dsv4_jax.host.errors import CannotTruncate, ContextExceeded, InvalidStep, StalePlan, UnknownRequest
+from dsv4_jax.host.errors import CannotTruncate, ContextExceeded, InvalidStep, PromptTooLong, StalePlan, UnknownRequest
+from dsv4_jax.host.parking import RequestRecord
 from dsv4_jax.host.sharded_plan import largest
 
 BUCKETS = (8, 64, 512)
@@ -89,6 +90,56 @@ def test_requests_go_where_their_prompt_is_cached_and_else_where_there_is_room()
     assert manager.metrics()["prefix_cache_hits"] == 256
     last_first = ShardedManager(manager.schema, 3, token_buckets=BUCKETS, route=lambda rooms: rooms[-1].shard)
     assert last_first.place(last_first.admit())[0] == 2
+
+
+def preempted_after(manager: ShardedManager, prompt: np.ndarray, shard: int) -> RequestRecord:
+    """The record of a request that computed its prompt there, and of which blocks are left."""
+    request = manager.admit(manager.match_prefix(prompt), shard=shard)
+    for start in range(0, prompt.size, 256):
+        plan = manager.prepare_forward({request: min(256, prompt.size - start)})
+        manager.commit(plan, 1)
+        manager.take_transfers()
+    return manager.preempt(request)
+
+
+def test_a_request_is_resumed_where_the_policy_says_which_sees_what_is_left_of_it():
+    manager = make_sharded(3, slots=2, blocks=10, snapshots=2)
+    record = preempted_after(manager, np.arange(300), shard=2)
+    rooms = manager.rooms(record, 100)
+    assert [(room.admits, room.cached, room.stored) for room in rooms] == [(True, 0, 0)] * 2 + [(True, 256, 256)]
+    assert manager.route(rooms) == 2
+    for _ in range(2):
+        manager.admit(shard=2)
+    rooms = manager.rooms(record, 100)
+    assert [room.admits for room in rooms] == [True, True, False]
+    assert manager.route(rooms) == 0
+    manager.managers[0].admit(0, 600)
+    assert manager.route(manager.rooms(record, 100)) == 1
+
+
+def test_what_can_be_resumed_is_told_exactly(rng):
+    """Of caches with random room and what is left of a random request, against resuming in a copy."""
+    told = []
+    for _ in range(60):
+        manager = make_sharded(1, slots=2, blocks=int(rng.integers(6, 10)), snapshots=2)
+        record = preempted_after(manager, rng.integers(0, 9, int(rng.integers(100, 640))), shard=0)
+        one = manager.managers[0]
+        for _ in range(int(rng.integers(0, 3))):
+            most = int(rng.integers(0, 900))
+            if one.can_admit(0, most):
+                other = one.admit(0, most)
+                if most and rng.random() < 0.5:
+                    one.prepare_forward({other: min(most, 512)})
+        new = int(rng.integers(0, 500))
+        told.append(one.can_resume(record, new))
+        twin = copy.deepcopy(one)
+        if told[-1]:
+            kept = one.kept_tokens(record)
+            assert twin.resume(record, new)[1].shared == kept // 128
+        else:
+            with pytest.raises((CacheFull, PromptTooLong)):
+                twin.resume(record, new)
+    assert len(set(told)) == 2
 
 
 def test_a_full_shard_is_passed_over_and_a_full_cache_says_so():

@@ -67,4 +67,5 @@ def _codes_with_nan(stored: jax.Array, dtype: str) -> jax.Array:
             return stored == 0xFF
         case "float4_e2m1fn":  # has none
             return jnp.zeros_like(stored, bool)
-    return is_nan(numbers_in(stored, jnp.dtype(dtype)))
+        case _:
+            return is_nan(numbers_in(stored, jnp.dtype(dtype)))

@@ -32,6 +32,11 @@ def bits_of(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, jnp.uint32)
 
 
+def integers_of(x: jax.Array) -> jax.Array:
+    """The bits of numbers of any type, as unsigned integers of their size: moving a float may change a NaN's."""
+    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
 def float_of(bits: jax.Array) -> jax.Array:
     """The fp32 numbers with these bits (any unsigned integers)."""
     return lax.bitcast_convert_type(bits.astype(jnp.uint32), jnp.float32)

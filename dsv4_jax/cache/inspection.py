@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dsv4_jax.arithmetic.bits import bits_of
 from dsv4_jax.arithmetic.nans import is_nan, rows_with_nan
 from dsv4_jax.arithmetic.pages import in_range
+from dsv4_jax.arithmetic.scalars import integers_of
 from dsv4_jax.cache.pools import Cache
 from dsv4_jax.layout.contents import Contents
 from dsv4_jax.layout.layer_schema import STATE_ROWS, is_running
@@ -153,7 +153,7 @@ def _of_pages(pool: jax.Array, readable: jax.Array | None, looks: dict[str, Look
     if not layers:
         return {name: jnp.zeros((layers, pages), jnp.int32) for name in looks}
     # To slice bf16, XLA's CPU makes all of it fp32; as integers it is at worst copied, on a GPU neither.
-    slabs, bits = -(-pages // size), bits_of(pool) if pool.dtype == jnp.bfloat16 else pool
+    slabs, bits = -(-pages // size), integers_of(pool) if pool.dtype == jnp.bfloat16 else pool
 
     def one(seen: dict[str, jax.Array], index: jax.Array) -> tuple[dict[str, jax.Array], None]:
         layer, first = index // slabs, jnp.minimum(index % slabs * size, pages - size)
@@ -174,7 +174,7 @@ def _sum(pages: jax.Array) -> jax.Array:
     """Uint32 [n]: the sum of each page's integers, each times an odd number of its place, so that no single one's
     change is missed.
     """
-    words = bits_of(pages).reshape(len(pages), -1).astype(jnp.uint32)
+    words = integers_of(pages).reshape(len(pages), -1).astype(jnp.uint32)
     weights = (2 * jnp.arange(words.shape[1], dtype=jnp.uint32) + 1) * np.uint32(0x9E37_79B1)
     return (words * weights).sum(axis=1, dtype=jnp.uint32)
 

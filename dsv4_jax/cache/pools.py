@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -183,7 +183,7 @@ def _default_device() -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
 
 
 @functools.cache
-def _creator(device: Sharding) -> Any:
+def _creator(device: Sharding) -> Callable[[CacheSchema], Cache]:
     return jax.jit(_empty, static_argnums=(0, 1), out_shardings=device)
 
 

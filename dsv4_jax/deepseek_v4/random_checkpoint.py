@@ -177,7 +177,8 @@ def _stored(path: str, name: str, weight: NDArray[Any]) -> dict[str, NDArray[Any
             return {name: np.asarray(packed.codes).view(np.int8), scale_names(name)[0]: _ue8m0(packed.scales)}
         case "float32":
             return {name: weight}
-    return {name: weight.astype(jnp.bfloat16)}
+        case "bfloat16":
+            return {name: weight.astype(jnp.bfloat16)}
 
 
 def _ue8m0(scales: Any) -> NDArray[Any]:

@@ -205,9 +205,18 @@ class Server:
             cache: Cache, plan: StepPlan, weights: ModelWeights, tokens: jax.Array, seeds: jax.Array
         ) -> tuple[Cache, jax.Array, jax.Array, Choices]:
             self.compiles[plan.layout] += 1  # runs while tracing, so once for each compilation
-            options = {"implementation": implementation, "attention": attention, "dtype": dtype, "last": together}
-            options |= {"config": config, "tensor_axis": self.placement.tensor_axis}
-            cache, logits, choices = step(weights, cache, plan, tokens, **options)
+            cache, logits, choices = step(
+                weights,
+                cache,
+                plan,
+                tokens,
+                config=config,
+                implementation=implementation,
+                attention=attention,
+                dtype=dtype,
+                last=together,
+                tensor_axis=self.placement.tensor_axis,
+            )
             positions = jnp.asarray(plan.token_position)[last_tokens(plan, together)]
             return cache, next_tokens(logits, jnp.repeat(seeds, together), positions, sampling), logits, choices
 

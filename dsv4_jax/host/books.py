@@ -240,18 +240,16 @@ class Books:
         Raises:
           TypeError, ValueError: a number is no integer, or below 0.
         """
+        blocks = self._hit(prompt).blocks if isinstance(prompt, Match) else NO_BLOCKS
+        return self._has_room(*self._lengths(prompt, max_new_tokens), blocks)
+
+    def _has_room(self, length: int, limit: int | None, shared: NDArray[np.int32]) -> bool:
+        """Whether there is room for a request of so many tokens, and at most so many, that shares these blocks."""
         table, ledger = self._state()
-        length, limit = self._lengths(prompt, max_new_tokens)
         if not table.free or (length if limit is None else limit) > self._schema.max_context:
             return False
-        needed, available = (
-            self._promise(length if limit is None else limit, drafts=limit is not None),
-            ledger.available,
-        )
-        if isinstance(prompt, Match):
-            blocks = self._hit(prompt).blocks
-            needed, available = max(needed - blocks.size, 0), available - ledger.revived(blocks).size
-        return needed <= available
+        needed = self._promise(length if limit is None else limit, drafts=limit is not None)
+        return max(needed - shared.size, 0) <= ledger.available - ledger.revived(shared).size
 
     def _hit(self, match: Match) -> Hit:
         return self._prefix.find(match.links, match.tokens.size)

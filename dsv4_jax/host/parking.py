@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsv4_jax.host.admission import Admission
+from dsv4_jax.host.blocks import NO_BLOCKS
 from dsv4_jax.host.errors import LengthUnknown, NothingCached, PromptTooLong
-from dsv4_jax.host.hashing import Match, chain, tokens_of
+from dsv4_jax.host.hashing import Link, Match, chain, tokens_of
 from dsv4_jax.host.prefix import Chain, Hit
 from dsv4_jax.host.telling import Telling
 from dsv4_jax.layout.schema import CacheSchema
@@ -172,10 +173,10 @@ class Parking(Admission):
         _, limit = self._lengths(prompt, max_new_tokens)
         if (prompt if limit is None else limit) > self._schema.max_context:
             raise PromptTooLong(prompt, max_new_tokens or 0, self._schema.max_context)
-        shared = np.zeros(0, np.int32)
+        shared = NO_BLOCKS
         if record.salt is not None:
             ids, root, links = chain(record.tokens, record.salt)
-            shared = self._prefix.known_run(links[: record.stored // BLOCK_TOKENS])
+            shared = self._shared(record, links)
             known = Chain(root, record.salt, links, record.worth)
             rest = ids[BLOCK_TOKENS * len(links) :]
             writes += self._prefix.resume(slot, known, rest, ids.size, record.stored)
@@ -193,6 +194,25 @@ class Parking(Admission):
             )
         )
         return handle, Places(slot, blocks, shared.size)
+
+    def can_resume(self, record: RequestRecord, max_new_tokens: int | None = None) -> bool:
+        """Whether ``resume`` of the same arguments would find room, as ``can_admit``."""
+        prompt = max(record.length, record.tokens.size)
+        return self._has_room(*self._lengths(prompt, max_new_tokens), self._still_known(record))
+
+    def kept_tokens(self, record: RequestRecord) -> int:
+        """How many of a recorded request's tokens are in blocks that are still known: ``resume`` shares these."""
+        return self._still_known(record).size * BLOCK_TOKENS
+
+    def _still_known(self, record: RequestRecord) -> NDArray[np.int32]:
+        self._journal.finish()
+        if record.salt is None:
+            return NO_BLOCKS
+        return self._shared(record, chain(record.tokens, record.salt)[2])
+
+    def _shared(self, record: RequestRecord, links: Sequence[Link]) -> NDArray[np.int32]:
+        """The blocks of a record's chain that are known, of those that were in the cache."""
+        return self._prefix.known_run(links[: record.stored // BLOCK_TOKENS])
 
     def resumed(self, request: int) -> None:
         """The state of a resumed request is in the cache: others may share what is known of it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,12 +29,13 @@ from dsv4_jax.layout.transfers import Transfers, side_by_side
 
 
 class Room(NamedTuple):
-    """What a shard has to offer a request that is to be admitted.
+    """What a shard has to offer a request that is to be admitted, or resumed.
 
     Attributes:
       shard: its number.
       admits: whether it can admit the request.
-      cached: tokens of the prompt that need not be computed there.
+      cached: tokens of the prompt that need not be computed there; of a resumed request, none of which need be, those
+        whose blocks are there and need not be written.
       stored: tokens of the prompt whose blocks are there, see ``Match``.
       free_blocks: blocks that no request holds or was promised.
       free_slots: how many more requests it can have.
@@ -49,7 +50,7 @@ class Room(NamedTuple):
 
 
 Route = Callable[[Sequence[Room]], int]
-"""Chooses the shard of a new request."""
+"""Chooses the shard of a new request, or of one that is resumed."""
 
 
 def most_cached_then_most_room(rooms: Sequence[Room]) -> int:
@@ -113,7 +114,7 @@ class ShardedManager:
         return local * len(self.managers) + shard
 
     @contextlib.contextmanager
-    def _named(self, shard: int) -> Iterator[None]:
+    def _named(self, shard: int) -> Generator[None]:
         """Errors of a shard's manager name its own handles; this has them name those of all shards, or say so."""
         try:
             yield
@@ -160,15 +161,19 @@ class ShardedManager:
         recordable = [manager.recordable(match) for manager in self.managers]
         return recordable.index(max(recordable))
 
-    def rooms(self, prompt: int | Match = 0, max_new_tokens: int | None = None) -> list[Room]:
-        """What each shard has to offer a request, in order."""
+    def rooms(self, prompt: int | Match | RequestRecord = 0, max_new_tokens: int | None = None) -> list[Room]:
+        """What each shard has to offer a request that is to be admitted, or of which there is a record, in order."""
         rooms = []
         for shard, manager in enumerate(self.managers):
             blocks = manager.usage()["blocks"]
-            admits, cached, stored = manager.can_admit(prompt, max_new_tokens), 0, 0
-            if isinstance(prompt, Match):
-                found = manager.look_up(prompt)
-                cached, stored = found.length, found.stored
+            if isinstance(prompt, RequestRecord):
+                admits = manager.can_resume(prompt, max_new_tokens)
+                cached = stored = manager.kept_tokens(prompt)
+            else:
+                admits, cached, stored = manager.can_admit(prompt, max_new_tokens), 0, 0
+                if isinstance(prompt, Match):
+                    found = manager.look_up(prompt)
+                    cached, stored = found.length, found.stored
             free = blocks.cached + blocks.free - blocks.reserved
             rooms.append(Room(shard, admits, cached, stored, free, manager.free_slots))
         return rooms

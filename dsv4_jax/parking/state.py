@@ -142,7 +142,7 @@ def resume(
     """
     if isinstance(manager, ShardedManager):
         if shard is None:
-            shard = manager.route(manager.rooms(max(state.length, state.tokens.size), max_new_tokens))
+            shard = manager.route(manager.rooms(state.record, max_new_tokens))
         of_shard, handles = manager.managers[shard], []
 
         def change(part: Cache) -> Cache:
