@@ -37,7 +37,12 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"seed: {config.stash[_SEED]} (repeat with --seed), GPU: {'yes' if GPU_PRESENT else 'no'}"
 
 
+LONG = ("test_lifecycle.py", "test_sharded_decode.py", "test_bench_cli.py", "test_sharded_life.py")
+"""Begun first, so that no process is left alone with one of them at the end."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
     if GPU_PRESENT:
         return
     skip = pytest.mark.skip(reason="no NVIDIA GPU on this machine")
