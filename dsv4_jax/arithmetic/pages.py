@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsv4_jax.arithmetic.codecs import decode, encode
-from dsv4_jax.arithmetic.scalars import to_bfloat16, to_float32
+from dsv4_jax.arithmetic.scalars import bits_of, to_bfloat16, to_float32
 from dsv4_jax.layout.formats import VectorFormat
 
 
@@ -62,7 +62,7 @@ def write_rows(
     valid = valid & in_range(layer, layers) & in_range(page, pages)
     page = jnp.where(valid, page, pages)  # past the end and dropped; a negative index would wrap
     if not vector_format.quantized:
-        bits = _as_bits(pool).at[layer, page, row].set(_as_bits(cast(rows, vector_format.dtype)), mode="drop")
+        bits = bf16_as_bits(pool).at[layer, page, row].set(bf16_as_bits(cast(rows, vector_format.dtype)), mode="drop")
         return lax.bitcast_convert_type(bits, pool.dtype)
     stored = encode(to_float32(rows), vector_format)
     for part, at in zip(stored, _offsets(row, rows_per_page, vector_format), strict=True):
@@ -115,7 +115,7 @@ def read_stored(
       rows, [N, width].
     """
     if not vector_format.quantized:
-        return (_as_bits(pool)[layer, page, row],)
+        return (bf16_as_bits(pool)[layer, page, row],)
     data_at, scales_at = _offsets(row, rows_per_page, vector_format)
     layer = jnp.broadcast_to(jnp.asarray(layer, jnp.int32), row.shape)
     data = _read_bytes(pool, layer, page, data_at, vector_format.data_bytes)
@@ -132,9 +132,11 @@ def page_of(stored: tuple[jax.Array, ...], vector_format: VectorFormat) -> jax.A
     return jnp.pad(page, (0, vector_format.page_bytes(count) - len(page)))
 
 
-def _as_bits(x: jax.Array) -> jax.Array:
-    """bf16 as uint16: XLA's CPU scatters bf16 by way of fp32, the whole pool there and back, and changes NaNs."""
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+def bf16_as_bits(x: jax.Array) -> jax.Array:
+    """bf16 as uint16, all else as it is: XLA's CPU scatters and slices bf16 by way of fp32, the whole pool there and
+    back, and changes NaNs.
+    """
+    return bits_of(x) if x.dtype == jnp.bfloat16 else x
 
 
 def _offsets(row: jax.Array, rows_per_page: int, vector_format: VectorFormat) -> tuple[jax.Array, jax.Array]:

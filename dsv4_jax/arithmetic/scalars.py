@@ -28,12 +28,7 @@ _E4M3_REBIAS = (127 - 7) << 3
 
 
 def bits_of(x: jax.Array) -> jax.Array:
-    """The bits of fp32 numbers, as uint32."""
-    return lax.bitcast_convert_type(x, jnp.uint32)
-
-
-def integers_of(x: jax.Array) -> jax.Array:
-    """The bits of numbers of any type, as unsigned integers of their size: moving a float may change a NaN's."""
+    """The bits of numbers, as unsigned integers of their size: moving a float may change a NaN's."""
     return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
 
 

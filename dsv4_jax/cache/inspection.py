@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 
 from dsv4_jax.arithmetic.nans import is_nan, rows_with_nan
-from dsv4_jax.arithmetic.pages import in_range
-from dsv4_jax.arithmetic.scalars import integers_of
+from dsv4_jax.arithmetic.pages import bf16_as_bits, in_range
+from dsv4_jax.arithmetic.scalars import bits_of
 from dsv4_jax.cache.pools import Cache
 from dsv4_jax.layout.contents import Contents
 from dsv4_jax.layout.layer_schema import STATE_ROWS, is_running
@@ -152,8 +152,7 @@ def _of_pages(pool: jax.Array, readable: jax.Array | None, looks: dict[str, Look
     size = min(max(_SLAB_BYTES // (math.prod(pool.shape[2:]) * pool.dtype.itemsize), 1), pages)
     if not layers:
         return {name: jnp.zeros((layers, pages), jnp.int32) for name in looks}
-    # To slice bf16, XLA's CPU makes all of it fp32; as integers it is at worst copied, on a GPU neither.
-    slabs, bits = -(-pages // size), integers_of(pool) if pool.dtype == jnp.bfloat16 else pool
+    slabs, bits = -(-pages // size), bf16_as_bits(pool)  # at worst copied, on a GPU not even that
 
     def one(seen: dict[str, jax.Array], index: jax.Array) -> tuple[dict[str, jax.Array], None]:
         layer, first = index // slabs, jnp.minimum(index % slabs * size, pages - size)
@@ -174,7 +173,7 @@ def _sum(pages: jax.Array) -> jax.Array:
     """Uint32 [n]: the sum of each page's integers, each times an odd number of its place, so that no single one's
     change is missed.
     """
-    words = integers_of(pages).reshape(len(pages), -1).astype(jnp.uint32)
+    words = bits_of(pages).reshape(len(pages), -1).astype(jnp.uint32)
     weights = (2 * jnp.arange(words.shape[1], dtype=jnp.uint32) + 1) * np.uint32(0x9E37_79B1)
     return (words * weights).sum(axis=1, dtype=jnp.uint32)
 

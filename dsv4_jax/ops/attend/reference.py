@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from dsv4_jax.arithmetic.pages import cast, in_range, read_rows
 from dsv4_jax.arithmetic.places import Tokens, all_tokens
-from dsv4_jax.layout.formats import VectorFormat
 from dsv4_jax.layout.plan import StepPlan
 from dsv4_jax.ops.attend.operands import Attended, EntryRows, WindowRows
 from dsv4_jax.ops.flush.reference import block_of
@@ -94,20 +95,21 @@ def _window_rows(
 ) -> tuple[jax.Array, jax.Array]:
     """The rows of one token's window, oldest first: fp32 [size, 512], zeros where there is none, and bool [size]."""
     layers, slots, ring = window.positions.shape
+    read = functools.partial(read_rows, vector_format=window.format, dtype=jnp.float32)
     back = jnp.arange(window.size - 1, -1, -1)
     at = position - back
     known = in_range(window.layer, layers) & in_range(slot, slots)
     recorded = window.positions[jnp.where(known, window.layer, 0), jnp.where(known, slot, 0), at % ring]
     in_ring = known & (at >= 0) & (recorded == at)
     pages = jnp.full_like(at, slot)
-    rows, valid = _read(window.window, in_ring, window.layer, pages, at % ring, ring, window.format)
+    rows, valid = read(window.window, in_ring, window.layer, pages, at % ring, rows_per_page=ring)
     if window.displaced is None:
         return rows, valid
     count = window.displaced.positions.shape[0]
     row = displaced_row - back
     saved = window.displaced.positions[jnp.clip(row, 0, count - 1)]
     in_displaced = ~in_ring & (at >= 0) & in_range(row, count) & (saved == at)
-    rest, found = _read(window.displaced.rows, in_displaced, 0, jnp.zeros_like(at), row, count, window.format)
+    rest, found = read(window.displaced.rows, in_displaced, 0, jnp.zeros_like(at), row, rows_per_page=count)
     return jnp.where(found[:, None], rest, rows), valid | found
 
 
@@ -126,18 +128,5 @@ def _entry_rows(
     exists = (entry >= 0) & (entry < (position + 1) // entries.ratio)
     block = block_of(entries.block_table, jnp.full_like(entry, slot), entry, entries.ratio)
     per_block = entries_per_block(entries.ratio)
-    return _read(entries.pool, exists, entries.layer, block, entry % per_block, per_block, entries.format)
-
-
-def _read(
-    pool: jax.Array,
-    valid: jax.Array,
-    layer: jax.Array | int,
-    page: jax.Array,
-    row: jax.Array,
-    rows_per_page: int,
-    vector_format: VectorFormat,
-) -> tuple[jax.Array, jax.Array]:
-    return read_rows(
-        pool, valid, layer, page, row, rows_per_page=rows_per_page, vector_format=vector_format, dtype=jnp.float32
-    )
+    read = functools.partial(read_rows, vector_format=entries.format, dtype=jnp.float32)
+    return read(entries.pool, exists, entries.layer, block, entry % per_block, rows_per_page=per_block)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.arithmetic.pages import in_range
-from dsv4_jax.arithmetic.scalars import integers_of
+from dsv4_jax.arithmetic.scalars import bits_of
 from dsv4_jax.layout.layer_schema import empty_tail
 from dsv4_jax.layout.transfers import TABLE_ROLES, SlotArray, TransferKind, Transfers
 
@@ -23,10 +23,10 @@ def transfer(array: jax.Array, transfers: Transfers, *, role: SlotArray) -> jax.
       The array.
     """
     is_table = role in TABLE_ROLES
-    by_layer = array[None] if is_table else integers_of(array)
+    by_layer = array[None] if is_table else bits_of(array)
     empty = jnp.int32(-1 if is_table or role == SlotArray.POSITIONS else 0).astype(by_layer.dtype)
     if role == SlotArray.TAIL:
-        empty = integers_of(empty_tail(array.shape))
+        empty = bits_of(empty_tail(array.shape))
     slots, blocks = by_layer.shape[1], jnp.asarray(transfers.blocks)
 
     def one(array: jax.Array, operation: jax.Array) -> tuple[jax.Array, None]:
